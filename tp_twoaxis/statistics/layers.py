@@ -1,0 +1,146 @@
+"""Which layers have channels, what their outputs look like, and how their weights are recognised again."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tp_twoaxis.errors import TwoAxisError, listing
+
+CHANNEL_LAYERS = (_ConvNd, nn.Linear, nn.MultiheadAttention)
+
+
+def channel_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Find the layers that write channels: convolutions of every kind, linear layers, multi-head attention.
+
+    Args:
+        model: any network, not wrapped.
+        names: restrict to these, named as in ``model.named_modules()``.
+
+    Returns:
+        Name -> layer in the model's order. The output projection inside ``nn.MultiheadAttention`` is not
+        listed: it is run as a function, and the attention layer's own output is its output.
+
+    Raises:
+        TwoAxisError: a name does not exist or is of a layer without channels; a bare string was given.
+
+    Example:
+        >>> list(channel_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))))
+        ['0', '2']
+    """
+    found: dict[str, nn.Module] = {}
+    inside_attention: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.update(id(child) for child in module.modules() if child is not module)
+        if isinstance(module, CHANNEL_LAYERS) and id(module) not in inside_attention:
+            found[name] = module
+    if names is None:
+        return found
+    if isinstance(names, str):
+        raise TwoAxisError(f"layers: expected a list of layer names, got the string {names!r}; pass [{names!r}]")
+    wanted = list(names)
+    modules = dict(model.named_modules())
+    for name in wanted:
+        if name in found:
+            continue
+        if name in modules:
+            raise TwoAxisError(
+                f"layers: {name!r} is a {type(modules[name]).__name__}, which writes no channels of its own; "
+                f"choose convolution, linear or attention layers, such as {listing(found, 3)}"
+            )
+        near = difflib.get_close_matches(name, found, n=3) or list(found)[:3]
+        raise TwoAxisError(f"layers: the model has no layer {name!r}; near it: {listing(near)}")
+    return {name: layer for name, layer in found.items() if name in set(wanted)}
+
+
+def num_channels(layer: nn.Module) -> int:
+    """Channels that a layer writes.
+
+    Example:
+        >>> num_channels(nn.Linear(3, 7))
+        7
+    """
+    if isinstance(layer, nn.MultiheadAttention):
+        return int(layer.embed_dim)
+    return int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)  # type: ignore[arg-type]
+
+
+def channel_weight(layer: nn.Module) -> Tensor:
+    """View a layer's weights with one row an output channel.
+
+    Args:
+        layer: convolution (grouped, depthwise and transposed too), linear or attention layer; of the last
+            the output projection counts.
+
+    Returns:
+        [C, inputs x kernel], sharing storage where strides allow.
+
+    Example:
+        >>> channel_weight(nn.ConvTranspose2d(4, 6, 3, groups=2)).shape
+        torch.Size([6, 18])
+    """
+    weight = (layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer).weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    if isinstance(layer, _ConvTransposeNd):  # stored as [in, out / groups, ...]
+        blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])
+        return blocks.transpose(1, 2).reshape(layer.out_channels, -1)
+    return weight.reshape(weight.shape[0], -1)
+
+
+def fingerprint(layer: nn.Module) -> str:
+    """Hash a layer's weights, so that a later change of them is noticed.
+
+    The hash covers every parameter's dtype, shape and bytes; it does not depend on the device, on the
+    memory format, or on the gradient.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = fingerprint(layer)
+        >>> with torch.no_grad(): _ = layer.weight.add_(1.0)
+        >>> fingerprint(layer) == before
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in layer.named_parameters():
+        data = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
+        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def channels_last_view(output: Tensor, layer: nn.Module, batch_size: int, name: str) -> Tensor:
+    """View a layer's output as [images, positions, C] without copying.
+
+    Args:
+        output: what the layer returned: [n, C, *spatial] of a convolution (either memory format),
+            [n, *, C] of a linear layer, [n, tokens, C] or [tokens, n, C] of attention; n may be a
+            multiple of the batch when an image is cut into windows.
+        layer: the layer.
+        batch_size: images in the batch.
+        name: the layer's name, for the message.
+
+    Raises:
+        TwoAxisError: the leading dimension is not the batch.
+    """
+    if isinstance(layer, nn.MultiheadAttention) and not layer.batch_first and output.ndim == 3:
+        output = output.transpose(0, 1)
+    if isinstance(layer, _ConvNd):
+        if output.ndim == len(layer.kernel_size) + 1:  # one unbatched image
+            output = output[None]
+        output = output.movedim(1, -1)
+    if output.ndim < 2 or output.shape[0] % batch_size:
+        raise TwoAxisError(
+            f"{name}: expected an output whose leading dimension is the batch ({batch_size} images), got "
+            f"{list(output.shape)}; leave the layer out with layers=[...]"
+        )
+    return output.reshape(batch_size, -1, output.shape[-1])

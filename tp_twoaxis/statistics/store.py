@@ -1,0 +1,434 @@
+"""What a calibration knows: statistics by layer, merged, reduced, saved, and matched against a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tp_twoaxis.borrow import unwrap
+from tp_twoaxis.errors import FileFormatError, StaleStatisticsError, TwoAxisError, listing
+from tp_twoaxis.files import read_tensors, write_tensors
+from tp_twoaxis.statistics.layers import channel_layers, channel_weight, fingerprint, num_channels
+from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.recorder import LayerRecord
+
+FORMAT = "tp-twoaxis/statistics"
+VERSION = 1
+# float32 activations of a constant channel scatter by rounding alone; below this share of mean^2 it is no signal
+CONSTANT = 1e-13
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of one layer's C output channels; float64 tensors on the CPU.
+
+    Attributes:
+        name: the layer's name in the model.
+        kind: its class, for example ``"Conv2d"``.
+        shape: its weight's shape when it was calibrated.
+        fingerprint: hash of its weights then.
+        weight_power: [C] squared norm of each channel's weights, without bias.
+        rows: moments of (image, position) rows, C wide.
+        pooled: moments of outputs averaged over positions, one row an image.
+        cross: moments of pooled outputs with the task variables, or None.
+        task: moments of the task variables, shared by all layers, or None.
+        columns: task variable -> its columns ``(start, stop)``.
+        target: the default task variable, or None.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+        >>> layer = calibrate(net, [(torch.randn(64, 8), torch.randint(4, (64,)))], progress=False)["1"]
+        >>> layer.num_channels, layer.num_rows, layer.target_correlation("margin").shape
+        (4, 64, torch.Size([4]))
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    fingerprint: str
+    weight_power: Tensor
+    rows: CoMoments
+    pooled: CoMoments
+    cross: CoMoments | None = None
+    task: CoMoments | None = None
+    columns: dict[str, tuple[int, int]] = field(default_factory=dict)
+    target: str | None = None
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return len(self.weight_power)
+
+    @property
+    def num_rows(self) -> int:
+        """(image, position) rows behind the covariance."""
+        return self.rows.count
+
+    @property
+    def num_images(self) -> int:
+        """Images behind the pooled values."""
+        return self.pooled.count
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean output of each channel over all images and positions, [C]."""
+        return self.pooled.mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the outputs over images and positions, [C, C]."""
+        return self.rows.covariance
+
+    @property
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, [C]; exactly 0 for channels that are constant up to rounding."""
+        variance = self.rows.scatter.diagonal() / max(self.num_rows, 1)
+        return torch.where(variance > CONSTANT * self.rows.mean.square(), variance, torch.zeros_like(variance))
+
+    @property
+    def correlation(self) -> Tensor:
+        """Correlation of the outputs, [C, C], diagonal 1; 0 between a constant channel and any other."""
+        return _correlation(self.covariance, self.variance)
+
+    @property
+    def pooled_correlation(self) -> Tensor:
+        """Correlation of the pooled outputs over images, [C, C], diagonal 1."""
+        return _correlation(self.pooled.covariance, self._pooled_variance)
+
+    def target_correlation(self, name: str | None = None) -> Tensor:
+        """Correlation of each pooled channel with a task variable.
+
+        Args:
+            name: the task variable; default the calibration's target.
+
+        Returns:
+            [C]; of ``one_vs_rest`` [C, K], a column a class. 0 where either side is constant.
+
+        Raises:
+            TwoAxisError: the variable was not recorded.
+        """
+        name = name or self.target
+        if name not in self.columns or self.cross is None or self.task is None:
+            recorded = ", ".join(self.columns) or "none: it ran with target=None"
+            raise TwoAxisError(
+                f"{self.name}: task variable {name!r} was not recorded (recorded: {recorded}); "
+                "call calibrate() with labels and a target"
+            )
+        start, stop = self.columns[name]
+        spread = torch.outer(self._pooled_variance, self.task.covariance.diagonal()[start:stop]).sqrt()
+        covariance = self.cross.covariance[:, start:stop]
+        rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
+        return rho if name == "one_vs_rest" else rho[:, 0]
+
+    @property
+    def _pooled_variance(self) -> Tensor:
+        variance = self.pooled.covariance.diagonal()
+        return torch.where(variance > CONSTANT * self.pooled.mean.square(), variance, torch.zeros_like(variance))
+
+
+def _correlation(covariance: Tensor, variance: Tensor) -> Tensor:
+    spread = torch.outer(variance, variance).sqrt()
+    rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
+    return rho.fill_diagonal_(1.0)
+
+
+class CalibrationStatistics:
+    """Statistics of a calibration set, by layer name; parts merge, and files hold no pickle.
+
+    Attributes:
+        layers: layer name -> :class:`LayerStatistics`, in the model's order.
+        target: the default task variable, or None.
+        num_images: images seen.
+
+    Example:
+        >>> import tempfile, os
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+        >>> parts = [calibrate(net, [(torch.randn(32, 8), torch.randint(4, (32,)))], progress=False) for _ in range(2)]
+        >>> stats = parts[0].merge(parts[1])
+        >>> path = os.path.join(tempfile.mkdtemp(), "stats.safetensors")
+        >>> stats.save(path)
+        >>> CalibrationStatistics.load(path).num_images
+        64
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, LayerStatistics],
+        *,
+        task: CoMoments | None,
+        columns: dict[str, tuple[int, int]],
+        target: str | None,
+        num_images: int,
+    ) -> None:
+        self.layers = layers
+        self.target = target
+        self.num_images = num_images
+        self._task = task
+        self._columns = columns
+
+    @classmethod
+    def from_records(
+        cls,
+        layers: dict[str, nn.Module],
+        records: dict[str, LayerRecord],
+        task: CoMoments | None,
+        columns: dict[str, tuple[int, int]],
+        *,
+        target: str | None,
+        num_images: int,
+        explicit: bool,
+    ) -> CalibrationStatistics:
+        """Bind what a recorder gathered to the layers it came from; see :func:`calibrate` for what is refused."""
+        silent = [name for name in layers if name not in records]
+        if explicit and silent:
+            raise TwoAxisError(f"layers: {listing(silent)} did not run in the forward pass; leave them out")
+        if task is not None:
+            task.to("cpu")
+            if not bool(torch.isfinite(task.scatter).all()):
+                raise TwoAxisError("the model's logits are not finite on finite images; check its weights and dtype")
+        statistics = {}
+        for name, layer in layers.items():
+            if name not in records:
+                continue
+            record = records[name]
+            for moments in (record.rows, record.pooled, record.cross):
+                if moments is not None and not bool(torch.isfinite(moments.to("cpu").scatter).all()):
+                    raise TwoAxisError(
+                        f"{name}: the layer's outputs are not finite on finite images; check its weights and dtype"
+                    )
+            statistics[name] = LayerStatistics(
+                name,
+                type(layer).__name__,
+                _weight_shape(layer),
+                fingerprint(layer),
+                channel_weight(layer).double().square().sum(1).cpu(),
+                record.rows,
+                record.pooled,
+                record.cross,
+                task,
+                columns,
+                target,
+            )
+        return cls(statistics, task=task, columns=columns, target=target, num_images=num_images)
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        """Statistics of a layer; a TwoAxisError names the layers there are."""
+        if name not in self.layers:
+            raise TwoAxisError(f"no statistics of layer {name!r}; there are: {listing(self.layers)}")
+        return self.layers[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return f"CalibrationStatistics({len(self)} layers, {self.num_images} images, target={self.target!r})"
+
+    def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
+        """Take in the statistics of other images of the same model.
+
+        Returns:
+            self.
+
+        Raises:
+            TwoAxisError: the other statistics are of another model, of another state of it, or of other
+                layers or task variables; self is then unchanged.
+        """
+        mine, theirs = self._identity(), other._identity()
+        for what in mine:
+            if mine[what] != theirs[what]:
+                raise TwoAxisError(
+                    f"merge: the two statistics differ in their {what}; only parts of one calibration of one model merge"
+                )
+        for moments, others in zip(self._moments(), other._moments(), strict=True):
+            moments.merge(others)
+        self.num_images += other.num_images
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationStatistics:
+        """Merge over all ranks; afterwards every rank holds the statistics of all shards.
+
+        Returns:
+            self, unchanged when ``torch.distributed`` is not initialised.
+
+        Raises:
+            TwoAxisError: on every rank, when the ranks calibrated different models, layers or targets.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        digest = hashlib.blake2b(json.dumps(self._identity(), sort_keys=True).encode(), digest_size=4).digest()
+        # one small number agreed on before any tensor: a rank with other layers would hang the collectives
+        agreed = CoMoments(1)
+        agreed.update(torch.tensor([[float(int.from_bytes(digest, "big"))]]).double())
+        if float(agreed.all_reduce(group).scatter) != 0.0:
+            raise TwoAxisError(
+                "all_reduce: the ranks hold statistics of different models, layers or targets; "
+                "give every rank the same model and some labelled images"
+            )
+        images = CoMoments(1)
+        images.count = self.num_images
+        self.num_images = images.all_reduce(group).count
+        for moments in self._moments():
+            moments.all_reduce(group)
+        return self
+
+    def verify(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
+        """Check that a model is the one, in the state, that was calibrated.
+
+        Args:
+            model: the model; wrappers are looked through.
+            names: layers to check; default all of the statistics.
+
+        Raises:
+            StaleStatisticsError: a layer is missing, was pruned, or its weights changed.
+        """
+        present = channel_layers(unwrap(model))
+        for name in self.layers if names is None else names:
+            entry, layer = self[name], present.get(name)
+            if layer is None:
+                raise StaleStatisticsError(
+                    f"{name}: statistics hold this layer, {type(unwrap(model)).__name__} has no such layer - "
+                    "they belong to another model; call calibrate() on this one"
+                )
+            if num_channels(layer) != entry.num_channels:
+                raise StaleStatisticsError(
+                    f"{name}: statistics hold {entry.num_channels} channels, the layer has {num_channels(layer)} - "
+                    "it was pruned after calibration, or is another model's; call calibrate() again"
+                )
+            if _weight_shape(layer) != entry.shape:
+                raise StaleStatisticsError(
+                    f"{name}: statistics are of a weight {list(entry.shape)}, the layer has "
+                    f"{list(_weight_shape(layer))} - its inputs were pruned after calibration; call calibrate() again"
+                )
+            if fingerprint(layer) != entry.fingerprint:
+                raise StaleStatisticsError(
+                    f"{name}: the layer's weights are not those that were calibrated - it was trained, repaired or cast "
+                    "after calibration; call calibrate() again"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, atomically.
+
+        Raises:
+            TwoAxisError: the folder does not exist or cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for key, moments in self._named_moments():
+            tensors.update(_pack(key, moments))
+        header = {
+            "target": self.target,
+            "columns": self._columns,
+            "num_images": self.num_images,
+            "counts": {key: moments.count for key, moments in self._named_moments()},
+            "layers": [
+                {"name": s.name, "kind": s.kind, "shape": s.shape, "fingerprint": s.fingerprint}
+                for s in self.layers.values()
+            ],
+        }
+        for name, entry in self.layers.items():
+            tensors[f"{name}/weight_power"] = entry.weight_power
+        write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationStatistics:
+        """Read what :meth:`save` wrote; nothing is unpickled.
+
+        Raises:
+            FileFormatError: the file is missing, corrupted, foreign, or of a newer version.
+        """
+        tensors, header = read_tensors(path, kind=FORMAT, version=VERSION)
+        try:
+            counts = header["counts"]
+            columns = {name: (int(a), int(b)) for name, (a, b) in header["columns"].items()}
+            task = _unpack("task", tensors, counts)
+            layers = {}
+            for item in header["layers"]:
+                name = item["name"]
+                rows, pooled = _unpack(f"{name}/rows", tensors, counts), _unpack(f"{name}/pooled", tensors, counts)
+                if rows is None or pooled is None:
+                    raise KeyError(name)
+                layers[name] = LayerStatistics(
+                    name,
+                    item["kind"],
+                    tuple(item["shape"]),
+                    item["fingerprint"],
+                    tensors[f"{name}/weight_power"],
+                    rows,
+                    pooled,
+                    _unpack(f"{name}/cross", tensors, counts),
+                    task,
+                    columns,
+                    header["target"],
+                )
+            return cls(
+                layers, task=task, columns=columns, target=header["target"], num_images=int(header["num_images"])
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FileFormatError(
+                f"{path}: the file is incomplete ({type(error).__name__}: {error}); calibrate and save again"
+            ) from error
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "task variables": list(self._columns.items()),
+            "layers": [(s.name, s.shape) for s in self.layers.values()],
+            "weights": [s.fingerprint for s in self.layers.values()],
+        }
+
+    def _named_moments(self) -> Iterator[tuple[str, CoMoments]]:
+        if self._task is not None:
+            yield "task", self._task
+        for name, entry in self.layers.items():
+            yield f"{name}/rows", entry.rows
+            yield f"{name}/pooled", entry.pooled
+            if entry.cross is not None:
+                yield f"{name}/cross", entry.cross
+
+    def _moments(self) -> Iterator[CoMoments]:
+        return (moments for _, moments in self._named_moments())
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    weight = (layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer).weight
+    return tuple(weight.shape)  # type: ignore[arg-type]
+
+
+def _pack(key: str, moments: CoMoments) -> dict[str, Tensor]:
+    """A symmetric scatter is stored as its upper triangle: half the file."""
+    if moments.paired:
+        return {
+            f"{key}.mean": moments.mean,
+            f"{key}.other_mean": moments.other_mean,
+            f"{key}.scatter": moments.scatter,
+        }
+    upper = torch.triu_indices(*moments.scatter.shape)
+    return {f"{key}.mean": moments.mean, f"{key}.upper": moments.scatter[upper[0], upper[1]]}
+
+
+def _unpack(key: str, tensors: dict[str, Tensor], counts: dict[str, int]) -> CoMoments | None:
+    if key not in counts:
+        return None
+    mean = tensors[f"{key}.mean"]
+    if f"{key}.upper" not in tensors:
+        other = tensors[f"{key}.other_mean"]
+        return CoMoments.from_parts(int(counts[key]), mean, tensors[f"{key}.scatter"], other)
+    scatter = mean.new_zeros(len(mean), len(mean))
+    upper = torch.triu_indices(len(mean), len(mean))
+    scatter[upper[0], upper[1]] = tensors[f"{key}.upper"]
+    scatter.T[upper[0], upper[1]] = tensors[f"{key}.upper"]
+    return CoMoments.from_parts(int(counts[key]), mean, scatter)

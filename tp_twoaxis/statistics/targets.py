@@ -1,0 +1,68 @@
+"""Task variables: what the network says about an image, as numbers that channels can correlate with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tp_twoaxis.errors import TwoAxisError
+
+LABELLED = ("margin", "correct_logit", "negative_loss", "one_vs_rest")
+LABEL_FREE = ("predicted_margin", "predicted_logit")
+TARGETS = LABELLED + LABEL_FREE
+
+
+def task_variables(logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Compute every task variable of a batch (paper, section 2.1 and table 4).
+
+    Args:
+        logits: [n, K] class scores, K >= 2.
+        labels: [n] class indices in [0, K), or None: then only the label-free variables come back.
+
+    Returns:
+        Name -> float64 [n, 1], except ``one_vs_rest`` [n, K]:
+        ``margin`` ``z_y - max_{j != y} z_j``; ``correct_logit`` ``z_y``; ``negative_loss`` log-probability
+        of the label in nats; ``one_vs_rest`` the one-hot label; ``predicted_margin`` top-1 minus top-2
+        logit; ``predicted_logit`` top-1 logit.
+
+    Raises:
+        TwoAxisError: logits are not [n, K >= 2], labels are not class indices of that length and range.
+
+    Example:
+        >>> v = task_variables(torch.tensor([[2.0, 5.0, 1.0]]), torch.tensor([0]))
+        >>> v["margin"].item(), v["predicted_margin"].item(), v["one_vs_rest"].tolist()
+        (-3.0, 3.0, [[1.0, 0.0, 0.0]])
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise TwoAxisError(
+            f"expected class logits [n, K >= 2] from the model, got {list(logits.shape)}; "
+            "pass target=None to calibrate the local axis alone"
+        )
+    z = logits.detach().double()
+    top = z.topk(2, dim=1).values
+    variables = {"predicted_margin": top[:, :1] - top[:, 1:], "predicted_logit": top[:, :1]}
+    if labels is None:
+        return variables
+    y = _class_indices(labels, z)[:, None]
+    correct = z.gather(1, y)
+    variables["margin"] = correct - z.scatter(1, y, -torch.inf).max(1, keepdim=True).values
+    variables["correct_logit"] = correct
+    variables["negative_loss"] = z.log_softmax(1).gather(1, y)
+    variables["one_vs_rest"] = torch.zeros_like(z).scatter_(1, y, 1.0)
+    return variables
+
+
+def _class_indices(labels: Tensor, logits: Tensor) -> Tensor:
+    n, classes = logits.shape
+    if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex():
+        raise TwoAxisError(
+            f"expected labels as class indices [{n}], got {labels.dtype} {list(labels.shape)}; "
+            "yield images alone to calibrate without labels"
+        )
+    labels = labels.to(logits.device, torch.int64)
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise TwoAxisError(
+            f"expected labels in [0, {classes}), got {int(labels.min())} to {int(labels.max())}; "
+            "the data set's classes do not match the model's outputs"
+        )
+    return labels
