@@ -1,0 +1,78 @@
+"""Make the scores of different groups comparable, with the host's names for how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tp_twoaxis.errors import TwoAxisError
+
+Normalizer = str | Callable[[Tensor], Tensor] | None
+
+_SIGNED = "'standarization', 'gaussian' or None"
+
+
+def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
+    """Normalise a group's scores; a global threshold then decides the allocation between groups.
+
+    Args:
+        scores: [n] finite.
+        normalizer: Torch-Pruning's values: ``"mean"``, ``"sum"``, ``"max"`` (divide by it), ``"lamp"`` (Lee
+            et al. 2021: by the sum of the scores not smaller), ``"sentinel_q"`` (by the score at share q of
+            the sorted ones), ``"standarization"`` (to [0, 1]), ``"gaussian"`` (mean 0, deviation 1),
+            ``None``, or a function.
+
+    Returns:
+        [n] finite. Scores that are all 0 stay 0.
+
+    Raises:
+        TwoAxisError: the name is unknown, or scores below 0 came to a normaliser that divides.
+
+    Example:
+        >>> normalize(torch.tensor([1.0, 3.0]), "mean").tolist()
+        [0.5, 1.5]
+    """
+    if normalizer is None:
+        return scores
+    if callable(normalizer):
+        return normalizer(scores)
+    if normalizer == "standarization":
+        return (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
+    if normalizer == "gaussian":
+        spread = scores.std() if len(scores) > 1 else torch.zeros((), dtype=scores.dtype)
+        return (scores - scores.mean()) / (spread + 1e-8)
+    divisor = _divisor(scores, normalizer)
+    if bool((scores < 0).any()):
+        raise TwoAxisError(
+            f"normalizer {normalizer!r} divides and needs scores of at least 0, got {float(scores.min()):.3g}; "
+            f"use {_SIGNED}"
+        )
+    return torch.where(
+        divisor > 0, scores / divisor.clamp_min(torch.finfo(scores.dtype).tiny), torch.zeros_like(scores)
+    )
+
+
+def _divisor(scores: Tensor, normalizer: str) -> Tensor:
+    if normalizer == "mean":
+        return scores.mean()
+    if normalizer == "sum":
+        return scores.sum()
+    if normalizer == "max":
+        return scores.max()
+    if normalizer == "lamp":
+        ordered, order = scores.sort(stable=True)
+        remaining = ordered.flip(0).cumsum(0).flip(0)
+        return torch.empty_like(scores).scatter_(0, order, remaining)
+    if normalizer.startswith("sentinel_"):
+        try:
+            share = float(normalizer.removeprefix("sentinel_"))
+        except ValueError:
+            share = -1.0
+        if 0.0 <= share < 1.0:
+            return scores.sort().values[int(share * len(scores))] + 1e-8
+    raise TwoAxisError(
+        "normalizer: expected 'mean', 'sum', 'max', 'lamp', 'sentinel_q' with 0 <= q < 1, "
+        f"{_SIGNED} or a function, got {normalizer!r}"
+    )

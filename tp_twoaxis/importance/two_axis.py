@@ -1,0 +1,194 @@
+"""Scores as Torch-Pruning importances: one finite number a root channel, or a clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, listing
+from tp_twoaxis.importance.groups import members, model_of, reduce_members, root_size
+from tp_twoaxis.importance.normalize import Normalizer, normalize
+from tp_twoaxis.scores.registry import Score, evaluate, find_score, hull_refined
+from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers, num_channels
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+
+class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
+    """Any score of either axis as a Torch-Pruning importance.
+
+    Drops into ``BasePruner``, ``MetaPruner``, ``GroupNormPruner`` and ``BNScalePruner``, with their
+    ``global_pruning``, ``isomorphic``, ``round_to`` and ``pruning_ratio_dict``. For a group it scores every
+    calibrated layer that writes the group's channels, reduces to the root channels, and normalises.
+
+    Statistics describe one state of one model. Each call checks that the model is still in it: the group's
+    own layers by their weights, all others by shape and by their parameters' version. So a second iterative
+    step, or pruning after training, raises instead of ranking by what is no longer true; with ``loader``
+    it recalibrates instead.
+
+    Args:
+        stats: from :func:`~tp_twoaxis.calibrate`.
+        score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps.
+        group_reduction: over the layers that write a channel: ``mean``, ``sum``, ``max`` or ``first``.
+        normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`.
+        loader: recalibrate from it when the statistics are stale, instead of raising.
+
+    Raises:
+        TwoAxisError: on a call: unknown names; a group without calibrated layers.
+        StaleStatisticsError: on a call: the model was pruned or trained after calibration.
+
+    Example:
+        >>> import tp_twoaxis
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+        >>> loader = [(torch.randn(32, 3, 8, 8), torch.randint(4, (32,)))]
+        >>> stats = tp_twoaxis.calibrate(net, loader, progress=False)
+        >>> pruner = tp.pruner.BasePruner(
+        ...     net, torch.randn(1, 3, 8, 8), importance=TwoAxisImportance(stats), pruning_ratio=0.5, ignored_layers=[net[4]])
+        >>> pruner.step()
+        >>> net[0].out_channels, net[2].out_channels
+        (8, 4)
+    """
+
+    def __init__(
+        self,
+        stats: CalibrationStatistics,
+        score: str | Score = "capture",
+        *,
+        group_reduction: str = "mean",
+        normalizer: Normalizer = "mean",
+        loader: Iterable[Any] | None = None,
+    ) -> None:
+        self.stats = stats
+        self.score = score
+        self.group_reduction = group_reduction
+        self.normalizer = normalizer
+        self.loader = loader
+        self._scores: dict[str, Tensor] = {}
+        self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
+
+    def __repr__(self) -> str:
+        name = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "function")
+        return f"{type(self).__name__}(score={name!r}, normalizer={self.normalizer!r})"
+
+    def layer_scores(self, name: str) -> Tensor:
+        """Score one layer's channels, before reduction and normalisation.
+
+        Returns:
+            [C] float64 on the CPU.
+        """
+        if name not in self._scores:
+            score = self._find(self.score) if isinstance(self.score, str) else self.score
+            self._scores[name] = evaluate(score, self.stats[name])
+        return self._scores[name]
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor:
+        """Rank a group's root channels.
+
+        Args:
+            group: a ``torch_pruning`` group, full or partial.
+
+        Returns:
+            [len(group[0].idxs)] float32 on the CPU, finite.
+        """
+        model = model_of(group)
+        names = {layer: name for name, layer in channel_layers(model).items()}
+        producers = [m for m in members(group) if m.writes and isinstance(m.module, CHANNEL_LAYERS)]
+        known = [m for m in producers if names.get(m.module) in self.stats]
+        if not known:
+            raise TwoAxisError(
+                f"group of {group[0].dep.target.name}: none of the layers that write its channels was calibrated "
+                f"({listing(names[m.module] for m in producers if m.module in names) or 'it has no such layer'}); "
+                "calibrate with them in layers=, or put them into ignored_layers"
+            )
+        self._check(model, [names[m.module] for m in known])
+        parts = [(self.layer_scores(names[m.module])[m.channels], m.roots) for m in known]
+        reduced = reduce_members(parts, root_size(group), self.group_reduction)
+        return normalize(reduced, self.normalizer).float()
+
+    def _find(self, name: str) -> Score:
+        return find_score(name)
+
+    def _check(self, model: nn.Module, own: list[str]) -> None:
+        try:
+            self._verify(model, own)
+        except StaleStatisticsError as error:
+            if self.loader is None:
+                raise StaleStatisticsError(
+                    f"{error}, or build the importance with loader=... to recalibrate between steps"
+                ) from None
+            self.stats = calibrate(model, self.loader, target=self.stats.target, layers=self.stats, progress=False)
+            self._scores, self._verified = {}, {}
+            self._verify(model, own)
+
+    def _verify(self, model: nn.Module, own: list[str]) -> None:
+        layers = channel_layers(model)
+        for name, entry in self.stats.layers.items():
+            layer = layers.get(name)
+            version = None if layer is None else tuple((id(p), p._version) for p in layer.parameters())
+            unchanged = version is not None and self._verified.get(name) == version
+            # hashing weights costs a pass over them: the group's own layers always, others when their version moved
+            if layer is None or name in own or not unchanged or num_channels(layer) != entry.num_channels:
+                self.stats.verify(model, [name])
+                self._verified[name] = version or ()
+
+
+class LocalImportance(TwoAxisImportance):
+    """A score of the local axis: input capture by default.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+        >>> LocalImportance(calibrate(net, [torch.randn(64, 8)], progress=False))
+        LocalImportance(score='capture', normalizer='mean')
+    """
+
+    def _find(self, name: str) -> Score:
+        return find_score(name, axis="local")
+
+
+class TargetImportance(TwoAxisImportance):
+    """A score of the target axis: task information by default.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+        >>> TargetImportance(calibrate(net, [(torch.randn(64, 8), torch.randint(4, (64,)))], progress=False))
+        TargetImportance(score='task-mi', normalizer='mean')
+    """
+
+    def __init__(self, stats: CalibrationStatistics, score: str | Score = "task-mi", **options: Any) -> None:
+        super().__init__(stats, score, **options)
+
+    def _find(self, name: str) -> Score:
+        return find_score(name, axis="target")
+
+
+class HullImportance(TwoAxisImportance):
+    """Hull-refined variance ``P_k (1 - c E_k(H))``: what a few peers can supply counts less.
+
+    Args:
+        stats: from :func:`~tp_twoaxis.calibrate`.
+        strength: c in [0, 1]; 0 is the plain variance.
+        peers: size of the explaining peer set.
+        options: of :class:`TwoAxisImportance`.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+        >>> importance = HullImportance(calibrate(net, [torch.randn(64, 8)], progress=False), strength=1.0)
+        >>> importance.layer_scores("1").shape
+        torch.Size([4])
+    """
+
+    def __init__(self, stats: CalibrationStatistics, *, strength: float = 0.5, peers: int = 8, **options: Any) -> None:
+        if not 0.0 <= strength <= 1.0:
+            raise TwoAxisError(f"strength: expected a number in [0, 1], got {strength}")
+        super().__init__(stats, partial(hull_refined, strength=strength, peers=peers), **options)
+        self.strength = strength
+        self.peers = peers

@@ -1,0 +1,88 @@
+"""Local axis: how much input a channel captures, and how much of it its same-layer peers carry too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tp_twoaxis.gaussian import information_from_correlation, information_of_channel
+
+
+def input_capture(variance: Tensor, noise_power: float | None = None) -> Tensor:
+    """Information that each channel lets through, ``I_k = 1/2 ln(1 + P_k / s2)`` (equation 1).
+
+    The signal power ``P_k = w_k' S_X w_k`` is the variance of the stored output, so no patch covariance
+    is needed.
+
+    Args:
+        variance: [C] output variances, not negative; 0 marks a constant channel.
+        noise_power: s2 > 0; default the layer's median positive variance.
+
+    Returns:
+        [C] nats, not negative; 0 for constant channels.
+
+    Example:
+        >>> input_capture(torch.tensor([0.0, 1.0, 1.0, 3.0])).tolist()
+        [0.0, 0.3465..., 0.3465..., 0.6931...]
+    """
+    if noise_power is None:
+        positive = variance[variance > 0]
+        if len(positive) == 0:
+            return torch.zeros_like(variance)
+        noise_power = float(positive.quantile(0.5))
+    return information_of_channel(variance, noise_power)
+
+
+def rayleigh_quotient(variance: Tensor, weight_power: Tensor) -> Tensor:
+    """Input variance along each channel's weight direction, ``RQ_k = w_k' S_X w_k / |w_k|^2`` (section 2.1).
+
+    Args:
+        variance: [C] output variances.
+        weight_power: [C] squared weight norms.
+
+    Returns:
+        [C], not negative; 0 where the weights are 0.
+
+    Example:
+        >>> rayleigh_quotient(torch.tensor([2.0, 1.0]), torch.tensor([4.0, 0.0])).tolist()
+        [0.5, 0.0]
+    """
+    return torch.where(weight_power > 0, variance / weight_power, torch.zeros_like(variance))
+
+
+def pair_overlap(correlation: Tensor) -> Tensor:
+    """Information that channels of a layer share in pairs, ``R_kj = -1/2 ln(1 - rho_kj^2)`` (equation 2).
+
+    Args:
+        correlation: [C, C].
+
+    Returns:
+        [C, C] nats, symmetric, diagonal 0.
+
+    Example:
+        >>> pair_overlap(torch.eye(2)).tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
+    """
+    return information_from_correlation(correlation).fill_diagonal_(0.0)
+
+
+def peer_overlap(correlation: Tensor, active: Tensor | None = None) -> Tensor:
+    """Mean overlap of each channel with its peers, ``R_k = mean_{j != k} R_kj`` (equation 2).
+
+    Args:
+        correlation: [C, C].
+        active: [C] bool, channels that vary; the others are nobody's peers. Default all.
+
+    Returns:
+        [C] nats, not negative; 0 for constant channels and for a channel without peers.
+
+    Example:
+        >>> rho = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+        >>> [round(x, 4) for x in peer_overlap(rho).tolist()]
+        [0.5108, 0.5108]
+    """
+    overlap = pair_overlap(correlation)
+    if active is not None:
+        overlap = overlap * active * active[:, None]
+    peers = len(overlap) - 1 if active is None else (active.sum() - active.long()).clamp_min(0)
+    return overlap.sum(1) / torch.as_tensor(peers, dtype=overlap.dtype, device=overlap.device).clamp_min(1.0)

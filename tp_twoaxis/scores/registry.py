@@ -1,0 +1,129 @@
+"""Scores by name: statistics of a layer -> [C], larger means keep."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.scores import hull, local, target
+from tp_twoaxis.statistics.store import LayerStatistics
+
+Score = Callable[[LayerStatistics], Tensor]
+
+
+@dataclass(frozen=True)
+class ScoreEntry:
+    """A named score: its function, its axis, and one line that says what it is."""
+
+    function: Score
+    axis: Literal["local", "target"]
+    summary: str
+
+
+def capture(layer: LayerStatistics) -> Tensor:
+    """Input capture ``I_k`` in nats, noise floor at the layer's median power (equation 1)."""
+    return local.input_capture(layer.variance)
+
+
+def relative_variance(layer: LayerStatistics) -> Tensor:
+    """Output variance over the layer's mean variance: the raw scale before a BatchNorm says nothing."""
+    variance = layer.variance
+    return variance / variance.mean().clamp_min(torch.finfo(variance.dtype).tiny)
+
+
+def low_overlap(layer: LayerStatistics) -> Tensor:
+    """Minus the mean peer overlap ``R_k`` in nats: what peers share most goes first (equation 2)."""
+    return -local.peer_overlap(layer.correlation, layer.variance > 0)
+
+
+def hull_refined(layer: LayerStatistics, strength: float = 0.5, peers: int = 8) -> Tensor:
+    """Variance less the part that a few peers can supply, ``P_k (1 - c E_k(H_8))``; ours.
+
+    ``P_k`` is relative to the layer's mean; c = 0.5 was the best of 0, 0.5 and 1 on a ResNet-20, see
+    :func:`greedy_hulls` for the peers.
+    """
+    hulls = hull.greedy_hulls(layer.correlation, active=layer.variance > 0, max_size=peers)
+    explained = hulls.path[:, -1] if hulls.path.shape[1] else torch.zeros_like(layer.variance)
+    return relative_variance(layer) * (1.0 - strength * explained)
+
+
+def task_mi(layer: LayerStatistics) -> Tensor:
+    """Task information ``M_k`` in nats about the calibration's target (equation 3)."""
+    return target.task_information(layer.target_correlation())
+
+
+def target_redundancy(layer: LayerStatistics) -> Tensor:
+    """Target redundancy ``mean_j min(M_k, M_j)`` in nats (equation 4)."""
+    return target.target_redundancy(task_mi(layer))
+
+
+def target_excess(layer: LayerStatistics) -> Tensor:
+    """Target excess over the ten most task-relevant partners, in nats (equation 5)."""
+    return target.target_excess(layer.target_correlation(), layer.pooled_correlation)
+
+
+SCORES: dict[str, ScoreEntry] = {
+    "capture": ScoreEntry(capture, "local", "input capture I_k"),
+    "variance": ScoreEntry(relative_variance, "local", "output variance over its layer mean"),
+    "low-overlap": ScoreEntry(low_overlap, "local", "minus the mean peer overlap R_k"),
+    "hull": ScoreEntry(hull_refined, "local", "variance less what the best 8 peers can supply"),
+    "task-mi": ScoreEntry(task_mi, "target", "task information M_k"),
+    "target-redundancy": ScoreEntry(target_redundancy, "target", "Gaussian MMI redundancy"),
+    "target-excess": ScoreEntry(target_excess, "target", "pairwise target excess X_k"),
+}
+
+
+def find_score(name: str, axis: str | None = None) -> Score:
+    """Look a score up.
+
+    Args:
+        name: one of :data:`SCORES`.
+        axis: accept only scores of this axis.
+
+    Raises:
+        TwoAxisError: no such score, or one of the other axis; the message lists the valid names.
+
+    Example:
+        >>> find_score("capture").__name__
+        'capture'
+    """
+    valid = [key for key, entry in SCORES.items() if axis in (None, entry.axis)]
+    if name not in valid:
+        near = difflib.get_close_matches(name, valid, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TwoAxisError(
+            f"score: expected one of {', '.join(valid)}{f' ({axis} axis)' if axis else ''}, got {name!r}{hint}"
+        )
+    return SCORES[name].function
+
+
+def evaluate(score: Score, layer: LayerStatistics) -> Tensor:
+    """Score a layer's channels; constant channels get the layer's minimum.
+
+    Returns:
+        [C] float64.
+
+    Raises:
+        TwoAxisError: the score is not one finite number a channel.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 4))
+        >>> layer = calibrate(net, [torch.randn(64, 8)], progress=False, target=None)["1"]
+        >>> evaluate(capture, layer).shape
+        torch.Size([4])
+    """
+    values = torch.as_tensor(score(layer), dtype=torch.float64)
+    if values.shape != (layer.num_channels,) or not bool(torch.isfinite(values).all()):
+        got = list(values.shape) if values.shape != (layer.num_channels,) else "values that are not finite"
+        raise TwoAxisError(
+            f"{layer.name}: expected one finite score for each of {layer.num_channels} channels, got {got} "
+            f"from {getattr(score, '__name__', score)}"
+        )
+    return torch.where(layer.variance > 0, values, values.min())
