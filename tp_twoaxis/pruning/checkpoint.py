@@ -1,0 +1,271 @@
+"""Pruned networks on disk: weights and a recipe of their structure in one safetensors file, no pickle.
+
+The recipe holds, by module name, the class and every integer attribute (``out_channels``, ``num_heads``,
+``normalized_shape``, ...) as absolute values. Loading builds the dense network with the user's own factory,
+sets the attributes that differ and puts every parameter and buffer in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tp_twoaxis import files
+from tp_twoaxis.borrow import preserved_rng, unwrap
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+
+FORMAT = "tp-twoaxis/pruned"
+VERSION = 1
+
+
+class JsonReport(Protocol):
+    """Anything that describes itself as a JSON string, as a ``PruningReport`` does."""
+
+    def to_json(self) -> str:
+        """Return the description."""
+
+
+class _Slot(NamedTuple):
+    """A place for a parameter or buffer: ``module._parameters[key]`` or ``module._buffers[key]``."""
+
+    module: nn.Module
+    key: str
+    is_parameter: bool
+    tensor: Tensor | None
+
+
+def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = None) -> None:
+    """Write a pruned (or dense) network to one safetensors file, whole or not at all.
+
+    Kept are all parameters and buffers, also non-persistent ones, with dtype, strides (channels-last stays)
+    and tying, and all integer attributes. Everything else - floats such as an attention's scale, strings,
+    functions, hooks - comes from the factory at loading.
+
+    Args:
+        model: any module; wrappers are stripped.
+        path: where to; an existing file is replaced.
+        report: how the network came about; :func:`read_header` returns it.
+
+    Raises:
+        TwoAxisError: the folder does not exist or cannot be written, or a tensor has no values (meta device).
+
+    Example:
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.safetensors")
+        >>> save_pruned(nn.Linear(4, 2), path)
+        >>> load_pruned(path, lambda: nn.Linear(4, 3))
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    model = unwrap(model)
+    tensors: dict[str, Tensor] = {}
+    first_name: dict[Tensor, str] = {}
+    aliases: dict[str, str] = {}
+    strides: dict[str, list[int]] = {}
+    empty: list[str] = []
+    for name, slot in _slots(model).items():
+        if slot.tensor is None:
+            empty.append(name)
+        elif slot.tensor in first_name:
+            aliases[name] = first_name[slot.tensor]
+        elif slot.tensor.is_meta:
+            raise TwoAxisError(f"{name}: expected a tensor with values, got one on the meta device; load the weights")
+        else:
+            first_name[slot.tensor] = name
+            value = slot.tensor.detach()
+            # a copy always: safetensors refuses tensors that share memory, as views of one another do
+            tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            dense = torch.empty_like(value, device="meta").stride()
+            if dense != tensors[name].stride():
+                strides[name] = list(dense)
+    header: files.Json = {
+        "torch": torch.__version__,
+        "modules": {
+            name: {"class": type(module).__name__, "attributes": _integers(module)}
+            for name, module in model.named_modules()
+        },
+        "aliases": aliases,
+        "empty": empty,
+        "strides": strides,
+        "report": None if report is None else report.to_json(),
+    }
+    files.write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Read what a file says of itself, without its tensors.
+
+    Returns:
+        ``"report"`` (the JSON string given to :func:`save_pruned`, or None), ``"torch"`` (the version that
+        wrote), and the recipe: ``"modules"`` (name -> class and integer attributes), ``"aliases"`` (tied name
+        -> stored name), ``"empty"`` (parameters and buffers that are None), ``"strides"`` (of non-contiguous
+        tensors).
+
+    Raises:
+        FileFormatError: the file is missing, corrupted, a pickle, foreign, or of a newer version.
+
+    Example:
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.safetensors")
+        >>> save_pruned(nn.Linear(4, 2), path)
+        >>> read_header(path)["modules"]
+        {'': {'class': 'Linear', 'attributes': {'in_features': 4, 'out_features': 2}}}
+    """
+    return files.read_header(path, kind=FORMAT, version=VERSION)
+
+
+def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a network that :func:`save_pruned` wrote.
+
+    Args:
+        path: the file.
+        model_factory: builds the dense network, for example ``lambda: resnet18(num_classes=10)``. Its values
+            do not matter, so the meta device will do; ``requires_grad`` flags and devices are kept from it.
+
+    Returns:
+        The network in evaluation mode; its outputs are those of the saved one bit for bit, on the same
+        machine, device and torch version.
+
+    Raises:
+        FileFormatError: the file is missing, corrupted, a pickle, foreign, of a newer version or incomplete.
+        TwoAxisError: the factory builds another network than the one that was pruned.
+
+    Example:
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.safetensors")
+        >>> net = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3))
+        >>> save_pruned(net, path)
+        >>> x = torch.ones(1, 4)
+        >>> torch.equal(load_pruned(path, lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)))(x), net(x))
+        True
+    """
+    if isinstance(model_factory, nn.Module) or not callable(model_factory):
+        raise TwoAxisError(
+            "model_factory: expected a function that builds the dense network, got "
+            f"{type(model_factory).__name__}; give for example lambda: resnet18(num_classes=10)"
+        )
+    tensors, header = files.read_tensors(path, kind=FORMAT, version=VERSION)
+    with preserved_rng():
+        model = model_factory()
+    if not isinstance(model, nn.Module):
+        raise TwoAxisError(
+            f"model_factory: expected it to return an nn.Module, got {type(model).__name__}; return the dense network"
+        )
+    model = unwrap(model)
+    try:
+        saved = {name: _restride(name, tensor, header["strides"]) for name, tensor in tensors.items()}
+        saved |= {name: saved[stored] for name, stored in header["aliases"].items()}
+        classes = {name: module["class"] for name, module in header["modules"].items()}
+        attributes = {name: _checked(module["attributes"]) for name, module in header["modules"].items()}
+        empty = set(header["empty"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileFormatError(
+            f"{path}: the recipe is incomplete or damaged ({type(error).__name__}: {error}); save the network again"
+        ) from error
+    modules = dict(model.named_modules())
+    slots = _slots(model)
+    _compare(path, "module", classes, modules)
+    for name, module in modules.items():
+        if type(module).__name__ != classes[name]:
+            raise TwoAxisError(
+                f"{path}: module {name or '(root)'}: expected the saved class {classes[name]}, the factory "
+                f"built {type(module).__name__}; build the network that was pruned"
+            )
+    _compare(path, "parameter or buffer", {*saved, *empty}, slots)
+    for name, module in modules.items():
+        for key, value in attributes[name].items():
+            current = getattr(module, key, None)
+            wanted = list(value) if isinstance(current, list) and isinstance(value, tuple) else value
+            if current != wanted:
+                setattr(module, key, wanted)
+    _fill(slots, saved)
+    return model.eval()
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    """All places for parameters and buffers by full name; a shared module's under each of its names."""
+    slots = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for is_parameter, store in ((True, module._parameters), (False, module._buffers)):
+            for key, tensor in store.items():
+                slots[f"{prefix}.{key}" if prefix else key] = _Slot(module, key, is_parameter, tensor)
+    return slots
+
+
+def _integers(module: nn.Module) -> dict[str, int | list[int]]:
+    """Public integers and tuples or lists of integers; bools are settings, not structure."""
+    found: dict[str, int | list[int]] = {}
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        if _is_integer(value):
+            found[name] = int(value)
+        elif isinstance(value, (tuple, list)) and value and all(_is_integer(item) for item in value):
+            found[name] = [int(item) for item in value]
+    return found
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _checked(attributes: dict[str, Any]) -> dict[str, int | tuple[int, ...]]:
+    """Attributes from a file: only what :func:`_integers` can have written may be set on a module."""
+    checked: dict[str, int | tuple[int, ...]] = {}
+    for name, value in attributes.items():
+        items = value if isinstance(value, list) else [value]
+        if name.startswith("_") or not all(_is_integer(item) for item in items):
+            raise ValueError(f"attribute {name} = {value!r} is no structure")
+        checked[name] = tuple(value) if isinstance(value, list) else value
+    return checked
+
+
+def _restride(name: str, tensor: Tensor, strides: dict[str, list[int]]) -> Tensor:
+    """Copy a tensor into aligned memory of its own, in the saved layout: kernels are chosen by both."""
+    layout = torch.empty(tensor.shape, device="meta").stride()
+    if name in strides:
+        layout = tuple(strides[name])
+        # a layout with gaps or overlaps was never written, and could ask for any amount of memory
+        probe = torch.empty_strided(tensor.shape, layout, device="meta")
+        if torch.empty_like(probe).stride() != layout:
+            raise ValueError(f"{name}: strides {layout} do not fit shape {tuple(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, layout, dtype=tensor.dtype).copy_(tensor)
+
+
+def _compare(path: str | Path, what: str, saved: Any, built: Any) -> None:
+    missing, extra = [n for n in saved if n not in built], [n for n in built if n not in saved]
+    if missing or extra:
+        raise TwoAxisError(
+            f"{path}: expected the factory to build the network that was pruned; {what} missing from it: "
+            f"{listing(sorted(missing)) or 'none'}; extra in it: {listing(sorted(extra)) or 'none'}; "
+            "give the factory the saved network's architecture and options"
+        )
+
+
+def _fill(slots: dict[str, _Slot], saved: dict[str, Tensor]) -> None:
+    """Put the saved tensors in their places; names that shared a tensor share it again."""
+    tensors = (slot.tensor for slot in slots.values())
+    home = next((t.device for t in tensors if t is not None and not t.is_meta), torch.device("cpu"))
+    placed: dict[tuple[Tensor, bool], Tensor] = {}
+    for name, slot in slots.items():
+        value = saved.get(name)
+        if value is not None:
+            identity = (value, slot.is_parameter)
+            if identity not in placed:
+                placed[identity] = _placed(value, slot, home)
+            value = placed[identity]
+        # not into `_parameters`: a recurrent layer keeps a second list, which its own __setattr__ updates
+        setattr(slot.module, slot.key, value)
+
+
+def _placed(value: Tensor, slot: _Slot, home: torch.device) -> Tensor:
+    """Move a saved tensor to its slot's device; a parameter trains if the factory's did."""
+    value = value.to(home if slot.tensor is None or slot.tensor.is_meta else slot.tensor.device)
+    if not slot.is_parameter:
+        return value
+    trains = value.is_floating_point() if slot.tensor is None else slot.tensor.requires_grad
+    return nn.Parameter(value, requires_grad=trains)

@@ -1,0 +1,224 @@
+"""The host's dependency graph, asked for what a plan needs: prunable groups, their constraints, their costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.importance.groups import Member, members
+from tp_twoaxis.pruning.cost import CostModel, Side, Term
+from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount
+from tp_twoaxis.statistics.layers import channel_layers
+
+
+@dataclass(frozen=True)
+class PrunableGroup:
+    """Coupled channels that can leave together.
+
+    Attributes:
+        name: the root layer's name.
+        group: the host's group over all channels of the root layer.
+        channels: [size] the root layer's channels that belong to this group (all, as a rule).
+        parts: the layers that take part, restricted to these channels.
+        blocks: see :class:`~tp_twoaxis.pruning.plan.ScoredGroup`.
+        multiple: likewise.
+    """
+
+    name: str
+    group: Any
+    channels: list[int]
+    parts: list[Member]
+    blocks: int
+    multiple: int
+
+
+def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Trace a model with the host.
+
+    Raises:
+        TwoAxisError: the host cannot trace it; the message holds the host's reason.
+    """
+    try:
+        with torch.enable_grad(), tracing_allowed(model):
+            return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs)
+    except Exception as error:
+        raise TwoAxisError(
+            f"Torch-Pruning could not trace {type(model).__name__}: {type(error).__name__}: {error}; "
+            "check example_inputs, or leave the part out that it cannot follow"
+        ) from error
+
+
+@contextmanager
+def tracing_allowed(model: nn.Module) -> Iterator[None]:
+    """Let the host trace: it needs gradients on parameters, and switches the model to eval mode itself."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter.is_floating_point())
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+
+
+def prunable_groups(
+    graph: Any, model: nn.Module, ignored_layers: Iterable[nn.Module]
+) -> tuple[list[PrunableGroup], list[str]]:
+    """List the groups that may be pruned.
+
+    Left out are groups with an ignored layer, groups that nobody reads (they are the model's outputs), and
+    the inner width of attention that is built from separate linear layers (its reshapes hold the width).
+    Channels of a layer that the host's own listing passes by, because another group covers only part of the
+    layer, come as a group of their own.
+
+    Returns:
+        The groups, and notes on what was left alone that a reader would expect.
+    """
+    ignored = {module for layer in ignored_layers for module in layer.modules()}
+    names = {module: name for name, module in model.named_modules()}
+    owners = _attention_owners(model)
+    covered: dict[nn.Module, set[int]] = {}
+    found: list[PrunableGroup] = []
+    kept_whole: list[str] = []
+
+    def take(group: Any, channels: list[int] | None = None) -> None:
+        parts = list(members(group))
+        if channels is not None:
+            parts = [_restricted(part, channels) for part in parts]
+        writers = [
+            part
+            for part in parts
+            if part.writes and isinstance(part.module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
+        ]
+        fresh = all(covered.get(part.module, set()).isdisjoint(part.channels.tolist()) for part in writers)
+        for part in writers:
+            covered.setdefault(part.module, set()).update(part.channels.tolist())
+        readers = [part for part in parts if part.reads and not part.writes]
+        if not fresh or not readers or any(part.module in ignored for part in parts if part.writes):
+            return
+        name = names[group[0].dep.target.module]
+        if _inside_attention(parts, owners):
+            kept_whole.append(name)
+            return
+        size = len(group[0].idxs) if channels is None else len(channels)
+        found.append(
+            PrunableGroup(
+                name,
+                group,
+                list(group[0].idxs) if channels is None else channels,
+                parts,
+                _blocks(parts) if size % _blocks(parts) == 0 else size,
+                math.lcm(*(part.module.num_heads for part in parts if isinstance(part.module, nn.MultiheadAttention))),
+            )
+        )
+
+    for group in graph.get_all_groups(ignored_layers=list(ignored)):
+        take(group)
+    for layer in channel_layers(model).values():
+        if layer in covered and layer not in ignored and layer in graph.module2node:
+            pruner = graph.get_pruner_of_module(layer)
+            missing = sorted(set(range(pruner.get_out_channels(layer))) - covered[layer])
+            if missing:
+                everything = list(range(pruner.get_out_channels(layer)))
+                take(graph.get_pruning_group(layer, pruner.prune_out_channels, everything), missing)
+    notes = [f"attention keeps the width of its heads ({listing(kept_whole, 3)})"] if kept_whole else []
+    return found, notes
+
+
+def cost_model(groups: list[PrunableGroup], model: nn.Module, count: MacsCount) -> CostModel:
+    """Express the network's MACs through what each group keeps; see :class:`CostModel`."""
+    sides: dict[tuple[nn.Module, bool], Side] = {}
+    layers = {module: name for name, module in channel_layers(model).items() if count.by_module.get(name)}
+    for group in groups:
+        for part in group.parts:
+            if part.module not in layers:
+                continue
+            writes = part.writes
+            side = sides.setdefault((part.module, writes), Side(_width(part.module, writes)))
+            lost = np.bincount(part.roots.numpy(), minlength=len(group.channels)).astype(np.float64)
+            key = group_key(group)
+            side.lost[key] = side.lost.get(key, 0.0) + lost
+    terms = []
+    for layer, name in layers.items():
+        macs = float(count.by_module[name])
+        own = tuple(side for (module, _), side in sides.items() if module is layer)
+        if isinstance(layer, nn.MultiheadAttention):
+            square = _projection_macs(macs, layer.embed_dim)
+            terms += [Term(square, own * 2), Term(macs - square, own)]
+        else:
+            terms.append(Term(macs, own))
+    terms.append(Term(count.total - sum(term.macs for term in terms), ()))
+    return CostModel(terms)
+
+
+def group_key(group: PrunableGroup) -> str:
+    """Name a group uniquely: two groups can share a root layer."""
+    return group.name if len(group.channels) == len(group.group[0].idxs) else f"{group.name}[{group.channels[0]}:]"
+
+
+def _restricted(part: Member, channels: list[int]) -> Member:
+    """Keep what belongs to some of a full group's root channels, and number these anew."""
+    place = {channel: position for position, channel in enumerate(channels)}
+    inside = torch.tensor([root in place for root in part.roots.tolist()], dtype=torch.bool)
+    roots = torch.tensor([place[root] for root in part.roots[inside].tolist()], dtype=torch.int64)
+    return Member(part.module, part.channels[inside], roots, part.writes, part.reads)
+
+
+def _width(layer: nn.Module, writes: bool) -> int:
+    if isinstance(layer, nn.MultiheadAttention):
+        return int(layer.embed_dim)
+    if isinstance(layer, _ConvNd):
+        return layer.out_channels if writes else layer.in_channels
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features if writes else layer.in_features
+
+
+def _projection_macs(macs: float, width: int) -> float:
+    """Split self-attention's MACs ``4 E^2 L + 2 E L^2`` over L tokens: the part quadratic in the width E."""
+    tokens = (math.sqrt(16.0 * width**4 + 8.0 * width * macs) - 4.0 * width**2) / (4.0 * width)
+    return 4.0 * width**2 * tokens
+
+
+def _blocks(parts: list[Member]) -> int:
+    """Equally long blocks that must stay so: grouped convolutions (not depthwise) and GroupNorm."""
+    counts = [1]
+    for part in parts:
+        module = part.module
+        if isinstance(module, _ConvNd) and module.groups > 1 and not (part.writes and part.reads):
+            counts.append(module.groups)
+        elif isinstance(module, nn.GroupNorm):
+            counts.append(module.num_groups)
+    return math.lcm(*counts)
+
+
+def _attention_owners(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, int]]:
+    """Map linear children of hand-written attention modules to their owner and their place in it."""
+    owners: dict[nn.Module, tuple[nn.Module, int]] = {}
+    for module in model.modules():
+        heads = any(hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads", "heads"))
+        if heads and not isinstance(module, nn.MultiheadAttention):
+            for index, child in enumerate(module.children()):
+                if isinstance(child, nn.Linear):
+                    owners[child] = (module, index)
+    return owners
+
+
+def _inside_attention(parts: list[Member], owners: dict[nn.Module, tuple[nn.Module, int]]) -> bool:
+    """Whether channels run between an attention module's own layers: query to key, or value to projection."""
+    writers = [owners[part.module] for part in parts if part.writes and part.module in owners]
+    readers = [owners[part.module] for part in parts if part.reads and not part.writes and part.module in owners]
+    pairs = any(first[0] is second[0] for i, first in enumerate(writers) for second in writers[i + 1 :])
+    return pairs or any(w[0] is r[0] and w[1] < r[1] for w in writers for r in readers)

@@ -1,0 +1,221 @@
+"""Scores and costs in, channels to remove out: one global threshold that meets a MACs target."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.pruning.cost import CostModel
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group of coupled channels that leave together, and what each is worth.
+
+    Attributes:
+        name: the root layer's name.
+        scores: [size] importance, larger keeps; comparable with other groups' (already normalised).
+        blocks: channels come in this many equally long blocks that must stay equally long (grouped
+            convolutions, GroupNorm): channel i of every block leaves together, ranked by their mean score.
+        multiple: the number kept must be divisible by this.
+    """
+
+    name: str
+    scores: npt.NDArray[np.float64]
+    blocks: int = 1
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which root channels of each group leave.
+
+    Attributes:
+        removed: group name -> [size] bool.
+        macs: predicted MACs of one example after removal.
+        target: MACs that were asked for.
+        dense: predicted MACs with nothing removed.
+        threshold: score of the last channel that the global order removed, or -inf.
+        notes: why the target was not met more closely, if it was not.
+    """
+
+    removed: dict[str, Bools]
+    macs: float
+    target: float
+    dense: float
+    threshold: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        """Distance to the target, relative to it."""
+        return abs(self.macs - self.target) / self.target
+
+
+@dataclass(frozen=True)
+class _Event:
+    """The next admissible cut of a group: these channels leave when the threshold passes ``score``."""
+
+    score: float
+    group: int
+    step: int
+    channels: npt.NDArray[np.int64]
+
+
+def make_plan(
+    groups: list[ScoredGroup],
+    cost: CostModel,
+    *,
+    flops: float,
+    min_keep: float = 0.1,
+    round_to: int | None = None,
+    tolerance: float = 0.01,
+) -> PruningPlan:
+    """Find the global threshold whose removal leaves ``flops`` of the MACs.
+
+    All groups' channels are ordered by score (ties: by group, then by channel) and leave in that order,
+    except below a group's floor. A group that must keep a multiple of something loses channels in such
+    portions, each when its last channel is passed. The cut is the prefix of that order nearest to the
+    target. Where one removal is too coarse to come within a quarter of ``tolerance``, cheaper channels
+    further up the order fill the gap.
+
+    Args:
+        groups: what may be removed; groups that are not listed stay whole.
+        cost: MACs as a function of what is removed.
+        flops: share of the dense MACs to keep, in (0, 1].
+        min_keep: share of every group's channels that stays, in (0, 1]; at least one channel always does.
+        round_to: keep a multiple of this many channels in every group that is touched.
+        tolerance: relative distance to the target that counts as met.
+
+    Returns:
+        The plan; its MACs never rise when ``flops`` falls, up to the tolerance.
+
+    Raises:
+        TwoAxisError: an argument is out of range.
+        UnreachableTargetError: the floors, the rounding and the untouched layers cost more than the target.
+
+    Example:
+        >>> from tp_twoaxis.pruning.cost import Side, Term
+        >>> group = ScoredGroup("conv", np.array([3.0, 1.0, 2.0, 4.0]))
+        >>> cost = CostModel([Term(100.0, (Side(4, {"conv": np.ones(4)}),))])
+        >>> make_plan([group], cost, flops=0.5).removed["conv"].tolist()
+        [False, True, True, False]
+    """
+    _check_arguments(flops, min_keep, round_to, tolerance)
+    dense = cost.dense
+    target = flops * dense
+    events = _events(groups, min_keep, round_to or 1)
+
+    def state_after(chosen: list[_Event]) -> dict[str, Bools]:
+        state = {group.name: np.zeros(len(group.scores), dtype=bool) for group in groups}
+        for event in chosen:
+            state[groups[event.group].name][event.channels] = True
+        return state
+
+    def macs_after(chosen: list[_Event]) -> float:
+        return cost.macs(state_after(chosen))
+
+    least = macs_after(events)
+    close = tolerance * target
+    if least > target + close:
+        raise UnreachableTargetError(
+            f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that min_keep={min_keep:g}"
+            f"{f', round_to={round_to}' if round_to else ''} and the layers left alone allow; lower min_keep, ignore fewer "
+            "layers, or ask for more"
+        )
+    low, high = 0, len(events)  # macs(low) >= target > macs(high), or the end of the list
+    while low < high:
+        middle = (low + high + 1) // 2
+        if macs_after(events[:middle]) >= target:
+            low = middle
+        else:
+            high = middle - 1
+    before = events[:low]
+    chosen = before
+    error = macs_after(before) - target
+    if low < len(events):
+        after = events[: low + 1]
+        if abs(macs_after(after) - target) < error:
+            chosen, error = after, abs(macs_after(after) - target)
+    if error > close / 4:
+        filled = before + _fill(groups, cost, state_after(before), events[low:], target, close / 4)
+        if abs(macs_after(filled) - target) < error:
+            chosen = filled
+    removed = state_after(chosen)
+    macs = cost.macs(removed)
+    notes = []
+    if abs(macs - target) > close:
+        notes.append(
+            f"kept {macs / dense:.4f} of the MACs instead of {flops:g}: no admissible removal lies closer; "
+            "single channels are that coarse here (lower round_to or min_keep)"
+        )
+    threshold = max((event.score for event in chosen), default=-math.inf)
+    return PruningPlan(removed, macs, target, dense, threshold, notes)
+
+
+def _check_arguments(flops: float, min_keep: float, round_to: int | None, tolerance: float) -> None:
+    if not 0.0 < flops <= 1.0:
+        raise TwoAxisError(f"flops: expected the share of MACs to keep, in (0, 1], got {flops!r}")
+    if not 0.0 < min_keep <= 1.0:
+        raise TwoAxisError(f"min_keep: expected a share in (0, 1], got {min_keep!r}")
+    if round_to is not None and round_to < 1:
+        raise TwoAxisError(f"round_to: expected a positive number or None, got {round_to!r}")
+    if not tolerance > 0.0:
+        raise TwoAxisError(f"tolerance: expected a positive relative distance, got {tolerance!r}")
+
+
+def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_Event]:
+    """Order all admissible cuts by the score at which they happen."""
+    events = []
+    for index, group in enumerate(groups):
+        size, blocks = len(group.scores), group.blocks
+        if size % blocks:
+            raise TwoAxisError(f"{group.name}: {size} channels do not split into {blocks} blocks")
+        by_unit = group.scores.reshape(blocks, -1)
+        unit_scores = by_unit.mean(0)
+        order = np.argsort(unit_scores, kind="stable")
+        members = np.arange(size).reshape(blocks, -1)
+        multiple = math.lcm(group.multiple, round_to)
+        floor = max(1, math.ceil(min_keep * size))
+        removed_units = 0
+        for kept in range(size - blocks, floor - 1, -blocks):
+            if kept % multiple == 0 and kept > 0:
+                units = (size - kept) // blocks
+                cut = order[removed_units:units]
+                events.append(_Event(float(unit_scores[cut[-1]]), index, units, np.sort(members[:, cut].reshape(-1))))
+                removed_units = units
+    # a later cut of a group never comes before an earlier one: within a group scores ascend with the step
+    return sorted(events, key=lambda event: (event.score, event.group, event.step))
+
+
+def _fill(
+    groups: list[ScoredGroup],
+    cost: CostModel,
+    state: dict[str, Bools],
+    rest: list[_Event],
+    target: float,
+    close: float,
+) -> list[_Event]:
+    """Find affordable cuts in order, skipping those that overshoot; a skipped group is left alone from there on."""
+    taken: list[_Event] = []
+    blocked: set[int] = set()
+    for event in rest:
+        if event.group in blocked:
+            continue
+        mask = state[groups[event.group].name]
+        mask[event.channels] = True
+        macs = cost.macs(state)
+        if macs < target - close:
+            mask[event.channels] = False
+            blocked.add(event.group)
+            continue
+        taken.append(event)
+        if macs <= target + close:
+            break
+    return taken

@@ -1,0 +1,114 @@
+"""Mend what is left after removal, without labels and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.statistics.calibration import check_images, split_batch
+
+REPAIRS = ("bn",)
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """List the BatchNorm layers that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def reestimate_batch_norm(
+    model: nn.Module, loader: Iterable[Any], *, max_images: int | None = 5000, progress: bool = True
+) -> int:
+    """Reset every BatchNorm's running statistics and estimate them anew on the pruned network's own inputs.
+
+    Removal shifts what later layers receive; stale means and variances then cost most of the accuracy.
+    Each layer ends with the plain average over batches of the batch means and variances (momentum None),
+    all layers in the same pass. Nothing else is in training mode: dropout stays off. Buffers are replaced,
+    not written into, so the caller may still undo everything.
+
+    Args:
+        model: the pruned model; modes, random state and momenta are restored.
+        loader: yields ``(images, labels)`` or images; labels are not used. Batches of one image are left out,
+            because their variance says nothing.
+        max_images: stop after this many; None reads the loader to its end.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The number of images used; 0 when the model has no such layer.
+
+    Raises:
+        TwoAxisError: the loader gave no batch of two images or more, or no float images.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> reestimate_batch_norm(net, [torch.randn(8, 3, 4, 4)], progress=False)
+        8
+    """
+    network = unwrap(model)
+    norms = batch_norms(network)
+    if not norms:
+        return 0
+    parameter = next(network.parameters())
+    momenta = [norm.momentum for norm in norms]
+    used = 0
+    with (
+        preserved_rng(),
+        evaluating(network),
+        tqdm(total=max_images, desc="re-estimate BatchNorm", unit="image", disable=not progress, leave=False) as bar,
+    ):
+        try:
+            for norm in norms:
+                for name, buffer in list(norm.named_buffers(recurse=False)):
+                    setattr(norm, name, buffer.clone())
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average: every batch counts the same
+                norm.training = True
+            for index, batch in enumerate(loader):
+                images, _ = split_batch(batch, index)
+                if max_images is not None:
+                    images = images[: max_images - used]
+                check_images(images, index)
+                if len(images) > 1:
+                    network(images.to(parameter.device, parameter.dtype, non_blocking=True))
+                    used += len(images)
+                    bar.update(len(images))
+                if max_images is not None and used >= max_images - 1:
+                    break
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if used == 0:
+        raise TwoAxisError(
+            "repair 'bn': expected batches of at least 2 images from the loader, got none; raise the batch size or "
+            "pass repair=()"
+        )
+    return used
+
+
+def check_repair(repair: Iterable[str], model: nn.Module, loader: Iterable[Any] | None) -> tuple[str, ...]:
+    """Check a repair request before anything is removed.
+
+    Returns:
+        The repairs to run; ``bn`` is dropped for models without BatchNorm.
+
+    Raises:
+        TwoAxisError: an unknown repair, or one that needs a loader and has none.
+
+    Example:
+        >>> check_repair(("bn",), nn.Linear(2, 2), None)
+        ()
+    """
+    wanted = (repair,) if isinstance(repair, str) else tuple(repair)
+    unknown = [name for name in wanted if name not in REPAIRS]
+    if unknown:
+        raise TwoAxisError(f"repair: expected any of {', '.join(REPAIRS)} or (), got {unknown[0]!r}")
+    if "bn" in wanted and not batch_norms(unwrap(model)):
+        return ()
+    if wanted and loader is None:
+        raise TwoAxisError("repair 'bn' needs images: pass loader=..., or repair=() to leave the network as cut")
+    return wanted

@@ -1,0 +1,101 @@
+"""What a pruning did, for people (``str``) and for programs (``to_json``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group of coupled channels.
+
+    Attributes:
+        name: the root layer.
+        layers: all layers of the group with their part, ``"layer1.0.conv1 (writes)"``.
+        kept: root channels that stay, as numbered in the dense root layer.
+        removed: root channels that left.
+    """
+
+    name: str
+    layers: list[str]
+    kept: list[int]
+    removed: list[int]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network's size.
+
+    Attributes:
+        macs: multiply-adds of one example by our counter.
+        params: parameters.
+        host_macs: by Torch-Pruning's counter.
+        thop_macs: by thop, or None where it is not installed.
+    """
+
+    macs: int
+    params: int
+    host_macs: int
+    thop_macs: int | None
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """The outcome of :func:`~tp_twoaxis.prune_to_flops`.
+
+    Attributes:
+        importance: what ranked the channels.
+        flops: share of MACs that was asked for.
+        achieved: share of MACs that is left.
+        before: size of the dense network.
+        after: size of the pruned one.
+        groups: what happened to each group.
+        removed_channels: layer -> output channels that left it, as numbered in the dense layer.
+        repair: the repairs that ran.
+        seconds: phase -> wall-clock seconds.
+        latency_ms: ``"batch 1"`` and ``"batch 64"`` -> (before, after) in milliseconds; empty unless asked for.
+        notes: what a reader must know: what was left alone, why a target was missed.
+    """
+
+    importance: str
+    flops: float
+    achieved: float
+    before: Size
+    after: Size
+    groups: list[GroupReport]
+    removed_channels: dict[str, list[int]]
+    repair: list[str]
+    seconds: dict[str, float]
+    latency_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Serialise everything; one JSON object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        rows = [
+            f"{self.importance}: kept {self.achieved:.2%} of the MACs (asked for {self.flops:.2%})",
+            f"{'':12}{'before':>14}{'after':>14}{'kept':>8}",
+        ]
+        sizes = [
+            ("MACs", self.before.macs, self.after.macs),
+            ("parameters", self.before.params, self.after.params),
+            ("host's MACs", self.before.host_macs, self.after.host_macs),
+            ("thop's MACs", self.before.thop_macs, self.after.thop_macs),
+        ]
+        for name, before, after in sizes:
+            if before is not None and after is not None:
+                rows.append(f"{name:12}{before:14,}{after:14,}{after / max(before, 1):8.1%}")
+        for batch, (before_ms, after_ms) in self.latency_ms.items():
+            rows.append(f"{batch + ', ms':12}{before_ms:14.2f}{after_ms:14.2f}{after_ms / before_ms:8.1%}")
+        rows.append("group (root layer)" + "channels kept".rjust(26))
+        for group in self.groups:
+            size = len(group.kept) + len(group.removed)
+            share = len(group.kept) / size
+            rows.append(f"{group.name:30.30}{len(group.kept):6} of {size:<6}{'#' * round(20 * share):<20}")
+        if self.seconds:
+            rows.append("seconds: " + ", ".join(f"{phase} {time:.2f}" for phase, time in self.seconds.items()))
+        return "\n".join(rows + [f"note: {note}" for note in self.notes])
