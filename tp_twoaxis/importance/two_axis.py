@@ -72,7 +72,8 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
 
     def __repr__(self) -> str:
-        name = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "function")
+        score = getattr(self.score, "func", self.score)
+        name = score if isinstance(score, str) else getattr(score, "__name__", "function")
         return f"{type(self).__name__}(score={name!r}, normalizer={self.normalizer!r})"
 
     def layer_scores(self, name: str) -> Tensor:
