@@ -52,9 +52,7 @@ def shards(tmp_path):
         rows = range(5 * shard, 5 * shard + 5)
         kind = "PNG" if shard else "WEBP"
         images = [encoded(pixels(i), kind) for i in rows]
-        write_shard(
-            tmp_path / "set" / f"train-0000{shard}-of-00002.parquet", images, label=[i % 3 for i in rows]
-        )
+        write_shard(tmp_path / "set" / f"train-0000{shard}-of-00002.parquet", images, label=[i % 3 for i in rows])
     write_shard(tmp_path / "set" / "test-00000-of-00001.parquet", [encoded(pixels(99))], label=[1])
     return tmp_path / "set"
 
@@ -350,3 +348,13 @@ def test_real_cifar_shards():
     assert torch.bincount(data.labels).tolist() == [1000] * 10
     channels = data.images.double().mean((0, 2, 3)) / 255
     torch.testing.assert_close(channels, torch.tensor(data.mean).double(), atol=0.01, rtol=0)
+
+
+def test_open_dataset_draws_before_decoding_the_images_make_loader_would(shards: Path) -> None:
+    drawn = open_dataset(str(shards), num_images=4, seed=3)
+    loader = make_loader(open_dataset(str(shards)), batch_size=10, num_images=4, seed=3)
+    images, labels = next(iter(loader))
+    assert len(drawn) == 4
+    assert torch.equal(torch.stack([drawn[i][0] for i in range(4)]), images)
+    assert torch.equal(drawn.labels, labels)
+    assert len(loader.sampler) == 4

@@ -8,12 +8,9 @@ labels are unknown.
 
 from __future__ import annotations
 
-import glob
-import io
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from tp_twoaxis.errors import TwoAxisError, listing
-
-T = TypeVar("T")
+from tp_twoaxis._image_sources import SPLITS, DrawnSource, Source, TorchvisionSource, find_source, read_pixels
+from tp_twoaxis.errors import TwoAxisError
 
 
 class Normalisation(NamedTuple):
@@ -40,13 +36,6 @@ DATASETS = {
     "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": Normalisation((0.3053,), (0.3759,)),
 }
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test",),
-}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 SMALL = 64  # pixels a side up to which a data set is held in memory
 
 
@@ -150,6 +139,11 @@ class ArrayLoader:
         self.generator = generator
         self.augment = augment
 
+    @property
+    def sampler(self) -> list[int]:
+        """The rows of one pass, as a DataLoader's sampler has them: tells calibration how many images come."""
+        return [int(row) for row in self.indices]
+
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
@@ -182,195 +176,6 @@ def _crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return padded[batch, :, rows, columns].permute(0, 3, 1, 2)
 
 
-class _Source:
-    """Images by index before they are resized, and their labels ``[N]`` if there are any."""
-
-    labels: Tensor | None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """Name the image in an error message."""
-        raise NotImplementedError
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image."""
-        raise NotImplementedError
-
-    def image(self, index: int) -> Any:
-        """Return the decoded image, a Pillow image in RGB."""
-        from PIL import Image
-
-        data = self.read(index)
-        try:
-            return Image.open(io.BytesIO(data)).convert("RGB")
-        except Exception as error:  # Pillow's decoders raise SyntaxError, OSError, ValueError and more
-            raise TwoAxisError(
-                f"{self.name(index)}: expected an image that Pillow reads, it says: {error}; repair or remove it"
-            ) from error
-
-
-class _TorchvisionSource(_Source):
-    """CIFAR as torchvision stores it, checksums verified by torchvision before it reads."""
-
-    def __init__(self, kind: str, root: Path, split: str) -> None:
-        if split not in ("train", "test"):
-            raise TwoAxisError(f"{kind}:{root}: expected split train or test, got {split!r}; choose one of the two")
-        try:
-            from torchvision import datasets
-        except ImportError as error:
-            raise TwoAxisError(f"{kind}: needs torchvision, it is missing; install tp-twoaxis[cli]") from error
-        maker = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
-        try:
-            data = maker(str(root), train=split == "train", download=False)
-        except (RuntimeError, OSError) as error:
-            raise TwoAxisError(
-                f"{kind}:{root}: expected {maker.base_folder}/ there, torchvision says: {error}; "
-                f"unpack {maker.url} there or name the folder that holds it"
-            ) from error
-        self.pixels = data.data
-        self.labels = torch.tensor(data.targets, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def image(self, index: int) -> Any:
-        from PIL import Image
-
-        return Image.fromarray(self.pixels[index])
-
-
-class _FolderSource(_Source):
-    """Image files; labels are the index of the class folder in alphabetical order, as in torchvision."""
-
-    def __init__(self, folder: Path) -> None:
-        classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        parts = [_image_files(p) for p in classes]
-        self.files = [file for part in parts for file in part]
-        self.labels = torch.tensor([i for i, part in enumerate(parts) for _ in part], dtype=torch.int64)
-        if not self.files:  # a flat folder: images only
-            self.files, self.labels = _image_files(folder), None
-        if not self.files:
-            raise TwoAxisError(
-                f"{folder}: expected Parquet shards, images, or a folder of images for each class, "
-                "found none; check the path"
-            )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
-
-    def read(self, index: int) -> bytes:
-        return self.files[index].read_bytes()
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-
-
-class _ParquetSource(_Source):
-    """Rows of Parquet shards in the Hugging Face image schema, a row group in memory at a time."""
-
-    def __init__(self, files: list[Path], label_column: str | None) -> None:
-        parquet = _parquet()
-        self.groups: list[tuple[Path, int, int]] = []  # file, row group, its first row in the file
-        self.starts = [0]
-        labels: list[np.ndarray[Any, Any]] = []
-        for path in files:
-            try:
-                file = parquet.ParquetFile(path)
-            except Exception as error:  # pyarrow has its own hierarchy, and OSError
-                raise TwoAxisError(
-                    f"{path}: expected a Parquet file, reading it says: {error}; copy it anew"
-                ) from error
-            image, label = _columns(path, file.schema_arrow, label_column)
-            if path == files[0]:
-                self.image_column, self.label_column = image, label
-            elif (image, label) != (self.image_column, self.label_column):
-                raise TwoAxisError(
-                    f"{path}: expected columns {self.image_column} and {self.label_column} as in "
-                    f"{files[0].name}, got {image} and {label}; choose shards of one data set"
-                )
-            first = 0
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                self.groups.append((path, group, first))
-                self.starts.append(self.starts[-1] + rows)
-                first += rows
-            if label is not None:
-                column = file.read(columns=[label])[label]
-                if column.null_count:
-                    raise TwoAxisError(
-                        f"{path}: expected a number in every row of {label!r}, {column.null_count} are null; "
-                        "remove these rows or choose another label_column"
-                    )
-                labels.append(column.to_numpy())
-        if len(self) == 0:
-            raise TwoAxisError(f"{files[0]}: expected at least one row, got 0 in {len(files)} file(s); check the files")
-        self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)) if labels else None
-        if self.labels is not None and bool((self.labels == -1).all()):
-            self.labels = None  # the hub's sign for labels that are kept secret
-        self._cached: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return group, index - self.starts[group]
-
-    def name(self, index: int) -> str:
-        group, row = self._locate(index)
-        path, _, first = self.groups[group]
-        return f"{path} row {first + row}"
-
-    def read(self, index: int) -> bytes:
-        group, row = self._locate(index)
-        if self._cached[0] != group:
-            path, number, _ = self.groups[group]
-            table = _parquet().ParquetFile(path).read_row_group(number, columns=[self.image_column])
-            self._cached = (group, table[self.image_column])
-        value = (self._cached[1][row].as_py() or {}).get("bytes")
-        if value is None:
-            raise TwoAxisError(
-                f"{self.name(index)}: expected image bytes in {self.image_column!r}, got none "
-                "(a path only?); embed the images in the Parquet files"
-            )
-        return bytes(value)
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise TwoAxisError("Parquet files need pyarrow, it is not installed; install tp-twoaxis[cli]") from error
-    return parquet
-
-
-def _columns(path: Path, schema: Any, label_column: str | None) -> tuple[str, str | None]:
-    """Name the image column and the label column of a Parquet schema."""
-    kinds = {field.name: str(field.type) for field in schema}
-    images = [name for name, kind in kinds.items() if re.match(r"struct<.*\bbytes: (large_)?binary", kind)]
-    integers = [name for name, kind in kinds.items() if re.fullmatch(r"u?int\d+", kind)]
-    columns = listing(f"{name}: {kind}" for name, kind in kinds.items())
-    if not images:
-        raise TwoAxisError(f"{path}: expected a struct column with `bytes` (Hugging Face images), got {columns}")
-    image = next((name for name in ("img", "image") if name in images), images[0])
-    if label_column is not None:
-        if label_column not in integers:
-            raise TwoAxisError(
-                f"{path}: expected an integer column {label_column!r}, got {columns}; name another label_column"
-            )
-        return image, label_column
-    known = [name for name in ("label", "fine_label", "labels") if name in integers]
-    if not known and len(integers) > 1:
-        raise TwoAxisError(f"{path}: expected one label column, got {listing(integers)}; name it with label_column")
-    return image, next(iter(known or integers), None)
-
-
 class ImageDataset(Dataset[Any]):
     """Images that are read one by one: shorter side to ``image_size / crop_fraction``, then a centre crop.
 
@@ -379,7 +184,7 @@ class ImageDataset(Dataset[Any]):
 
     def __init__(
         self,
-        source: _Source,
+        source: Source,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -399,23 +204,10 @@ class ImageDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
         if not 0 <= index < len(self):
             raise IndexError(f"{index} is not in 0..{len(self) - 1}")
-        pixels = _pixels(self.source, index, self.image_size, self.crop_fraction)
+        pixels = read_pixels(self.source, index, self.image_size, self.crop_fraction)
         mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
         image = (pixels.float() / 255 - mean) / std
         return image if self.labels is None else (image, int(self.labels[index]))
-
-
-def _pixels(source: _Source, index: int, size: int | None, crop_fraction: float) -> Tensor:
-    """Decode one image to uint8 ``[3, H, W]``, at its own size where ``size`` is None."""
-    image = source.image(index)
-    if size is not None and image.size != (size, size):
-        shorter = round(size / crop_fraction)
-        # integer division, as torchvision's Resize has it: a rounded side would shift the crop
-        width, height = (side * shorter // min(image.size) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), resample=2)  # 2: bilinear, with antialiasing when it shrinks
-        image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def open_dataset(
@@ -427,6 +219,8 @@ def open_dataset(
     std: Sequence[float] | None = None,
     label_column: str | None = None,
     crop_fraction: float = 0.875,
+    num_images: int | None = None,
+    seed: int = 0,
 ) -> ArrayDataset | ImageDataset:
     """Open images and labels.
 
@@ -447,6 +241,9 @@ def open_dataset(
             column; without one, or with -1 in all its rows, the data has images only.
         crop_fraction: side of the centre crop as a part of the resized shorter side, in (0, 1]; used for
             images that are not ``image_size`` already.
+        num_images: open only this many, drawn without replacement as :func:`make_loader` draws them; the
+            others are not decoded. None, or more than there are, takes all.
+        seed: of the draw.
 
     Returns:
         An :class:`ArrayDataset` if the images are (or shall be) at most 64 pixels a side, otherwise an
@@ -473,11 +270,13 @@ def open_dataset(
     if not 0 < crop_fraction <= 1:
         raise TwoAxisError(f"crop_fraction: expected a number in (0, 1], got {crop_fraction}; 0.875 is usual")
     kind, colon, root = spec.partition(":")
-    source: _Source
+    source: Source
     if colon and kind in ("cifar10", "cifar100"):
-        name, source = kind, _TorchvisionSource(kind, Path(root).expanduser(), split)
+        name, source = kind, TorchvisionSource(kind, Path(root).expanduser(), split)
     else:
-        name, source = _find(spec, split, label_column)
+        name, source = find_source(spec, split, label_column)
+    if num_images is not None:
+        source = DrawnSource(source, _draw(len(source), num_images, torch.Generator().manual_seed(seed)))
     mean = DATASETS[name].mean if mean is None else mean
     std = DATASETS[name].std if std is None else std
     if max(source.image(0).size) <= SMALL and (image_size is None or image_size <= SMALL):
@@ -485,54 +284,13 @@ def open_dataset(
     return ImageDataset(source, image_size or 224, mean, std, crop_fraction)
 
 
-def _find(spec: str, split: str, label_column: str | None) -> tuple[str, _Source]:
-    """Find the files of a path or glob; returns whose normalisation they take, and the source."""
-    path = Path(spec).expanduser()
-    if not path.exists():
-        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        if not files:
-            raise TwoAxisError(
-                f"data: expected a file, folder, glob or cifar10:/root, found no {spec!r}; check the path"
-            )
-        return _normalisation_of(files[0].resolve(), with_parent=True), _ParquetSource(files, label_column)
-    normalisation = _normalisation_of(path.resolve(), with_parent=path.is_file())
-    if path.is_file():
-        return normalisation, _ParquetSource([path], label_column)
-    shards = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    if shards:
-        by_split: dict[str, list[Path]] = {}
-        for shard in shards:
-            by_split.setdefault(re.split(r"[-_.\d]", shard.name, maxsplit=1)[0], []).append(shard)
-        return normalisation, _ParquetSource(_choose(path, split, by_split), label_column)
-    folders = {p.name: p for p in path.iterdir() if p.is_dir()}
-    # without any folder that is named like a split, the folders are the classes
-    if any(name in names for name in folders for names in SPLITS.values()):
-        path = _choose(path, split, folders)
-    return normalisation, _FolderSource(path)
-
-
-def _choose(path: Path, split: str, by_split: dict[str, T]) -> T:
-    for name in SPLITS[split]:
-        if name in by_split:
-            return by_split[name]
-    raise TwoAxisError(
-        f"{path}: expected a split called {' or '.join(SPLITS[split])}, got {listing(sorted(by_split))}; "
-        "choose one of these, or name the files with a glob"
-    )
-
-
-def _normalisation_of(path: Path, with_parent: bool) -> str:
-    name = f"{path.parent.name}/{path.name}" if with_parent else path.name
-    return next((known for known in ("cifar100", "cifar10") if known in name.lower()), "imagenet")
-
-
-def _decode_all(source: _Source, image_size: int | None, crop_fraction: float) -> Tensor:
+def _decode_all(source: Source, image_size: int | None, crop_fraction: float) -> Tensor:
     """Decode every image to uint8 ``[N, 3, H, W]``."""
-    first = _pixels(source, 0, image_size, crop_fraction)
+    first = read_pixels(source, 0, image_size, crop_fraction)
     images = torch.empty((len(source), *first.shape), dtype=torch.uint8)
     # None: no bar where the output is not a terminal
     for index in tqdm(range(len(source)), desc="decoding", leave=False, disable=None if len(source) > 5000 else True):
-        pixels = _pixels(source, index, image_size, crop_fraction)
+        pixels = read_pixels(source, index, image_size, crop_fraction)
         if pixels.shape != first.shape:
             raise TwoAxisError(
                 f"{source.name(index)}: expected {list(first.shape)} like the first image, "
@@ -574,10 +332,7 @@ def make_loader(
     _check_positive("batch_size", batch_size)
     generator = torch.Generator().manual_seed(seed)
     size = len(dataset)  # type: ignore[arg-type]  # map-style data sets have a length, their base class none
-    indices = torch.arange(size)
-    if num_images is not None:
-        _check_positive("num_images", num_images)
-        indices = torch.randperm(size, generator=generator)[:num_images].sort().values
+    indices = torch.arange(size) if num_images is None else _draw(size, num_images, generator)
     if isinstance(dataset, ArrayDataset):
         return dataset.loader(batch_size, indices, shuffle, generator)
     part = dataset if num_images is None else Subset(dataset, indices.tolist())
@@ -613,6 +368,11 @@ def digits(split: str, seed: int = 0) -> ArrayDataset:
     images = np.rint(bunch.images[rows, None] * (255 / 16)).astype(np.uint8)
     labels = bunch.target[rows].astype(np.int64)
     return ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels), *DATASETS["digits"])
+
+
+def _draw(size: int, num_images: int, generator: torch.Generator) -> Tensor:
+    _check_positive("num_images", num_images)
+    return torch.randperm(size, generator=generator)[:num_images].sort().values
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -1,0 +1,292 @@
+"""Where image files come from: class folders, Parquet shards, torchvision's CIFAR; read one by one."""
+
+from __future__ import annotations
+
+import glob
+import io
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tp_twoaxis.errors import TwoAxisError, listing
+
+T = TypeVar("T")
+
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test",),
+}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+
+
+class Source:
+    """Images by index before they are resized, and their labels ``[N]`` if there are any."""
+
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Name the image in an error message."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Any:
+        """Return the decoded image, a Pillow image in RGB."""
+        from PIL import Image
+
+        data = self.read(index)
+        try:
+            return Image.open(io.BytesIO(data)).convert("RGB")
+        except Exception as error:  # Pillow's decoders raise SyntaxError, OSError, ValueError and more
+            raise TwoAxisError(
+                f"{self.name(index)}: expected an image that Pillow reads, it says: {error}; repair or remove it"
+            ) from error
+
+
+class DrawnSource(Source):
+    """A fixed choice of another source's images, made before any of them is decoded."""
+
+    def __init__(self, source: Source, indices: Tensor) -> None:
+        self.source = source
+        self.indices = indices.tolist()
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Name the image in an error message."""
+        return self.source.name(self.indices[index])
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image."""
+        return self.source.read(self.indices[index])
+
+    def image(self, index: int) -> Any:
+        """Return the decoded image."""
+        return self.source.image(self.indices[index])
+
+
+class TorchvisionSource(Source):
+    """CIFAR as torchvision stores it, checksums verified by torchvision before it reads."""
+
+    def __init__(self, kind: str, root: Path, split: str) -> None:
+        if split not in ("train", "test"):
+            raise TwoAxisError(f"{kind}:{root}: expected split train or test, got {split!r}; choose one of the two")
+        try:
+            from torchvision import datasets
+        except ImportError as error:
+            raise TwoAxisError(f"{kind}: needs torchvision, it is missing; install tp-twoaxis[cli]") from error
+        maker = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
+        try:
+            data = maker(str(root), train=split == "train", download=False)
+        except (RuntimeError, OSError) as error:
+            raise TwoAxisError(
+                f"{kind}:{root}: expected {maker.base_folder}/ there, torchvision says: {error}; "
+                f"unpack {maker.url} there or name the folder that holds it"
+            ) from error
+        self.pixels = data.data
+        self.labels = torch.tensor(data.targets, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image(self, index: int) -> Any:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index])
+
+
+class FolderSource(Source):
+    """Image files; labels are the index of the class folder in alphabetical order, as in torchvision."""
+
+    def __init__(self, folder: Path) -> None:
+        classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        parts = [_image_files(p) for p in classes]
+        self.files = [file for part in parts for file in part]
+        self.labels = torch.tensor([i for i, part in enumerate(parts) for _ in part], dtype=torch.int64)
+        if not self.files:  # a flat folder: images only
+            self.files, self.labels = _image_files(folder), None
+        if not self.files:
+            raise TwoAxisError(
+                f"{folder}: expected Parquet shards, images, or a folder of images for each class, "
+                "found none; check the path"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, index: int) -> bytes:
+        return self.files[index].read_bytes()
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+class ParquetSource(Source):
+    """Rows of Parquet shards in the Hugging Face image schema, a row group in memory at a time."""
+
+    def __init__(self, files: list[Path], label_column: str | None) -> None:
+        parquet = _parquet()
+        self.groups: list[tuple[Path, int, int]] = []  # file, row group, its first row in the file
+        self.starts = [0]
+        labels: list[np.ndarray[Any, Any]] = []
+        for path in files:
+            try:
+                file = parquet.ParquetFile(path)
+            except Exception as error:  # pyarrow has its own hierarchy, and OSError
+                raise TwoAxisError(
+                    f"{path}: expected a Parquet file, reading it says: {error}; copy it anew"
+                ) from error
+            image, label = _columns(path, file.schema_arrow, label_column)
+            if path == files[0]:
+                self.image_column, self.label_column = image, label
+            elif (image, label) != (self.image_column, self.label_column):
+                raise TwoAxisError(
+                    f"{path}: expected columns {self.image_column} and {self.label_column} as in "
+                    f"{files[0].name}, got {image} and {label}; choose shards of one data set"
+                )
+            first = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                self.groups.append((path, group, first))
+                self.starts.append(self.starts[-1] + rows)
+                first += rows
+            if label is not None:
+                column = file.read(columns=[label])[label]
+                if column.null_count:
+                    raise TwoAxisError(
+                        f"{path}: expected a number in every row of {label!r}, {column.null_count} are null; "
+                        "remove these rows or choose another label_column"
+                    )
+                labels.append(column.to_numpy())
+        if len(self) == 0:
+            raise TwoAxisError(f"{files[0]}: expected at least one row, got 0 in {len(files)} file(s); check the files")
+        self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)) if labels else None
+        if self.labels is not None and bool((self.labels == -1).all()):
+            self.labels = None  # the hub's sign for labels that are kept secret
+        self._cached: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return group, index - self.starts[group]
+
+    def name(self, index: int) -> str:
+        group, row = self._locate(index)
+        path, _, first = self.groups[group]
+        return f"{path} row {first + row}"
+
+    def read(self, index: int) -> bytes:
+        group, row = self._locate(index)
+        if self._cached[0] != group:
+            path, number, _ = self.groups[group]
+            table = _parquet().ParquetFile(path).read_row_group(number, columns=[self.image_column])
+            self._cached = (group, table[self.image_column])
+        value = (self._cached[1][row].as_py() or {}).get("bytes")
+        if value is None:
+            raise TwoAxisError(
+                f"{self.name(index)}: expected image bytes in {self.image_column!r}, got none "
+                "(a path only?); embed the images in the Parquet files"
+            )
+        return bytes(value)
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise TwoAxisError("Parquet files need pyarrow, it is not installed; install tp-twoaxis[cli]") from error
+    return parquet
+
+
+def _columns(path: Path, schema: Any, label_column: str | None) -> tuple[str, str | None]:
+    """Name the image column and the label column of a Parquet schema."""
+    kinds = {field.name: str(field.type) for field in schema}
+    images = [name for name, kind in kinds.items() if re.match(r"struct<.*\bbytes: (large_)?binary", kind)]
+    integers = [name for name, kind in kinds.items() if re.fullmatch(r"u?int\d+", kind)]
+    columns = listing(f"{name}: {kind}" for name, kind in kinds.items())
+    if not images:
+        raise TwoAxisError(f"{path}: expected a struct column with `bytes` (Hugging Face images), got {columns}")
+    image = next((name for name in ("img", "image") if name in images), images[0])
+    if label_column is not None:
+        if label_column not in integers:
+            raise TwoAxisError(
+                f"{path}: expected an integer column {label_column!r}, got {columns}; name another label_column"
+            )
+        return image, label_column
+    known = [name for name in ("label", "fine_label", "labels") if name in integers]
+    if not known and len(integers) > 1:
+        raise TwoAxisError(f"{path}: expected one label column, got {listing(integers)}; name it with label_column")
+    return image, next(iter(known or integers), None)
+
+
+def read_pixels(source: Source, index: int, size: int | None, crop_fraction: float) -> Tensor:
+    """Decode one image to uint8 ``[3, H, W]``, at its own size where ``size`` is None."""
+    image = source.image(index)
+    if size is not None and image.size != (size, size):
+        shorter = round(size / crop_fraction)
+        # integer division, as torchvision's Resize has it: a rounded side would shift the crop
+        width, height = (side * shorter // min(image.size) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), resample=2)  # 2: bilinear, with antialiasing when it shrinks
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def find_source(spec: str, split: str, label_column: str | None) -> tuple[str, Source]:
+    """Find the files of a path or glob; returns whose normalisation they take, and the source."""
+    path = Path(spec).expanduser()
+    if not path.exists():
+        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        if not files:
+            raise TwoAxisError(
+                f"data: expected a file, folder, glob or cifar10:/root, found no {spec!r}; check the path"
+            )
+        return _normalisation_of(files[0].resolve(), with_parent=True), ParquetSource(files, label_column)
+    normalisation = _normalisation_of(path.resolve(), with_parent=path.is_file())
+    if path.is_file():
+        return normalisation, ParquetSource([path], label_column)
+    shards = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    if shards:
+        by_split: dict[str, list[Path]] = {}
+        for shard in shards:
+            by_split.setdefault(re.split(r"[-_.\d]", shard.name, maxsplit=1)[0], []).append(shard)
+        return normalisation, ParquetSource(_choose(path, split, by_split), label_column)
+    folders = {p.name: p for p in path.iterdir() if p.is_dir()}
+    # without any folder that is named like a split, the folders are the classes
+    if any(name in names for name in folders for names in SPLITS.values()):
+        path = _choose(path, split, folders)
+    return normalisation, FolderSource(path)
+
+
+def _choose(path: Path, split: str, by_split: dict[str, T]) -> T:
+    for name in SPLITS[split]:
+        if name in by_split:
+            return by_split[name]
+    raise TwoAxisError(
+        f"{path}: expected a split called {' or '.join(SPLITS[split])}, got {listing(sorted(by_split))}; "
+        "choose one of these, or name the files with a glob"
+    )
+
+
+def _normalisation_of(path: Path, with_parent: bool) -> str:
+    name = f"{path.parent.name}/{path.name}" if with_parent else path.name
+    return next((known for known in ("cifar100", "cifar10") if known in name.lower()), "imagenet")
