@@ -1,0 +1,119 @@
+"""Every criterion by name ranks groups, and says what it lacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_pruning as tp
+from cases import batches, conv_net
+from torch import nn
+from torch.nn import functional as F
+
+from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
+from tp_twoaxis.importance.registry import IMPORTANCES, RandomImportance, find_importance, make_importance
+from tp_twoaxis.scores.registry import SCORES
+from tp_twoaxis.statistics.gradients import accumulate_gradients
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return calibrate(conv_net(), batches(), progress=False)
+
+
+def group_of(net, layer="conv1"):
+    graph = tp.DependencyGraph().build_dependency(net, torch.zeros(1, 3, 8, 8))
+    module = net.get_submodule(layer)
+    return graph.get_pruning_group(module, tp.prune_conv_out_channels, list(range(module.out_channels)))
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_every_name_prunes(name, stats):
+    net = conv_net()
+    importance = make_importance(name, stats=stats, model=net, loader=batches(), progress=False)
+    report = prune_to_flops(net, torch.zeros(1, 3, 8, 8), importance, flops=0.6, repair=(), progress=False)
+    assert report.achieved == pytest.approx(0.6, rel=0.1)
+    assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+
+
+def test_names_cover_all_scores():
+    assert set(SCORES) < set(IMPORTANCES)
+    assert {name for name, entry in IMPORTANCES.items() if entry.needs == "stats"} == set(SCORES)
+    assert find_importance("taylor").needs == "labels"
+
+
+def test_scores_are_the_two_axis_importances(stats):
+    group = group_of(conv_net())
+    made = make_importance("capture", stats=stats)(group)
+    assert torch.equal(made, TwoAxisImportance(stats, "capture")(group))
+
+
+def test_magnitudes_are_the_hosts():
+    group = group_of(conv_net())
+    assert torch.equal(make_importance("l1")(group), tp.importance.MagnitudeImportance(p=1)(group))
+    assert torch.equal(make_importance("l2")(group), tp.importance.MagnitudeImportance(p=2)(group))
+
+
+def test_calibrates_when_there_are_no_statistics(stats):
+    group = group_of(conv_net())
+    made = make_importance("task-mi", model=conv_net(), loader=batches(), progress=False)
+    assert torch.equal(made(group), TwoAxisImportance(stats, "task-mi")(group))
+
+
+@pytest.mark.parametrize("name", ["capture", "taylor"])
+def test_what_is_missing_is_said(name):
+    with pytest.raises(TwoAxisError, match="expected"):
+        make_importance(name, model=conv_net())
+
+
+def test_unknown_names_list_the_valid_ones():
+    with pytest.raises(TwoAxisError, match=r"capture.*lamp, got 'tailor'; did you mean taylor"):
+        make_importance("tailor")
+
+
+def test_random_is_fixed_by_its_seed_alone():
+    first, second = group_of(conv_net(), "conv1"), group_of(conv_net(), "depthwise")
+    state = torch.get_rng_state()
+    one = RandomImportance(seed=1)
+    a, b = one(first), one(second)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(RandomImportance(seed=1)(second), b)
+    assert torch.equal(one(first), a)
+    assert not torch.equal(RandomImportance(seed=2)(first), a)
+    assert not torch.equal(a[: len(b)], b[: len(a)])
+    assert float(torch.cat([a, b]).min()) >= 0.0
+    assert float(torch.cat([a, b]).max()) < 1.0
+
+
+def test_gradients_are_those_of_the_mean_loss_in_any_batches():
+    images, labels = (torch.cat(parts) for parts in zip(*batches(images=40), strict=True))
+    net = conv_net()
+    F.cross_entropy(net(images), labels).backward()
+    wanted = [p.grad.clone() for p in net.parameters()]
+    net.train()
+    used = accumulate_gradients(net, zip(images.split(16), labels.split(16), strict=True), progress=False)
+    assert used == 40
+    assert net.training
+    for parameter, gradient in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(net.bn1.running_mean, conv_net().bn1.running_mean)
+    assert accumulate_gradients(net, batches(images=40), max_images=20, progress=False) == 20
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([torch.zeros(2, 3, 8, 8)], "labels, batch 0 has none"),
+        ([], "got none"),
+        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 9]))], "class indices"),
+    ],
+)
+def test_failed_gradients_leave_none(loader, message):
+    net = conv_net()
+    with pytest.raises(TwoAxisError, match=message):
+        accumulate_gradients(net, loader, progress=False)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_frozen_models_have_no_gradients():
+    with pytest.raises(TwoAxisError, match="requires_grad_"):
+        accumulate_gradients(nn.Linear(2, 2).requires_grad_(False), [], progress=False)
