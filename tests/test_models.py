@@ -62,12 +62,7 @@ def test_published_sizes_and_names(factory, parameters, buffers, head):
     model = factory()
     assert sum(p.numel() for p in model.parameters()) == parameters
     names = {name.rsplit(".", 1)[0] for name in model.state_dict()}
-    blocks = {
-        f"layer{s}.{i}.{part}"
-        for s in (1, 2, 3)
-        for i in range(3)
-        for part in ("conv1", "bn1", "conv2", "bn2")
-    }
+    blocks = {f"layer{s}.{i}.{part}" for s in (1, 2, 3) for i in range(3) for part in ("conv1", "bn1", "conv2", "bn2")}
     shortcuts = {f"layer{s}.0.downsample.{i}" for s in (2, 3) for i in range(buffers)}
     assert names == {"conv1", "bn1", head} | blocks | shortcuts
     assert model.unprunable_layers() == [model.get_submodule(head)]
@@ -114,9 +109,7 @@ def test_every_group_of_the_host_prunes_to_the_silenced_dense_network(kind):
         graph = tp.DependencyGraph().build_dependency(pruned, IMAGES)
         layer = pruned.get_submodule(root)
         channels = layer.out_channels
-        group = graph.get_pruning_group(
-            layer, tp.prune_conv_out_channels, [0, 3, channels // 2, channels - 1]
-        )
+        group = graph.get_pruning_group(layer, tp.prune_conv_out_channels, [0, 3, channels // 2, channels - 1])
         assert graph.check_pruning_group(group)
         group.prune()
         gone = 0
@@ -234,9 +227,7 @@ def test_library_refusals_are_wrapped(monkeypatch):
 
 def test_available_models_can_be_built_by_name():
     names = available_models()
-    assert {"cifar_resnet20_conv_shortcut", "torchvision:resnet50", "timm:deit_tiny_patch16_224"} <= set(
-        names
-    )
+    assert {"cifar_resnet20_conv_shortcut", "torchvision:resnet50", "timm:deit_tiny_patch16_224"} <= set(names)
     assert len(names) == len(set(names))
     assert "torchvision:fasterrcnn_resnet50_fpn" not in names
 

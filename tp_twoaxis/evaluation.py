@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
+from tp_twoaxis.batches import image_batches
 from tp_twoaxis.borrow import evaluating, unwrap
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.calibration import check_images, split_batch
 
 
 def accuracy(model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> tuple[float, int]:
@@ -40,17 +39,14 @@ def accuracy(model: nn.Module, loader: Iterable[Any], *, progress: bool = True) 
     right = images_seen = 0
     with (
         evaluating(network),
-        tqdm(desc="accuracy", unit="image", disable=not progress, leave=False) as bar,
+        image_batches(loader, max_images=None, labels=True, description="accuracy", progress=progress) as batches,
     ):
-        for index, batch in enumerate(loader):
-            images, labels = split_batch(batch, index)
+        for index, images, labels in batches:
             if labels is None:
                 raise TwoAxisError(f"accuracy needs labels, batch {index} has none; name a data set with labels")
-            check_images(images, index)
             logits = network(images.to(parameter.device, parameter.dtype, non_blocking=True))
             right += int((logits.argmax(1) == labels.to(logits.device)).sum())
             images_seen += len(images)
-            bar.update(len(images))
     if images_seen == 0:
         raise TwoAxisError("accuracy: expected at least one batch of images, got none; check the data path and split")
     return right / images_seen, images_seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -69,7 +70,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: Js
         >>> tensors["a"].tolist(), header["note"]
         ([1.0, 1.0], 'hi')
     """
-    metadata = {"format": kind, "version": str(version), "header": json.dumps(header)}
+    metadata = {"format": kind, "version": str(version), "header": json.dumps(header), "digest": _digest(tensors)}
     write_bytes(path, save(tensors, metadata=metadata))
 
 
@@ -95,13 +96,23 @@ def refuse_pickle(path: str | Path) -> None:
         FileFormatError: it is one; the message shows the conversion.
     """
     with Path(path).open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    # a safetensors file starts with its header's length in 8 bytes, by chance a pickle's first; then comes JSON
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise FileFormatError(
             f"{path}: expected a safetensors file, got a pickle (torch.save); pickles run code when they are read, "
             "so convert it once where you trust it: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors')"
         )
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Hash names and bytes: safetensors notices a file cut short, but not a number that changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read(path: str | Path, *, kind: str, version: int, tensors: bool) -> tuple[dict[str, torch.Tensor], Json]:
@@ -119,14 +130,19 @@ def _read(path: str | Path, *, kind: str, version: int, tensors: bool) -> tuple[
                 )
             if int(metadata.get("version", 0)) > version:
                 raise FileFormatError(
-                    f"{path}: format version {metadata['version']}, this release reads up to {version}; update tp-twoaxis"
+                    f"{path}: format version {metadata['version']}, this release reads up to {version}; "
+                    "update tp-twoaxis"
                 )
             header: Json = json.loads(metadata["header"])
-            return ({name: file.get_tensor(name) for name in file.keys()} if tensors else {}), header  # noqa: SIM118
+            read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            if tensors and _digest(read) != metadata["digest"]:
+                raise ValueError("its numbers do not match their checksum")
+            return read, header
     except FileFormatError:
         raise
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        # only now: a sound safetensors file may by chance start with a pickle's first byte
+    except OSError as error:
+        raise FileFormatError(f"{path}: could not be read ({error}); check the path and its permissions") from error
+    except (SafetensorError, ValueError, KeyError) as error:
         refuse_pickle(path)
         raise FileFormatError(
             f"{path}: not readable as safetensors, cut short or corrupted ({error}); write it again"

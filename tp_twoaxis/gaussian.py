@@ -13,7 +13,7 @@ def information_from_r2(r2: Tensor) -> Tensor:
     """Mutual information of a variable with its linear prediction, ``-1/2 ln(1 - R^2)`` (equation 9).
 
     Args:
-        r2: share of explained variance, any shape, clipped to [0, 1 - 1e-12].
+        r2: share of explained variance, any shape, clipped to [0, 1 - 1e-12] (float32: to 1 - 1.2e-7).
 
     Returns:
         Information in nats, the shape of ``r2``, in [0, 13.9].
@@ -22,7 +22,8 @@ def information_from_r2(r2: Tensor) -> Tensor:
         >>> round(float(information_from_r2(torch.tensor(0.75, dtype=torch.float64))), 4)
         0.6931
     """
-    return -0.5 * torch.log1p(-r2.clamp(0.0, 1.0 - RESOLUTION))
+    resolution = max(RESOLUTION, torch.finfo(r2.dtype).eps)
+    return -0.5 * torch.log1p(-r2.clamp(0.0, 1.0 - resolution))
 
 
 def information_from_correlation(rho: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.errors import FileFormatError
+from tp_twoaxis.files import write_tensors
 from tp_twoaxis.pruning.checkpoint import FORMAT, load_pruned, read_header, save_pruned
 
 
@@ -310,12 +311,9 @@ def whole_file(path):
 
 def write_with_header(path, **changes):
     """A well-formed file of ours with a changed recipe."""
-    metadata = {"format": FORMAT, "version": "1"}
     header = {"modules": {"": {"class": "Linear", "attributes": {}}}, "aliases": {}, "empty": ["bias"]}
     header |= {"strides": {}, "report": None} | changes
-    safetensors.torch.save_file(
-        {"weight": torch.zeros(2, 3)}, path, metadata={**metadata, "header": json.dumps(header)}
-    )
+    write_tensors(path, {"weight": torch.zeros(2, 3)}, header, kind=FORMAT, version=1)
 
 
 BAD_FILES = {

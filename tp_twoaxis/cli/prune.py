@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tp_twoaxis.batches import split_batch
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.cli import options as opt
 from tp_twoaxis.cli.inputs import DataOptions, ModelOptions, check_outputs, names, show_progress
@@ -18,7 +19,7 @@ from tp_twoaxis.files import write_bytes
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.pruning.checkpoint import save_pruned
-from tp_twoaxis.statistics.calibration import calibrate, split_batch
+from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"

@@ -7,12 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from tp_twoaxis.batches import expected_images, image_batches
 from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.statistics.layers import channel_layers
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import Positions, Recorder
@@ -71,8 +70,8 @@ def calibrate(
     """
     if target is not None and target not in TARGETS:
         raise TwoAxisError(f"target: expected one of {', '.join(TARGETS)} or None, got {target!r}")
-    if max_images is not None and max_images < 1:
-        raise TwoAxisError(f"max_images: expected a positive number or None, got {max_images}")
+    if max_images is not None and not (isinstance(max_images, int) and max_images > 0):
+        raise TwoAxisError(f"max_images: expected a positive whole number or None, got {max_images!r}")
     network = unwrap(model)
     recorded = channel_layers(network, layers)
     if not recorded:
@@ -84,20 +83,24 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(evaluating(network))
+        stack.enter_context(_eager(network))
         run_device = stack.enter_context(_placed(network, parameter.device, device))
-        batches = stack.enter_context(_announced(loader, max_images, progress))
+        batches = stack.enter_context(
+            image_batches(
+                loader, max_images=max_images, labels=target is not None, description="calibrate", progress=progress
+            )
+        )
         recorder: Recorder | None = None
-        for index, (images, labels) in enumerate(batches):
-            check_images(images, index)
+        for index, images, labels in batches:
             if recorder is None:
-                expected = _expected_images(loader, len(images), max_images)
+                expected = expected_images(loader, len(images), max_images)
                 recorder = Recorder(recorded, positions=positions, expected_images=expected)
                 stack.enter_context(recorder)
             recorder.begin(len(images))
             logits = _forward(network, images.to(run_device, parameter.dtype, non_blocking=True), index)
             values = None
             if target is not None:
-                variables = _variables(logits, labels, target, index)
+                variables = _variables(logits, labels, target, index, len(images))
                 if not columns:
                     columns = _columns(variables)
                     width = max(stop for _, stop in columns.values())
@@ -114,6 +117,11 @@ def calibrate(
             images_seen += len(images)
     if recorder is None:
         raise TwoAxisError("loader: expected at least one batch of images, got none; check the data path and split")
+    if not recorder.records:
+        raise TwoAxisError(
+            f"none of the layers {listing(recorded)} ran in the forward pass; "
+            "the model calls their weights as functions, or runs code that was traced before: pass the eager model"
+        )
     resolved = target if target in columns else ("predicted_margin" if target else None)
     return CalibrationStatistics.from_records(
         recorded, recorder.records, task, columns, target=resolved, num_images=images_seen, explicit=layers is not None
@@ -134,85 +142,19 @@ def _placed(network: nn.Module, home: torch.device, device: torch.device | str |
 
 
 @contextmanager
-def _announced(
-    loader: Iterable[Any], max_images: int | None, progress: bool
-) -> Iterator[Iterator[tuple[Tensor, Tensor | None]]]:
-    """Batches of at most ``max_images`` images in all, under a progress bar; loader errors say which batch."""
-
-    def batches(bar: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-        left = max_images
-        iterator, index = None, 0
-        while left is None or left > 0:
-            try:
-                iterator = iter(loader) if iterator is None else iterator
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise TwoAxisError(
-                    f"loader: batch {index} raised {type(error).__name__}: {error}; the model is as it was"
-                ) from error
-            images, labels = split_batch(batch, index)
-            if left is not None:
-                images, labels = images[:left], None if labels is None else labels[:left]
-                left -= len(images)
-            index += 1
-            if len(images):
-                yield images, labels
-                bar.update(len(images))
-
-    total = _expected_images(loader, None, max_images, ranks=False)
-    with tqdm(total=total, desc="calibrate", unit="image", disable=not progress, leave=False) as bar:
-        yield batches(bar)
-
-
-def split_batch(batch: Any, index: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Take a loader's batch apart.
-
-    Args:
-        batch: ``(images, labels)``, ``images`` or a mapping with ``pixel_values`` (or ``image``, ``images``)
-            and ``labels`` (or ``label``).
-        index: the batch's number, for the message.
-
-    Returns:
-        Images and labels, the latter None when the batch has none.
-
-    Raises:
-        TwoAxisError: it is none of these.
-
-    Example:
-        >>> images, labels = split_batch([torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])])
-        >>> images.shape[0], labels.tolist()
-        (2, [0, 1])
-    """
-    images, labels = batch, None
-    if isinstance(batch, dict):
-        images = next((batch[key] for key in ("pixel_values", "images", "image") if key in batch), None)
-        labels = next((batch[key] for key in ("labels", "label") if key in batch), None)
-    elif isinstance(batch, (tuple, list)) and batch:
-        images, labels = batch[0], batch[1] if len(batch) > 1 else None
-    if not isinstance(images, Tensor) or not (labels is None or isinstance(labels, Tensor)):
-        got = type(batch).__name__ if images is batch else f"{type(images).__name__}, {type(labels).__name__}"
-        raise TwoAxisError(f"loader: expected tensors (images, labels) or images in batch {index}, got {got}")
-    return images, labels
-
-
-def check_images(images: Tensor, index: int = 0) -> None:
-    """Refuse images that no model was trained on: integers, NaN, infinities.
-
-    Raises:
-        TwoAxisError: naming the batch.
-
-    Example:
-        >>> check_images(torch.zeros(1, 3, 8, 8))
-    """
-    if not images.is_floating_point():
+def _eager(network: nn.Module) -> Iterator[None]:
+    """Run what was compiled inside the network as it was written: code traced without hooks never calls them."""
+    modules = list(network.modules())
+    if not any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
+        yield
+    elif hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
         raise TwoAxisError(
-            f"loader: expected float images normalised as in training, got {images.dtype} in batch {index}; "
-            "convert with images.float() / 255 and normalise"
+            f"{type(network).__name__}: parts of it are compiled, and torch {torch.__version__} cannot run them "
+            "eagerly (2.6 can); calibrate before compiling them"
         )
-    if not bool(torch.isfinite(images).all()):
-        raise TwoAxisError(f"loader: batch {index} holds NaN or infinite pixels; remove or mend those images")
 
 
 def _forward(network: nn.Module, images: Tensor, index: int) -> Tensor:
@@ -237,11 +179,16 @@ def _forward(network: nn.Module, images: Tensor, index: int) -> Tensor:
     return output
 
 
-def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int) -> dict[str, Tensor]:
+def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int, images: int) -> dict[str, Tensor]:
     if labels is None and target not in (*LABEL_FREE, "margin"):
         raise TwoAxisError(
             f"target {target!r} needs labels and batch {index} has none; yield (images, labels) or choose one of "
             f"{', '.join(LABEL_FREE)}"
+        )
+    if logits.ndim == 2 and len(logits) != images:
+        raise TwoAxisError(
+            f"expected logits [{images}, K] of the {images} images of batch {index}, got {list(logits.shape)}; "
+            "pass target=None to calibrate the local axis alone"
         )
     try:
         return task_variables(logits if logits.device.type != "mps" else logits.cpu(), labels)
@@ -255,23 +202,3 @@ def _columns(variables: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
         columns[name] = (start, start + value.shape[1])
         start += value.shape[1]
     return columns
-
-
-def _expected_images(
-    loader: Iterable[Any], batch_size: int | None, max_images: int | None, *, ranks: bool = True
-) -> int | None:
-    """Count the images to come, over all ranks, or None when the loader does not say."""
-    count: int | None = None
-    try:
-        sampler = getattr(loader, "sampler", None)
-        if sampler is not None:
-            count = len(sampler)
-        elif batch_size is not None:
-            count = len(loader) * batch_size  # type: ignore[arg-type]
-    except TypeError:
-        count = None
-    if count is not None and max_images is not None:
-        count = min(count, max_images)
-    if count is not None and ranks and dist.is_available() and dist.is_initialized():
-        count *= dist.get_world_size()
-    return count

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from tp_twoaxis.batches import image_batches
 from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.calibration import check_images, split_batch
 
 
 def accumulate_gradients(
@@ -54,25 +53,20 @@ def accumulate_gradients(
         preserved_rng(),
         evaluating(network),
         torch.enable_grad(),
-        tqdm(total=max_images, desc="gradients", unit="image", disable=not progress, leave=False) as bar,
+        image_batches(
+            loader, max_images=max_images, labels=True, description="gradients", progress=progress
+        ) as batches,
     ):
         try:
-            for index, batch in enumerate(loader):
-                images, labels = split_batch(batch, index)
+            for index, images, labels in batches:
                 if labels is None:
                     raise TwoAxisError(
                         f"gradients of the loss need labels, batch {index} has none; yield (images, labels)"
                     )
-                left = len(images) if max_images is None else max_images - used
-                images, labels = images[:left], labels[:left]
-                check_images(images, index)
                 logits = network(images.to(device, dtype, non_blocking=True))
                 # sums now and one division at the end: a small last batch then weighs no more than its images
                 F.cross_entropy(logits, labels.to(device), reduction="sum").backward()  # type: ignore[no-untyped-call]
                 used += len(images)
-                bar.update(len(images))
-                if used == max_images:
-                    break
             if used == 0:
                 raise TwoAxisError("loader: expected at least one batch of images, got none; check the data path")
         except Exception as error:

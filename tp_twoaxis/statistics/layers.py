@@ -27,7 +27,7 @@ def channel_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict
         listed: it is run as a function, and the attention layer's own output is its output.
 
     Raises:
-        TwoAxisError: a name does not exist or is of a layer without channels; a bare string was given.
+        TwoAxisError: a name does not exist or is of a layer without channels; no name or a bare string was given.
 
     Example:
         >>> list(channel_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))))
@@ -45,6 +45,8 @@ def channel_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict
     if isinstance(names, str):
         raise TwoAxisError(f"layers: expected a list of layer names, got the string {names!r}; pass [{names!r}]")
     wanted = list(names)
+    if not wanted:
+        raise TwoAxisError("layers: expected at least one layer name, got none; leave it out to record every layer")
     modules = dict(model.named_modules())
     for name in wanted:
         if name in found:
@@ -114,7 +116,7 @@ def fingerprint(layer: nn.Module) -> str:
     for name, parameter in layer.named_parameters():
         data = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

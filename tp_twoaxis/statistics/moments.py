@@ -159,6 +159,12 @@ class CoMoments:
             self._other_mean = common[len(self.mean) :].to(home)
         return self
 
+    def mirror(self) -> CoMoments:
+        """Make a symmetric scatter so to the last bit (products round its halves apart); returns self."""
+        if not self.paired:
+            self.scatter = self.scatter.triu() + self.scatter.triu(1).T
+        return self
+
     def to(self, device: torch.device | str) -> CoMoments:
         """Move the accumulators; returns self."""
         self.mean, self.scatter = self.mean.to(device), self.scatter.to(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.statistics.layers import channels_last_view, num_channels
 from tp_twoaxis.statistics.moments import CoMoments
 
@@ -75,6 +75,7 @@ class Recorder:
         self.records: dict[str, LayerRecord] = {}
         self._handles: list[RemovableHandle] = []
         self._batch_size = 0
+        self._ran: set[str] | None = None
         self._pooled: dict[str, tuple[Tensor, int]] = {}
         self._pending: dict[str, list[Tensor]] = {}
         self._pending_task: list[Tensor] = []
@@ -106,7 +107,18 @@ class Recorder:
 
         Args:
             task: [batch, T] task variables, or None.
+
+        Raises:
+            TwoAxisError: a layer ran in this batch and not in the first one, or the other way round.
         """
+        ran = set(self._pooled)
+        if self._ran is None:
+            self._ran = ran
+        if changing := [name for name in self.layers if (name in ran) != (name in self._ran)]:
+            raise TwoAxisError(
+                f"{listing(changing)}: expected a layer to run in every batch or in none, got both, so its statistics "
+                "would be of fewer images than the others'; leave it out with layers=[...]"
+            )
         for name, (total, weight) in self._pooled.items():
             self._pending.setdefault(name, []).append(total / weight)
         self._pooled = {}

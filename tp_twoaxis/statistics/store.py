@@ -90,8 +90,7 @@ class LayerStatistics:
     @property
     def variance(self) -> Tensor:
         """Diagonal of the covariance, [C]; exactly 0 for channels that are constant up to rounding."""
-        variance = self.rows.scatter.diagonal() / max(self.num_rows, 1)
-        return torch.where(variance > CONSTANT * self.rows.mean.square(), variance, torch.zeros_like(variance))
+        return _variance(self.rows)
 
     @property
     def correlation(self) -> Tensor:
@@ -101,7 +100,7 @@ class LayerStatistics:
     @property
     def pooled_correlation(self) -> Tensor:
         """Correlation of the pooled outputs over images, [C, C], diagonal 1."""
-        return _correlation(self.pooled.covariance, self._pooled_variance)
+        return _correlation(self.pooled.covariance, _variance(self.pooled))
 
     def target_correlation(self, name: str | None = None) -> Tensor:
         """Correlation of each pooled channel with a task variable.
@@ -123,15 +122,15 @@ class LayerStatistics:
                 "call calibrate() with labels and a target"
             )
         start, stop = self.columns[name]
-        spread = torch.outer(self._pooled_variance, self.task.covariance.diagonal()[start:stop]).sqrt()
+        spread = torch.outer(_variance(self.pooled), _variance(self.task)[start:stop]).sqrt()
         covariance = self.cross.covariance[:, start:stop]
         rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
         return rho if name == "one_vs_rest" else rho[:, 0]
 
-    @property
-    def _pooled_variance(self) -> Tensor:
-        variance = self.pooled.covariance.diagonal()
-        return torch.where(variance > CONSTANT * self.pooled.mean.square(), variance, torch.zeros_like(variance))
+
+def _variance(moments: CoMoments) -> Tensor:
+    variance = moments.scatter.diagonal() / max(moments.count, 1)
+    return torch.where(variance > CONSTANT * moments.mean.square(), variance, torch.zeros_like(variance))
 
 
 def _correlation(covariance: Tensor, variance: Tensor) -> Tensor:
@@ -192,7 +191,7 @@ class CalibrationStatistics:
         if explicit and silent:
             raise TwoAxisError(f"layers: {listing(silent)} did not run in the forward pass; leave them out")
         if task is not None:
-            task.to("cpu")
+            task.to("cpu").mirror()
             if not bool(torch.isfinite(task.scatter).all()):
                 raise TwoAxisError("the model's logits are not finite on finite images; check its weights and dtype")
         statistics = {}
@@ -201,7 +200,7 @@ class CalibrationStatistics:
                 continue
             record = records[name]
             for moments in (record.rows, record.pooled, record.cross):
-                if moments is not None and not bool(torch.isfinite(moments.to("cpu").scatter).all()):
+                if moments is not None and not bool(torch.isfinite(moments.to("cpu").mirror().scatter).all()):
                     raise TwoAxisError(
                         f"{name}: the layer's outputs are not finite on finite images; check its weights and dtype"
                     )
@@ -252,10 +251,11 @@ class CalibrationStatistics:
         for what in mine:
             if mine[what] != theirs[what]:
                 raise TwoAxisError(
-                    f"merge: the two statistics differ in their {what}; only parts of one calibration of one model merge"
+                    f"merge: the two statistics differ in their {what}; "
+                    "only parts of one calibration of one model merge"
                 )
         for moments, others in zip(self._moments(), other._moments(), strict=True):
-            moments.merge(others)
+            moments.merge(others).mirror()
         self.num_images += other.num_images
         return self
 
@@ -283,7 +283,7 @@ class CalibrationStatistics:
         images.count = self.num_images
         self.num_images = images.all_reduce(group).count
         for moments in self._moments():
-            moments.all_reduce(group)
+            moments.all_reduce(group).mirror()
         return self
 
     def verify(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -316,8 +316,8 @@ class CalibrationStatistics:
                 )
             if fingerprint(layer) != entry.fingerprint:
                 raise StaleStatisticsError(
-                    f"{name}: the layer's weights are not those that were calibrated - it was trained, repaired or cast "
-                    "after calibration; call calibrate() again"
+                    f"{name}: the layer's weights are not those that were calibrated - it was trained, repaired or "
+                    "cast after calibration; call calibrate() again"
                 )
 
     def save(self, path: str | Path) -> None:
@@ -377,7 +377,7 @@ class CalibrationStatistics:
             return cls(
                 layers, task=task, columns=columns, target=header["target"], num_images=int(header["num_images"])
             )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(
                 f"{path}: the file is incomplete ({type(error).__name__}: {error}); calibrate and save again"
             ) from error

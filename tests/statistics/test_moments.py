@@ -1,0 +1,194 @@
+"""CoMoments against NumPy, and the invariances that make its parts mergeable."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.statistics import moments as module
+from tp_twoaxis.statistics.moments import CoMoments
+
+
+def draw(n=200, width=6, seed=0, dtype=torch.float64):
+    """Correlated rows with different means and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    shift = 3 * torch.randn(width, generator=generator, dtype=torch.float64)
+    return (torch.randn(n, width, generator=generator, dtype=torch.float64) @ mix + shift).to(dtype)
+
+
+def of(*parts, other=None):
+    """Moments of parts taken in one after the other."""
+    moments = CoMoments(parts[0].shape[-1], None if other is None else other[0].shape[-1])
+    for i, part in enumerate(parts):
+        moments.update(part, None if other is None else other[i])
+    return moments
+
+
+def error(moments, x, y=None):
+    """Largest error against NumPy of mean (in standard deviations) and covariance (in both)."""
+    x = x.double().numpy().reshape(-1, x.shape[-1])
+    y = x if y is None else y.double().numpy().reshape(-1, y.shape[-1])
+    assert moments.count == len(x)
+    off = np.abs(moments.mean.numpy() - x.mean(0)) / x.std(0)
+    other_off = np.abs(moments.other_mean.numpy() - y.mean(0)) / y.std(0)
+    covariance = reference.relative_error(moments.covariance, reference.covariance(x, y), x.var(0), y.var(0))
+    return max(off.max(), other_off.max(), covariance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_equals_numpy_on_the_values_given(dtype):
+    x = draw(dtype=dtype)
+    assert error(of(x), x) < 1e-12
+
+
+def test_paired_rows():
+    x, y = draw(seed=1), draw(width=3, seed=2, dtype=torch.float32)
+    moments = of(x, other=[y])
+    assert moments.paired
+    assert moments.scatter.shape == (6, 3)
+    assert error(moments, x, y) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mean_a_hundred_thousand_standard_deviations_away(dtype):
+    x = (torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e5).to(dtype)
+    moments = of(*x.split(37))
+    # naive sums of squares lose all but six digits here in float64, and every digit in float32
+    assert error(moments, x) < 1e-9
+    assert error(of(x[:1500]).merge(of(x[1500:])), x) < 1e-9
+
+
+@pytest.mark.parametrize("layout", ["flat", "positions", "strided"])
+def test_any_layout_and_the_rows_stay_as_they_are(layout):
+    x = draw(240)
+    given_rows = {"flat": x, "positions": x.view(8, 30, 6), "strided": x.view(8, 30, 6).transpose(1, 2).contiguous()}
+    rows = given_rows[layout]
+    rows = rows.transpose(1, 2) if layout == "strided" else rows
+    before = rows.clone()
+    assert error(of(rows), x) < 1e-12
+    assert torch.equal(rows, before)
+    paired = CoMoments(6, 6)
+    paired.update(rows, rows)
+    assert torch.equal(rows, before)
+    torch.testing.assert_close(paired.scatter, of(rows).scatter, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    cuts=st.lists(st.integers(0, 120), max_size=6),
+    order=st.permutations(range(120)),
+    block=st.integers(1, 400),
+    merged=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_batches_order_blocks_and_merging_change_nothing(cuts, order, block, merged, seed):
+    x, y = draw(120, 4, seed), draw(120, 2, seed + 10)
+    bounds = [0, *sorted(cuts), 120]
+    pieces = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    permuted = torch.tensor(order)
+    original = dict(module.BLOCK_NUMBERS)
+    module.BLOCK_NUMBERS["cpu"] = block
+    try:
+        for other in (None, y):
+            parts = [x[permuted][piece] for piece in pieces]
+            others = None if other is None else [other[permuted][piece] for piece in pieces]
+            if merged:
+                result = CoMoments(4, None if other is None else 2)
+                for i in reversed(range(len(parts))):
+                    result.merge(of(parts[i], other=None if others is None else [others[i]]))
+            else:
+                result = of(*parts, other=others)
+            assert error(result, x, other) < 1e-9
+    finally:
+        module.BLOCK_NUMBERS.update(original)
+
+
+def test_merging_leaves_the_other_part_alone_and_returns_self():
+    a, b = of(draw(seed=1)), of(draw(seed=2))
+    mean, scatter = b.mean.clone(), b.scatter.clone()
+    assert a.merge(b) is a
+    assert torch.equal(b.mean, mean)
+    assert torch.equal(b.scatter, scatter)
+    assert b.count == 200
+
+
+def test_empty_parts_are_neutral():
+    x = draw()
+    assert torch.equal(CoMoments(3).covariance, torch.zeros(3, 3, dtype=torch.float64))
+    moments = of(x[:0], x, x[:0])
+    moments.update(torch.zeros(2, 0, 6))
+    for merged in (CoMoments(6).merge(moments), moments.merge(CoMoments(6))):
+        assert error(merged, x) < 1e-12
+
+
+def test_mirror_makes_the_scatter_symmetric_to_the_last_bit():
+    moments = of(*draw(1000, 40).split(77))
+    upper = moments.scatter.triu()
+    assert moments.mirror() is moments
+    assert torch.equal(moments.scatter, moments.scatter.T)
+    assert torch.equal(moments.scatter.triu(), upper)
+    paired = of(draw(), other=[draw()])
+    before = paired.scatter.clone()
+    assert torch.equal(paired.mirror().scatter, before)
+
+
+def test_all_reduce_without_a_process_group_is_the_identity():
+    moments = of(draw())
+    scatter = moments.scatter.clone()
+    assert moments.all_reduce() is moments
+    assert torch.equal(moments.scatter, scatter)
+    assert moments.count == 200
+
+
+def test_from_parts_rebuilds():
+    x, y = draw(), draw(width=2, seed=3)
+    for moments in (of(x), of(x, other=[y])):
+        again = CoMoments.from_parts(
+            moments.count, moments.mean, moments.scatter, moments.other_mean if moments.paired else None
+        )
+        assert again.paired == moments.paired
+        assert torch.equal(again.covariance, moments.covariance)
+        assert torch.equal(again.other_mean, moments.other_mean)
+        again.merge(moments)
+        assert again.count == 400
+
+
+def test_moments_move():
+    moments = of(draw(), other=[draw(width=2)])
+    assert moments.to("cpu") is moments
+    assert {moments.mean.device.type, moments.other_mean.device.type, moments.scatter.device.type} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("moments", "arguments", "message"),
+    [
+        (CoMoments(3), (torch.zeros(5, 4),), r"expected rows \[n, 3\], got \[5, 4\]"),
+        (CoMoments(3), (torch.zeros(3),), r"expected rows \[n, 3\], got \[3\]"),
+        (CoMoments(3), (torch.zeros(1, 2, 3, 3),), r"expected rows \[n, 3\]"),
+        (CoMoments(3), (torch.zeros(5, 3), torch.zeros(5, 2)), r"got \[5, 3\] and \[5, 2\]"),
+        (CoMoments(3, 2), (torch.zeros(5, 3),), "and their pairs"),
+        (CoMoments(3, 2), (torch.zeros(5, 3), torch.zeros(4, 2)), r"paired rows \[5, 2\], got \[4, 2\]"),
+        (CoMoments(3, 2), (torch.zeros(5, 3), torch.zeros(5, 1)), r"paired rows \[5, 2\], got \[5, 1\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(moments, arguments, message):
+    with pytest.raises(TwoAxisError, match=message):
+        moments.update(*arguments)
+    assert moments.count == 0
+
+
+@pytest.mark.parametrize("other", [CoMoments(4), CoMoments(3, 3), CoMoments(3, 2)])
+def test_moments_that_do_not_merge(other):
+    with pytest.raises(TwoAxisError, match="only moments of the same layer merge"):
+        CoMoments(3).merge(other)
+
+
+def test_parts_that_do_not_fit():
+    with pytest.raises(TwoAxisError, match=r"expected a scatter \[2, 2\], got \[3, 3\]"):
+        CoMoments.from_parts(1, torch.zeros(2), torch.zeros(3, 3))
