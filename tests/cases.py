@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Conv-BN-ReLU twice, a residual branch, a grouped and a depthwise convolution, flatten, linear: [n, 3, 8, 8] -> [n, 5]."""
+    """Conv-BN-ReLU, a residual branch, depthwise, 1x1, pool, flatten, linear: [n, 3, 8, 8] -> [n, 5]."""
 
     def __init__(self, width: int = 16, classes: int = 5) -> None:
         super().__init__()

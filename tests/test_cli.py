@@ -224,8 +224,8 @@ def test_force_replaces(folder, tmp_path):
 
 def test_demo_contract(tmp_path, monkeypatch):
     class Result:
-        report_path = Path("x/report.html")
-        table = "the table"
+        def show(self):
+            print("the table and where the report is")
 
         def to_json(self):
             return '{"a": 1}'
@@ -238,7 +238,7 @@ def test_demo_contract(tmp_path, monkeypatch):
     module.run_demo = run_demo
     monkeypatch.setitem(sys.modules, "tp_twoaxis.demo", module)
     options = ("--out", tmp_path / "d", "--quick", "--seed", 3)
-    assert "the table\nreport: x" in succeed("demo", *options).stdout
+    assert "the table and where the report is" in succeed("demo", *options).stdout
     assert json.loads(succeed("demo", *options, "--json").stdout) == {"a": 1}
 
 

@@ -28,7 +28,8 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
         [n] finite. Scores that are all 0 stay 0.
 
     Raises:
-        TwoAxisError: the name is unknown, or scores below 0 came to a normaliser that divides.
+        TwoAxisError: the name is unknown, scores below 0 came to a normaliser that divides, or a function gave
+            something else than one finite number a score.
 
     Example:
         >>> normalize(torch.tensor([1.0, 3.0]), "mean").tolist()
@@ -37,7 +38,7 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
     if normalizer is None:
         return scores
     if callable(normalizer):
-        return normalizer(scores)
+        return _checked(normalizer(scores), scores)
     if normalizer == "standarization":
         return (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
     if normalizer == "gaussian":
@@ -52,6 +53,13 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
     return torch.where(
         divisor > 0, scores / divisor.clamp_min(torch.finfo(scores.dtype).tiny), torch.zeros_like(scores)
     )
+
+
+def _checked(normalized: Tensor, scores: Tensor) -> Tensor:
+    if normalized.shape != scores.shape or not bool(torch.isfinite(normalized).all()):
+        got = "values that are not finite" if normalized.shape == scores.shape else f"shape {list(normalized.shape)}"
+        raise TwoAxisError(f"normalizer: expected a function that returns {len(scores)} finite scores, got {got}")
+    return normalized
 
 
 def _divisor(scores: Tensor, normalizer: str) -> Tensor:

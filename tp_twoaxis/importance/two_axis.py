@@ -48,7 +48,8 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         >>> loader = [(torch.randn(32, 3, 8, 8), torch.randint(4, (32,)))]
         >>> stats = tp_twoaxis.calibrate(net, loader, progress=False)
         >>> pruner = tp.pruner.BasePruner(
-        ...     net, torch.randn(1, 3, 8, 8), importance=TwoAxisImportance(stats), pruning_ratio=0.5, ignored_layers=[net[4]])
+        ...     net, torch.randn(1, 3, 8, 8), importance=TwoAxisImportance(stats), pruning_ratio=0.5,
+        ...     ignored_layers=[net[4]])
         >>> pruner.step()
         >>> net[0].out_channels, net[2].out_channels
         (8, 4)

@@ -5,32 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, preserved_rng, unwrap
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.groups import root_size
+from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key, prunable_groups
-from tp_twoaxis.pruning.macs import (
-    ExampleInputs,
-    MacsCount,
-    count_macs,
-    host_macs,
-    measure_latency,
-    thop_macs,
-)
+from tp_twoaxis.pruning.cost import CostModel
+from tp_twoaxis.pruning.graph import build_graph, cost_model
+from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount, count_macs, host_macs, measure_latency, thop_macs
+from tp_twoaxis.pruning.mapping import sound_groups
 from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
+from tp_twoaxis.pruning.ranking import score_groups
+from tp_twoaxis.pruning.removal import group_report, refresh_widths, remove, removed_channels
 from tp_twoaxis.pruning.repair import check_repair, reestimate_batch_norm
 from tp_twoaxis.pruning.report import GroupReport, PruningReport, Size
 from tp_twoaxis.statistics.calibration import calibrate
-from tp_twoaxis.statistics.layers import CHANNEL_LAYERS
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # the cost model is exact but for exotic graphs; each further try corrects it by what was measured
@@ -65,8 +59,10 @@ def prune_to_flops(
     Args:
         model: the network; DataParallel, DistributedDataParallel and ``torch.compile`` are looked through.
         example_inputs: a tensor, or a tuple or dict of the forward's arguments; moved to the model's device.
-        importance: any Torch-Pruning importance, ours or the host's, or a score's name (then ``stats``, or
-            ``loader`` to calibrate from). Gradient-based ones need ``loss.backward()`` before.
+        importance: any Torch-Pruning importance, ours or the host's, or a name in
+            ``tp_twoaxis.importance.registry.IMPORTANCES``: a score (then ``stats``, or ``loader`` to calibrate
+            from) or a baseline such as ``l2`` or ``taylor``. Gradient-based objects need
+            ``loss.backward()`` before.
         flops: share of the dense MACs to **keep**, in (0, 1].
         repair: ``("bn",)`` re-estimates BatchNorm statistics from ``loader``; ``()`` leaves the cut as it is.
         stats: calibration statistics for an importance given by name.
@@ -87,83 +83,129 @@ def prune_to_flops(
         UnreachableTargetError: no allowed removal reaches the target; the message gives the range.
 
     Example:
-        >>> import tp_twoaxis
+        >>> import torch
         >>> net = nn.Sequential(
         ...     nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(),
         ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
         >>> loader = [(torch.randn(64, 3, 12, 12), torch.randint(4, (64,)))]
-        >>> report = prune_to_flops(net, torch.randn(1, 3, 12, 12), "capture", flops=0.5, loader=loader, progress=False)
+        >>> x = torch.randn(1, 3, 12, 12)
+        >>> report = prune_to_flops(net, x, "capture", flops=0.5, loader=loader, progress=False)
         >>> abs(report.achieved - 0.5) < 0.005
         True
     """
     network = unwrap(model)
-    seconds: dict[str, float] = {}
-    repairs = check_repair(repair, network, loader)
     parameter = next(network.parameters(), None)
     if parameter is None:
         raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
+    repairs = check_repair(repair, network, loader)
     inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
     ignored = _find_layers(network, ignored_layers)
-    with _timed(seconds, "calibrate"):
-        ranking, label = _resolve(importance, stats, loader, network, max_images, progress)
-    with _timed(seconds, "count"):
-        dense = count_macs(network, inputs)
-        before = _size(network, inputs, dense)
-        latencies = _latencies(network, inputs) if latency else {}
+    seconds: dict[str, float] = {}
     snapshot = ModelSnapshot(network)
-    flags = {name: (p.requires_grad, p.dtype) for name, p in network.named_parameters()}
+    trained = {name: p.requires_grad for name, p in network.named_parameters()}
     modes = [(module, module.training) for module in network.modules()]
     try:
-        aim = flops
-        for _ in range(TRIES):
-            with _timed(seconds, "graph"):
-                graph = build_graph(network, inputs)
-                groups, notes = prunable_groups(graph, network, ignored)
-            with _timed(seconds, "score"):
-                scored, unranked = _score(groups, ranking)
-            with _timed(seconds, "plan"):
-                cost = cost_model(groups, network, dense)
-                plan = make_plan(scored, cost, flops=aim, min_keep=min_keep, round_to=round_to, tolerance=tolerance)
-            with _timed(seconds, "remove"):
-                removed_channels = _describe(groups, plan, network)
-                reports = [_group_report(group, plan, network) for group in groups]
-                _remove(graph, groups, plan)
-                _refresh_widths(network)
-            with _timed(seconds, "count"):
-                pruned = _count_pruned(network, inputs)
-            achieved = pruned.total / dense.total
-            missed = abs(achieved - flops) > tolerance * flops
-            if not missed or plan.notes or abs(pruned.total - plan.macs) < 1.0:
-                break
-            snapshot.restore()
-            aim = min(1.0, max(1e-6, aim * flops / achieved))
-        notes += plan.notes + unranked
-        if missed and not plan.notes:
-            notes.append(
-                f"kept {achieved:.4f} of the MACs instead of {flops:g}: the model runs operations that the cost model "
-                "cannot attribute to a group"
-            )
+        with _timed(seconds, "calibrate"):
+            ranking, label = _resolve(importance, stats, loader, network, max_images, progress)
+        with _timed(seconds, "count"):
+            dense = _count_dense(network, inputs)
+            before = _size(network, inputs, dense)
+            milliseconds = _latencies(network, inputs) if latency else {}
+
+        def plan_for(groups: list[ScoredGroup], cost: CostModel, share: float) -> PruningPlan:
+            return make_plan(groups, cost, flops=share, min_keep=min_keep, round_to=round_to, tolerance=tolerance)
+
+        cut = _cut(network, inputs, ranking, ignored, dense, flops, tolerance, plan_for, seconds)
+        notes = cut.notes
         with _timed(seconds, "repair"):
             if "bn" in repairs and loader is not None:
                 reestimate_batch_norm(network, loader, max_images=max_images, progress=progress)
         with _timed(seconds, "count"):
-            after = _size(network, inputs, pruned)
-            if latency:
-                later = _latencies(network, inputs)
-                latencies = {key: (value[0], later[key][0]) for key, value in latencies.items()}
+            after = _size(network, inputs, cut.count)
+            later = _latencies(network, inputs) if latency else {}
     except BaseException:
         snapshot.restore()
         raise
     for name, kept in network.named_parameters():
-        kept.requires_grad_(flags[name][0])
+        kept.requires_grad_(trained[name])
     for module, training in modes:
         module.training = training
-    target = getattr(getattr(importance, "stats", stats), "target", None)
-    if target == "predicted_margin":
+    if isinstance(importance, str):
+        network.zero_grad(set_to_none=True)  # gradients gathered for a criterion belong to the dense network
+    if getattr(getattr(ranking, "stats", None), "target", None) == "predicted_margin":
         notes.append("calibrated without labels or on the prediction: the target axis uses the predicted margin")
     return PruningReport(
-        label, flops, achieved, before, after, reports, removed_channels, list(repairs), seconds, latencies, notes
+        label,
+        flops,
+        cut.count.total / dense.total,
+        before,
+        after,
+        cut.groups,
+        cut.removed_channels,
+        list(repairs),
+        seconds,
+        {key: (first, later[key]) for key, first in milliseconds.items()},
+        notes,
     )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a removal that ran left behind."""
+
+    count: MacsCount
+    groups: list[GroupReport]
+    removed_channels: dict[str, list[int]]
+    notes: list[str]
+
+
+def _cut(
+    network: nn.Module,
+    inputs: ExampleInputs,
+    ranking: Callable[[Any], Tensor],
+    ignored: list[nn.Module],
+    dense: MacsCount,
+    flops: float,
+    tolerance: float,
+    plan_for: Callable[[list[ScoredGroup], CostModel, float], PruningPlan],
+    seconds: dict[str, float],
+) -> _Cut:
+    """Plan, remove and count, until the counter agrees with the target or the tries are used up."""
+    snapshot = ModelSnapshot(network)
+    aim = flops
+    for attempt in range(1, TRIES + 1):
+        with _timed(seconds, "graph"):
+            graph = build_graph(network, inputs)
+            groups, notes = sound_groups(graph, network, inputs, ignored)
+        with _timed(seconds, "score"):
+            scored, declined = score_groups(groups, ranking)
+        with _timed(seconds, "plan"):
+            try:
+                plan = plan_for(scored, cost_model(groups, network, dense), aim)
+            except UnreachableTargetError as error:
+                raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
+        with _timed(seconds, "remove"):
+            lost = removed_channels(groups, plan, network)
+            reports = [group_report(group, plan, network) for group in groups]
+            remove(graph, groups, plan)
+            refresh_widths(network)
+        with _timed(seconds, "count"):
+            count = _count_pruned(network, inputs)
+        achieved = count.total / dense.total
+        met = abs(achieved - flops) <= tolerance * flops
+        as_planned = abs(count.total - plan.macs) < 1.0 or count.total >= dense.total
+        if met or as_planned or plan.notes or attempt == TRIES:
+            break
+        snapshot.restore()
+        # what was removed by prediction and in truth are in proportion, near enough
+        aim = min(1.0, max(1e-6, 1.0 - (1.0 - aim) * (1.0 - flops) / (1.0 - achieved)))
+    notes += plan.notes + declined
+    if not met and not plan.notes:
+        notes.append(
+            f"kept {achieved:.4f} of the MACs instead of {flops:g}: the model runs operations that the cost model "
+            "cannot attribute to a group"
+        )
+    return _Cut(count, reports, lost, notes)
 
 
 @contextmanager
@@ -196,80 +238,29 @@ def _resolve(
     max_images: int | None,
     progress: bool,
 ) -> tuple[Callable[[Any], Tensor], str]:
-    if not isinstance(importance, str):
-        if not callable(importance):
-            raise TwoAxisError(
-                f"importance: expected a Torch-Pruning importance or a score's name, got {type(importance).__name__}"
-            )
-        return importance, repr(importance) if isinstance(importance, TwoAxisImportance) else type(importance).__name__
-    if stats is None:
-        if loader is None:
-            raise TwoAxisError(f"importance {importance!r}: pass stats=calibrate(model, loader), or loader=...")
-        stats = calibrate(network, loader, max_images=max_images, progress=progress)
-    return TwoAxisImportance(stats, importance), importance
+    """Find what ranks the channels, and its name for the report."""
+    if isinstance(importance, str):
+        if stats is None and loader is not None and find_importance(importance).needs == "stats":
+            stats = calibrate(network, loader, max_images=max_images, progress=progress)
+        return make_importance(importance, stats=stats, model=network, loader=loader, progress=progress), importance
+    if not callable(importance):
+        raise TwoAxisError(
+            f"importance: expected a Torch-Pruning importance or a name, got {type(importance).__name__}; "
+            f"names are {', '.join(IMPORTANCES)}"
+        )
+    return importance, repr(importance) if isinstance(importance, TwoAxisImportance) else type(importance).__name__
 
 
-def _score(groups: list[PrunableGroup], importance: Callable[[Any], Tensor]) -> tuple[list[ScoredGroup], list[str]]:
-    """Rank every group's channels; a group that the importance declines (None) is left whole."""
-    scored, notes = [], []
-    for group in groups:
-        try:
-            scores = importance(group.group)
-        except TwoAxisError:
-            raise
-        except Exception as error:
-            raise TwoAxisError(
-                f"{type(importance).__name__} raised {type(error).__name__} on the group of {group.name}: {error}; "
-                "gradient-based importances need loss.backward() before, others their own preparation"
-            ) from error
-        if scores is None:
-            notes.append(f"{group.name}: {type(importance).__name__} gave no scores, so the group stays whole")
-            continue
-        size = root_size(group.group)
-        if not isinstance(scores, Tensor) or scores.shape != (size,):
-            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise TwoAxisError(
-                f"{type(importance).__name__}: expected a tensor of {size} scores for the group of {group.name}, got {got}"
-            )
-        values = scores.detach().double().cpu().numpy()
-        if not np.isfinite(values).all():
-            raise TwoAxisError(
-                f"{type(importance).__name__}: expected finite scores for the group of {group.name}, got NaN or infinity"
-            )
-        place = {channel: position for position, channel in enumerate(group.group[0].idxs)}
-        chosen = values[[place[channel] for channel in group.channels]]
-        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.multiple))
-    return scored, notes
-
-
-def _mask(group: PrunableGroup, plan: PruningPlan) -> npt.NDArray[np.bool_]:
-    return plan.removed.get(group_key(group), np.zeros(len(group.channels), dtype=bool))
-
-
-def _remove(graph: Any, groups: list[PrunableGroup], plan: PruningPlan) -> None:
-    """Remove through the host; groups that share a root layer shift each other's channel numbers."""
-    gone: dict[nn.Module, list[int]] = {}
-    for group in groups:
-        mask = _mask(group, plan)
-        if not mask.any():
-            continue
-        root, handler = group.group[0].dep.target.module, group.group[0].dep.handler
-        earlier = np.array(gone.get(root, []), dtype=np.int64)
-        leaving = [group.channels[i] for i in np.flatnonzero(mask)]
-        now = [channel - int((earlier < channel).sum()) for channel in leaving]
-        graph.get_pruning_group(root, handler, now).prune()
-        for part in group.parts:
-            if part.writes:
-                lost = part.channels[torch.from_numpy(mask)[part.roots]].tolist()
-                gone.setdefault(part.module, []).extend(lost)
-
-
-def _refresh_widths(network: nn.Module) -> None:
-    """Tell torchvision's vision transformer its new width: its forward reshapes to it."""
-    for module in network.modules():
-        projection = getattr(module, "conv_proj", None)
-        if isinstance(projection, nn.Conv2d) and isinstance(getattr(module, "hidden_dim", None), int):
-            module.hidden_dim = projection.out_channels  # type: ignore[assignment]
+def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
+    try:
+        return count_macs(network, inputs)
+    except TwoAxisError:
+        raise
+    except Exception as error:
+        raise TwoAxisError(
+            f"{type(network).__name__} does not run on example_inputs ({type(error).__name__}: {error}); "
+            "give it what its forward takes, for example torch.randn(1, 3, 224, 224)"
+        ) from error
 
 
 def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
@@ -282,36 +273,10 @@ def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
         ) from error
 
 
-def _describe(groups: list[PrunableGroup], plan: PruningPlan, network: nn.Module) -> dict[str, list[int]]:
-    """List the output channels that each layer loses, in dense numbering."""
-    names = {module: name for name, module in network.named_modules()}
-    lost: dict[str, set[int]] = {}
-    for group in groups:
-        mask = torch.from_numpy(_mask(group, plan))
-        for part in group.parts:
-            if part.writes and isinstance(part.module, CHANNEL_LAYERS):
-                lost.setdefault(names[part.module], set()).update(part.channels[mask[part.roots]].tolist())
-    return {name: sorted(channels) for name, channels in lost.items() if channels}
-
-
-def _group_report(group: PrunableGroup, plan: PruningPlan, network: nn.Module) -> GroupReport:
-    names = {module: name for name, module in network.named_modules()}
-    mask = _mask(group, plan)
-    layers = [
-        f"{names[part.module]} ({'writes' if part.writes else 'reads'})"
-        for part in group.parts
-        if isinstance(part.module, CHANNEL_LAYERS) and part.module in names
-    ]
-    kept = [channel for channel, leaves in zip(group.channels, mask, strict=True) if not leaves]
-    removed = [channel for channel, leaves in zip(group.channels, mask, strict=True) if leaves]
-    return GroupReport(group_key(group), layers, kept, removed)
-
-
 def _size(network: nn.Module, inputs: ExampleInputs, count: MacsCount) -> Size:
     with preserved_rng():
         return Size(count.total, count.params, host_macs(network, inputs), thop_macs(network, inputs))
 
 
-def _latencies(network: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[float, float]]:
-    measured = {f"batch {n}": measure_latency(network, inputs, n) for n in LATENCY_BATCHES}
-    return {key: (value, value) for key, value in measured.items()}
+def _latencies(network: nn.Module, inputs: ExampleInputs) -> dict[str, float]:
+    return {f"batch {n}": measure_latency(network, inputs, n) for n in LATENCY_BATCHES}

@@ -50,7 +50,8 @@ def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """
     try:
         with torch.enable_grad(), tracing_allowed(model):
-            return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs)
+            # verbose would warn of every bare parameter
+            return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, verbose=False)
     except Exception as error:
         raise TwoAxisError(
             f"Torch-Pruning could not trace {type(model).__name__}: {type(error).__name__}: {error}; "

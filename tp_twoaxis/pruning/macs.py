@@ -91,7 +91,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             counter = stack.enter_context(FlopCounterMode(display=False))
             stack.enter_context(_attributing(counter, names, flops))
-            _call(model, example_inputs)
+            call(model, example_inputs)
             total = counter.get_total_flops()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -214,7 +214,7 @@ def measure_latency(
         for _ in range(warmup + repeats):
             _synchronize(devices)
             start = time.perf_counter()
-            _call(model, inputs)
+            call(model, inputs)
             _synchronize(devices)
             times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[warmup:])
@@ -234,7 +234,7 @@ class _Call(nn.Module):
         self.example_inputs = example_inputs
 
     def forward(self) -> Any:
-        return _call(self.model, self.example_inputs)
+        return call(self.model, self.example_inputs)
 
 
 def _arguments(example_inputs: ExampleInputs) -> tuple[Any, ...] | dict[str, Any]:
@@ -244,7 +244,8 @@ def _arguments(example_inputs: ExampleInputs) -> tuple[Any, ...] | dict[str, Any
     return dict(example_inputs) if isinstance(example_inputs, Mapping) else tuple(example_inputs)
 
 
-def _call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Run a model on what :data:`ExampleInputs` allows."""
     arguments = _arguments(example_inputs)
     return model(**arguments) if isinstance(arguments, dict) else model(*arguments)
 

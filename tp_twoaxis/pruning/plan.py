@@ -11,6 +11,9 @@ import numpy.typing as npt
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
 from tp_twoaxis.pruning.cost import CostModel
 
+# cuts that may be taken back, one at a time, to look for a closer match in networks of few channels
+BACK = 32
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -125,9 +128,9 @@ def make_plan(
     close = tolerance * target
     if least > target + close:
         raise UnreachableTargetError(
-            f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that min_keep={min_keep:g}"
-            f"{f', round_to={round_to}' if round_to else ''} and the layers left alone allow; lower min_keep, ignore fewer "
-            "layers, or ask for more"
+            f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that "
+            f"min_keep={min_keep:g}{f', round_to={round_to}' if round_to else ''} and the layers left alone allow; "
+            "lower min_keep, ignore fewer layers, or ask for more"
         )
     low, high = 0, len(events)  # macs(low) >= target > macs(high), or the end of the list
     while low < high:
@@ -143,16 +146,23 @@ def make_plan(
         after = events[: low + 1]
         if abs(macs_after(after) - target) < error:
             chosen, error = after, abs(macs_after(after) - target)
-    if error > close / 4:
-        filled = before + _fill(groups, cost, state_after(before), events[low:], target, close / 4)
+    for back in range(BACK + 1 if error > close / 4 else 0):
+        # the cut itself and then, while the target is missed, earlier ones that leave one group's last channel
+        start = low - back
+        if start < 0 or (back and error <= close):
+            break
+        blocked = {events[start].group} if back else set()
+        filled = events[:start] + _fill(
+            groups, cost, state_after(events[:start]), events[start:], target, close / 4, blocked
+        )
         if abs(macs_after(filled) - target) < error:
-            chosen = filled
+            chosen, error = filled, abs(macs_after(filled) - target)
     removed = state_after(chosen)
     macs = cost.macs(removed)
     notes = []
     if abs(macs - target) > close:
         notes.append(
-            f"kept {macs / dense:.4f} of the MACs instead of {flops:g}: no admissible removal lies closer; "
+            f"kept {macs / dense:.4f} of the MACs instead of {flops:g}: no removal near the threshold lies closer; "
             "single channels are that coarse here (lower round_to or min_keep)"
         )
     threshold = max((event.score for event in chosen), default=-math.inf)
@@ -201,10 +211,10 @@ def _fill(
     rest: list[_Event],
     target: float,
     close: float,
+    blocked: set[int],
 ) -> list[_Event]:
     """Find affordable cuts in order, skipping those that overshoot; a skipped group is left alone from there on."""
     taken: list[_Event] = []
-    blocked: set[int] = set()
     for event in rest:
         if event.group in blocked:
             continue

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm.auto import tqdm
 
+from tp_twoaxis.batches import image_batches
 from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.calibration import check_images, split_batch
 
 REPAIRS = ("bn",)
 
@@ -45,6 +44,7 @@ def reestimate_batch_norm(
         TwoAxisError: the loader gave no batch of two images or more, or no float images.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         >>> reestimate_batch_norm(net, [torch.randn(8, 3, 4, 4)], progress=False)
         8
@@ -59,7 +59,9 @@ def reestimate_batch_norm(
     with (
         preserved_rng(),
         evaluating(network),
-        tqdm(total=max_images, desc="re-estimate BatchNorm", unit="image", disable=not progress, leave=False) as bar,
+        image_batches(
+            loader, max_images=max_images, labels=False, description="re-estimate BatchNorm", progress=progress
+        ) as batches,
     ):
         try:
             for norm in norms:
@@ -68,17 +70,10 @@ def reestimate_batch_norm(
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average: every batch counts the same
                 norm.training = True
-            for index, batch in enumerate(loader):
-                images, _ = split_batch(batch, index)
-                if max_images is not None:
-                    images = images[: max_images - used]
-                check_images(images, index)
-                if len(images) > 1:
-                    network(images.to(parameter.device, parameter.dtype, non_blocking=True))
-                    used += len(images)
-                    bar.update(len(images))
-                if max_images is not None and used >= max_images - 1:
-                    break
+            for batch in batches:
+                if len(batch.images) > 1:
+                    network(batch.images.to(parameter.device, parameter.dtype, non_blocking=True))
+                    used += len(batch.images)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -72,7 +72,8 @@ def greedy_hulls(
     """
     if pool < 1 or max_size < 1 or not 0.0 <= epsilon < 1.0 or ridge < 0.0:
         raise TwoAxisError(
-            f"expected pool >= 1, max_size >= 1, 0 <= epsilon < 1, ridge >= 0, got {pool}, {max_size}, {epsilon}, {ridge}"
+            "expected pool >= 1, max_size >= 1, 0 <= epsilon < 1, ridge >= 0, got "
+            f"{pool}, {max_size}, {epsilon}, {ridge}"
         )
     rho = correlation.double()
     count = len(rho)

@@ -32,9 +32,10 @@ def capture(layer: LayerStatistics) -> Tensor:
 
 
 def relative_variance(layer: LayerStatistics) -> Tensor:
-    """Output variance over the layer's mean variance: the raw scale before a BatchNorm says nothing."""
+    """Output variance over the layer's mean positive variance: the raw scale before a BatchNorm says nothing."""
     variance = layer.variance
-    return variance / variance.mean().clamp_min(torch.finfo(variance.dtype).tiny)
+    positive = variance[variance > 0]
+    return variance / positive.mean() if len(positive) else variance
 
 
 def low_overlap(layer: LayerStatistics) -> Tensor:
@@ -60,12 +61,16 @@ def task_mi(layer: LayerStatistics) -> Tensor:
 
 def target_redundancy(layer: LayerStatistics) -> Tensor:
     """Target redundancy ``mean_j min(M_k, M_j)`` in nats (equation 4)."""
-    return target.target_redundancy(task_mi(layer))
+    active = layer.variance > 0  # constant channels are nobody's peers
+    information = task_mi(layer)
+    return torch.zeros_like(information).masked_scatter(active, target.target_redundancy(information[active]))
 
 
 def target_excess(layer: LayerStatistics) -> Tensor:
     """Target excess over the ten most task-relevant partners, in nats (equation 5)."""
-    return target.target_excess(layer.target_correlation(), layer.pooled_correlation)
+    active = layer.variance > 0  # constant channels are nobody's partners
+    excess = target.target_excess(layer.target_correlation()[active], layer.pooled_correlation[active][:, active])
+    return torch.zeros_like(layer.variance).masked_scatter(active, excess)
 
 
 SCORES: dict[str, ScoreEntry] = {

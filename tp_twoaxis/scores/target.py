@@ -131,7 +131,7 @@ def target_excess(
         raise TwoAxisError(f"partners: expected at least 1, got {partners}")
     count = len(task_correlation)
     partners = min(partners, count - 1)
-    if partners == 0:
+    if partners < 1:
         return task_correlation.new_zeros(count)
     excess = pair_excess(task_correlation, correlation)
     relevance = task_information(task_correlation).expand(count, count)

@@ -32,8 +32,8 @@ def calibrate(
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass without gradients.
 
-    The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients, device and the
-    global random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
+    The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
+    torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
     through. Memory does not grow with the number of images. Under ``torchrun`` give every rank its shard
     and call ``statistics.all_reduce()`` afterwards.
 

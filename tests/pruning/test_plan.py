@@ -1,0 +1,190 @@
+"""The planner against brute force, its floors, portions and messages."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.errors import UnreachableTargetError
+from tp_twoaxis.pruning.cost import CostModel, Side, Term
+from tp_twoaxis.pruning.plan import ScoredGroup, make_plan
+
+
+def problem(scores, blocks=(), multiples=(), seed=0):
+    """A chain of layers, one a group: layer i reads group i - 1 and writes group i; a fixed head reads the last."""
+    rng = np.random.default_rng(seed)
+    groups, terms, before = [], [Term(50.0, ())], None
+    for i, values in enumerate(scores):
+        values = np.asarray(values, dtype=float)
+        block = blocks[i] if blocks else 1
+        multiple = multiples[i] if multiples else 1
+        groups.append(ScoredGroup(f"g{i}", values, block, multiple))
+        side = Side(len(values), {f"g{i}": np.ones(len(values))})
+        macs = float(rng.integers(500, 2000) * len(values))
+        terms.append(Term(macs, (side,) if before is None else (before, side)))
+        before = side
+    terms.append(Term(300.0, (before,)))
+    return groups, CostModel(terms)
+
+
+def random_problem(seed, sizes=(16, 24, 32)):
+    rng = np.random.default_rng(seed)
+    return problem([rng.gamma(2.0, size=n) for n in sizes], seed=seed)
+
+
+def kept(plan):
+    return {name: int((~mask).sum()) for name, mask in plan.removed.items()}
+
+
+def by_threshold(groups, threshold, min_keep):
+    """Everything with a score up to the threshold leaves, lowest first, down to each floor."""
+    removed = {}
+    for group in groups:
+        floor = max(1, int(np.ceil(min_keep * len(group.scores))))
+        order = np.argsort(group.scores, kind="stable")[: len(group.scores) - floor]
+        removed[group.name] = np.zeros(len(group.scores), dtype=bool)
+        removed[group.name][[k for k in order if group.scores[k] <= threshold]] = True
+    return removed
+
+
+@given(st.integers(0, 10_000), st.floats(0.3, 0.95))
+@settings(max_examples=40, deadline=None)
+def test_nearest_threshold_by_brute_force(seed, flops):
+    groups, cost = random_problem(seed, sizes=(6, 8, 9))
+    thresholds = [-np.inf, *np.concatenate([g.scores for g in groups])]
+    errors = [abs(cost.macs(by_threshold(groups, t, 0.1)) - flops * cost.dense) for t in thresholds]
+    plan = make_plan(groups, cost, flops=flops, tolerance=10.0)  # so wide that no gap is filled
+    assert abs(plan.macs - plan.target) == pytest.approx(min(errors), abs=1e-6)
+    chosen = thresholds[int(np.argmin(errors))]
+    if sorted(errors)[1] > min(errors) + 1e-6:
+        for name, mask in by_threshold(groups, chosen, 0.1).items():
+            assert plan.removed[name].tolist() == mask.tolist()
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_filling_never_is_worse_and_comes_close(seed):
+    groups, cost = random_problem(seed)
+    for flops in (0.8, 0.5, 0.3):
+        coarse = make_plan(groups, cost, flops=flops, tolerance=10.0)
+        fine = make_plan(groups, cost, flops=flops, tolerance=0.01)
+        assert not fine.notes
+        assert fine.error <= coarse.error + 1e-12
+        assert fine.error <= 0.01
+        assert fine.macs == pytest.approx(cost.macs(fine.removed))
+        for group in groups:  # inside a group the lowest scores leave
+            mask = fine.removed[group.name]
+            if mask.any() and not mask.all():
+                assert group.scores[mask].max() <= group.scores[~mask].min()
+
+
+def test_macs_rise_with_flops_and_cuts_are_nested():
+    groups, cost = random_problem(3)
+    plans = [make_plan(groups, cost, flops=f, tolerance=10.0) for f in np.linspace(0.1, 1.0, 19)]
+    assert all(a.macs <= b.macs for a, b in itertools.pairwise(plans))
+    for less, more in itertools.pairwise(plans):
+        assert all((less.removed[n] | ~more.removed[n]).all() for n in less.removed)
+    assert plans[-1].macs == cost.dense
+    assert plans[-1].threshold == -np.inf
+
+
+def test_ties_are_cut_in_order_and_deterministically():
+    groups, cost = problem([np.ones(10), np.ones(10)])
+    plan = make_plan(groups, cost, flops=0.6, tolerance=10.0)
+    assert plan.removed["g0"].any()
+    assert not plan.removed["g1"].any() or plan.removed["g0"].sum() == 9
+    assert plan.removed["g0"].tolist() == sorted(plan.removed["g0"], reverse=True)
+    again = make_plan(groups, cost, flops=0.6, tolerance=10.0)
+    assert all((plan.removed[n] == again.removed[n]).all() for n in plan.removed)
+
+
+@pytest.mark.parametrize("min_keep", [0.1, 0.34, 0.5, 1.0])
+def test_floors(min_keep):
+    groups, cost = problem([np.full(16, 0.001) + np.arange(16) * 1e-6, 5 + np.arange(16.0)])
+    try:
+        plan = make_plan(groups, cost, flops=0.35, min_keep=min_keep, tolerance=0.03)
+    except UnreachableTargetError:
+        assert min_keep > 0.34
+        return
+    assert min(kept(plan).values()) >= np.ceil(min_keep * 16)
+    plain = make_plan(groups, cost, flops=0.1, min_keep=min_keep, tolerance=100.0)
+    assert kept(plain) == {"g0": np.ceil(min_keep * 16), "g1": max(np.ceil(min_keep * 16), kept(plain)["g1"])}
+
+
+def test_one_channel_always_stays():
+    groups, cost = problem([[0.0, 0.0], [1.0]])
+    assert kept(make_plan(groups, cost, flops=0.55, min_keep=1e-9, tolerance=1.0)) == {"g0": 1, "g1": 1}
+
+
+@pytest.mark.parametrize("size", [16, 20, 30, 33])
+def test_round_to_also_where_the_width_is_no_multiple(size):
+    rng = np.random.default_rng(0)
+    groups, cost = problem([rng.random(size), rng.random(64)])
+    for flops in (0.9, 0.6, 0.4):
+        plan = make_plan(groups, cost, flops=flops, round_to=8, tolerance=0.2)
+        for group in groups:
+            count, whole = kept(plan)[group.name], len(group.scores)
+            assert count == whole or count % 8 == 0
+            assert count > 0
+    assert kept(make_plan(groups, cost, flops=1.0, round_to=8)) == {"g0": size, "g1": 64}
+
+
+def test_groups_narrower_than_round_to_stay_whole():
+    groups, cost = problem([np.zeros(6), np.linspace(1, 2, 64)])
+    assert kept(make_plan(groups, cost, flops=0.5, round_to=8, tolerance=0.1))["g0"] == 6
+
+
+def test_multiples_and_round_to_combine():
+    groups, cost = problem([np.random.default_rng(1).random(48)], multiples=[6])
+    assert kept(make_plan(groups, cost, flops=0.5, round_to=4, tolerance=0.5))["g0"] % 12 == 0
+
+
+def test_blocks_lose_the_same_places():
+    scores = np.array([9, 1, 8, 7, 9, 1, 1, 9, 9, 3, 9, 9], dtype=float)  # 3 blocks of 4
+    groups, cost = problem([scores], blocks=[3])
+    mask = make_plan(groups, cost, flops=0.75, tolerance=0.1).removed["g0"].reshape(3, 4)
+    assert (mask == mask[0]).all()
+    assert mask[0].tolist() == [False, True, False, False]  # lowest mean: (1 + 1 + 3) / 3
+    with pytest.raises(TwoAxisError, match="12 channels do not split into 5 blocks"):
+        make_plan(*problem([scores], blocks=[5]), flops=0.5)
+
+
+def test_unreachable_target_gives_the_range():
+    groups, cost = random_problem(0)
+    with pytest.raises(UnreachableTargetError, match=r"between 0\.(\d+) and 1.*min_keep=0.9") as info:
+        make_plan(groups, cost, flops=0.2, min_keep=0.9)
+    least = float(str(info.value).split("between ")[1].split(" ")[0])
+    assert make_plan(groups, cost, flops=least + 0.002, min_keep=0.9).error <= 0.01
+    with pytest.raises(UnreachableTargetError, match="round_to=8"):
+        make_plan(groups, cost, flops=0.01, round_to=8)
+    with pytest.raises(UnreachableTargetError, match=r"between 1\.000 and 1"):
+        make_plan([], cost, flops=0.5)
+
+
+def test_too_coarse_a_removal_is_said():
+    groups, cost = problem([[1.0, 2.0]])
+    plan = make_plan(groups, cost, flops=0.75)
+    assert plan.error > 0.01
+    assert "no removal near the threshold lies closer" in plan.notes[0]
+    assert not make_plan(groups, cost, flops=1.0).notes
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"flops": 0.0}, r"flops: expected.*\(0, 1\], got 0.0"),
+        ({"flops": 1.2}, "flops.*1.2"),
+        ({"flops": float("nan")}, "flops.*nan"),
+        ({"flops": 50}, "flops.*50"),
+        ({"flops": 0.5, "min_keep": 0.0}, "min_keep"),
+        ({"flops": 0.5, "min_keep": 1.5}, "min_keep"),
+        ({"flops": 0.5, "round_to": 0}, "round_to"),
+        ({"flops": 0.5, "tolerance": 0.0}, "tolerance"),
+    ],
+)
+def test_arguments_are_checked(bad, message):
+    with pytest.raises(TwoAxisError, match=message):
+        make_plan(*random_problem(0), **bad)

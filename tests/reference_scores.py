@@ -1,0 +1,106 @@
+"""Slow NumPy twins of the scores, from the formulas, one channel at a time; nothing is imported from the package."""
+
+from __future__ import annotations
+
+import numpy as np
+
+CAP = 1.0 - 1e-12  # information of a perfect correlation stays finite
+
+
+def info(r2):
+    """-1/2 ln(1 - R^2)."""
+    return -0.5 * np.log(1.0 - min(max(r2, 0.0), CAP))
+
+
+def capture(variance, noise_power=None):
+    if noise_power is None:
+        positive = [p for p in variance if p > 0]
+        noise_power = np.median(positive) if positive else 1.0
+    return np.array([0.5 * np.log(1.0 + p / noise_power) for p in variance])
+
+
+def rayleigh_quotient(weight, patch_covariance):
+    """From the weights [C, D] and the unfolded patches' covariance [D, D], never from the outputs."""
+    return np.array([w @ patch_covariance @ w / (w @ w) for w in weight])
+
+
+def peer_overlap(rho, active):
+    out = np.zeros(len(rho))
+    for k in range(len(rho)):
+        peers = [j for j in range(len(rho)) if j != k and active[j]]
+        if active[k] and peers:
+            out[k] = sum(info(rho[k, j] ** 2) for j in peers) / len(peers)
+    return out
+
+
+def task_information(r):
+    return np.array([info(x**2) for x in r])
+
+
+def target_redundancy(m):
+    return np.array([np.mean([min(m[k], m[j]) for j in range(len(m)) if j != k]) for k in range(len(m))])
+
+
+def pair_information(r, rho):
+    """By regression on both channels: R^2 = r' C^-1 r with the pair's 2 x 2 correlation matrix."""
+    out = np.zeros_like(rho)
+    for k in range(len(r)):
+        for j in range(len(r)):
+            if k == j:
+                out[k, j] = info(r[k] ** 2)
+            else:
+                pair = np.array([[1.0, rho[k, j]], [rho[k, j], 1.0]])
+                out[k, j] = info(np.array([r[k], r[j]]) @ np.linalg.solve(pair, np.array([r[k], r[j]])))
+    return out
+
+
+def pair_excess(r, rho):
+    joint, single = pair_information(r, rho), task_information(r)
+    out = np.zeros_like(rho)
+    for k in range(len(r)):
+        for j in range(len(r)):
+            if k != j:
+                out[k, j] = max(0.0, joint[k, j] - max(single[k], single[j]))
+    return out
+
+
+def target_excess(r, rho, partners=10, rule="task-mi"):
+    excess, single, joint = pair_excess(r, rho), task_information(r), pair_information(r, rho)
+    preference = {
+        "task-mi": lambda k, j: single[j],
+        "joint-mi": lambda k, j: joint[k, j],
+        "excess": lambda k, j: excess[k, j],
+    }[rule]
+    out = np.zeros(len(r))
+    for k in range(len(r)):
+        others = sorted((j for j in range(len(r)) if j != k), key=lambda j: -preference(k, j))
+        out[k] = np.mean([excess[k, j] for j in others[:partners]])
+    return out
+
+
+def explanation(covariance, k, peers, ridge=0.0):
+    """E_k(P) = S_kP S_PP^-1 S_Pk / S_kk by an explicit inverse."""
+    peers = list(peers)
+    if not peers or covariance[k, k] <= 0:
+        return 0.0
+    inner = covariance[np.ix_(peers, peers)]
+    inner = inner + ridge * np.diag(np.diag(inner))
+    outer = covariance[k, peers]
+    return float(np.clip(outer @ np.linalg.inv(inner) @ outer / covariance[k, k], 0.0, 1.0))
+
+
+def greedy_hull(rho, k, active, pool=32, max_size=10, epsilon=0.1, ridge=1e-6):
+    """Peers in order of selection, E_k after each, E_k of the pool, and the hull's size."""
+    candidates = sorted((j for j in range(len(rho)) if j != k and active[j]), key=lambda j: -abs(rho[k, j]))[:pool]
+    if not active[k]:
+        return [], [], 0.0, 1
+    whole = explanation(rho, k, candidates, ridge)
+    chosen, path = [], []
+    for _ in range(min(max_size, len(candidates))):
+        values = {j: explanation(rho, k, [*chosen, j], ridge) for j in candidates if j not in chosen}
+        best = max(values, key=values.get)
+        chosen.append(best)
+        path.append(values[best])
+    whole = max([whole, *path[-1:]])
+    size = next((i + 1 for i, value in enumerate(path) if value >= (1.0 - epsilon) * whole), len(path))
+    return chosen, path, whole, size

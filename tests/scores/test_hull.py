@@ -1,0 +1,116 @@
+"""Greedy hulls and full explanation against explicit linear solves."""
+
+import numpy as np
+import pytest
+import reference_scores as twin
+import torch
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.scores import full_explanation, greedy_hulls
+
+
+def correlation(channels, seed=0, factors=6):
+    """A few common factors and private noise, so that hulls of every size occur."""
+    generator = torch.Generator().manual_seed(seed)
+    load = torch.randn(channels, factors, generator=generator, dtype=torch.float64)
+    noise = torch.rand(channels, generator=generator, dtype=torch.float64) * 3
+    covariance = load @ load.T + torch.diag(noise)
+    scale = covariance.diagonal().sqrt()
+    return covariance / scale / scale[:, None]
+
+
+@pytest.mark.parametrize(
+    ("channels", "pool", "max_size", "epsilon"), [(2, 32, 10, 0.1), (14, 6, 4, 0.1), (20, 32, 10, 0.3)]
+)
+@pytest.mark.parametrize("constant", [False, True])
+def test_twin_channel_by_channel(channels, pool, max_size, epsilon, constant):
+    rho = correlation(channels, seed=channels)
+    active = torch.ones(channels, dtype=torch.bool)
+    if constant and channels > 2:
+        active[[1, 5]] = False
+        rho[[1, 5]] = 0.0
+        rho[:, [1, 5]] = 0.0
+        rho.fill_diagonal_(1.0)
+    hulls = greedy_hulls(rho, active=active, pool=pool, max_size=max_size, epsilon=epsilon)
+    for k in range(channels):
+        chosen, path, whole, size = twin.greedy_hull(rho.numpy(), k, active.numpy(), pool, max_size, epsilon)
+        np.testing.assert_allclose(hulls.path[k, : len(path)].numpy(), path, atol=1e-8)
+        assert hulls.pool_explanation[k].item() == pytest.approx(whole, abs=1e-8)
+        assert hulls.size[k].item() == size
+        assert hulls.peers[k, : len(chosen)].tolist() == chosen
+        if path:
+            assert hulls.explanation[k].item() == pytest.approx(path[size - 1], abs=1e-8)
+        assert bool(hulls.singleton[k]) == (size == 1)
+        assert bool(hulls.saturated[k]) == (size == max_size)
+
+
+def test_path_rises_and_permutes():
+    rho = correlation(30, seed=2)
+    hulls = greedy_hulls(rho)
+    assert (hulls.path.diff(dim=1) >= -1e-12).all()
+    assert ((hulls.path >= 0) & (hulls.path <= 1)).all()
+    assert (hulls.path[:, -1] <= hulls.pool_explanation + 1e-12).all()
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    permuted = greedy_hulls(rho[order][:, order])
+    torch.testing.assert_close(permuted.path, hulls.path[order])
+    assert torch.equal(order[permuted.peers], hulls.peers[order])
+
+
+def test_a_duplicate_is_a_singleton_hull():
+    rho = correlation(12, seed=4)
+    index = torch.tensor([*range(12), 3])
+    hulls = greedy_hulls(rho[index][:, index])
+    assert hulls.size[3] == hulls.size[12] == 1
+    assert hulls.singleton[[3, 12]].all()
+    assert hulls.peers[3, 0] == 12
+    assert hulls.explanation[3].item() == pytest.approx(1.0, abs=1e-5)
+    assert full_explanation(rho[index][:, index])[3].item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_sum_of_many_equal_parts_saturates():
+    parts = 16
+    rho = torch.eye(parts + 1, dtype=torch.float64)
+    rho[parts, :parts] = rho[:parts, parts] = 1 / np.sqrt(parts + 0.01)
+    hulls = greedy_hulls(rho)
+    assert hulls.size[parts] == 10
+    assert hulls.saturated[parts]
+    assert hulls.explanation[parts].item() == pytest.approx(10 / 16, abs=1e-3)
+    assert hulls.pool_explanation[parts].item() == pytest.approx(1.0, abs=2e-3)
+    assert greedy_hulls(rho, max_size=16, epsilon=0.01).size[parts] == 16
+
+
+def test_perfectly_collinear_layers_stay_finite():
+    rho = torch.ones(6, 6, dtype=torch.float64)
+    hulls = greedy_hulls(rho, ridge=0.0)
+    assert torch.isfinite(hulls.path).all()
+    assert hulls.singleton.all()
+    torch.testing.assert_close(hulls.explanation, torch.ones(6, dtype=torch.float64))
+
+
+def test_degenerate_layers():
+    single = greedy_hulls(torch.ones(1, 1))
+    assert single.size.tolist() == [0]
+    assert single.path.shape == (1, 0)
+    assert not single.saturated.any()
+    constant = greedy_hulls(torch.eye(4), active=torch.zeros(4, dtype=torch.bool))
+    assert constant.explanation.tolist() == [0.0] * 4
+    assert constant.pool_explanation.tolist() == [0.0] * 4
+    assert full_explanation(torch.eye(4), active=torch.zeros(4, dtype=torch.bool)).tolist() == [0.0] * 4
+    assert full_explanation(torch.ones(1, 1)).item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_full_explanation_twin():
+    rho = correlation(10, seed=1)
+    slow = [twin.explanation(rho.numpy(), k, [j for j in range(10) if j != k]) for k in range(10)]
+    np.testing.assert_allclose(full_explanation(rho, ridge=0.0).numpy(), slow, atol=1e-9)
+
+
+def test_wide_layers_run():
+    hulls = greedy_hulls(correlation(512, factors=40), pool=16, max_size=6)
+    assert hulls.path.shape == (512, 6)
+
+
+@pytest.mark.parametrize("bad", [{"pool": 0}, {"max_size": 0}, {"epsilon": 1.0}, {"epsilon": -0.1}, {"ridge": -1.0}])
+def test_errors(bad):
+    with pytest.raises(TwoAxisError, match="expected pool >= 1"):
+        greedy_hulls(torch.eye(3), **bad)

@@ -1,0 +1,147 @@
+"""Do removed channels arrive where the host says they do? One forward pass with marked channels tells.
+
+The host maps channels through reshapes by rules of its own. Two common patterns break them and still run:
+``permute(0, 2, 3, 1).flatten(1)`` (it takes the flattened order for channel-major) and ``chunk`` (it takes
+the halves in the order in which it met them); then the wrong inputs of the next layer would be removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
+
+from tp_twoaxis.borrow import ModelSnapshot, evaluating, preserved_rng
+from tp_twoaxis.errors import listing
+from tp_twoaxis.pruning.graph import PrunableGroup, group_key, prunable_groups
+from tp_twoaxis.pruning.macs import ExampleInputs, call
+from tp_twoaxis.statistics.layers import channel_layers
+
+# norms that mix channels: a mark would spread over all of them, though removal treats each channel alone
+MIXING_NORMS = tuple(
+    getattr(nn, name) for name in ("LayerNorm", "GroupNorm", "LocalResponseNorm", "RMSNorm") if hasattr(nn, name)
+)
+
+
+def sound_groups(
+    graph: Any, model: nn.Module, example_inputs: ExampleInputs, ignored_layers: list[nn.Module]
+) -> tuple[list[PrunableGroup], list[str]]:
+    """List the prunable groups whose channels arrive where the host says they do.
+
+    Returns:
+        The groups, and notes on what stays whole or may break.
+    """
+    groups, notes = prunable_groups(graph, model, ignored_layers)
+    wrong = wrongly_mapped(groups, model, example_inputs)
+    notes += [
+        f"{name}: stays whole, because Torch-Pruning maps it to the wrong inputs of {listing(readers)}"
+        for name, readers in wrong.items()
+    ]
+    if idle := [name for name, layer in channel_layers(model).items() if layer not in graph.module2node]:
+        notes.append(f"{listing(idle)} did not run on example_inputs and may no longer fit what they read")
+    return [group for group in groups if group_key(group) not in wrong], notes
+
+
+def wrongly_mapped(
+    groups: list[PrunableGroup], model: nn.Module, example_inputs: ExampleInputs
+) -> dict[str, list[str]]:
+    """Find groups whose channels reach other inputs of a layer than the host would remove.
+
+    The first third of each group's channels (of each block) is set to NaN where it is written; every layer
+    that reads compares the NaN channels it receives with those the host would remove, and goes on with
+    zeros instead. A layer that receives none or nothing but NaN says nothing: some operation swallowed the
+    marks or spread them.
+
+    Args:
+        groups: the prunable groups.
+        model: the dense model; afterwards it is as before.
+        example_inputs: of its forward.
+
+    Returns:
+        Group key -> the layers that disagree; empty when all is well, or when the model does not run on NaN.
+
+    Example:
+        >>> from tp_twoaxis.pruning.graph import build_graph, prunable_groups
+        >>> net, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6 * 4, 2)), torch.randn(1, 3, 4, 4)
+        >>> groups, _ = prunable_groups(build_graph(net, x), net, [])
+        >>> wrongly_mapped(groups, net, x)
+        {}
+    """
+    written: dict[nn.Module, set[int]] = {}
+    read: dict[nn.Module, set[int]] = {}
+    for group in groups:
+        size = len(group.channels)
+        marked = torch.arange(size) % (size // group.blocks) < max(1, size // group.blocks // 3)
+        for part in group.parts:
+            channels = part.channels[marked[part.roots]].tolist()
+            if part.writes:
+                written.setdefault(part.module, set()).update(channels)
+            if part.reads:
+                read.setdefault(part.module, set()).update(channels)
+    layers = {module: name for name, module in channel_layers(model).items()}
+    disagree: set[nn.Module] = set()
+
+    def receive(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        if layer in read and inputs and isinstance(inputs[0], Tensor):
+            nan = _channels_last(inputs[0], layer).isnan()
+            got = nan.reshape(-1, nan.shape[-1]).any(0)
+            if 0 < int(got.sum()) < len(got) and set(got.nonzero()[:, 0].tolist()) != read[layer]:
+                disagree.add(layer)
+        return tree_map(lambda x: x.nan_to_num(0.0) if _is_float(x) else x, inputs)
+
+    def mark(layer: nn.Module, _: Any, output: Any) -> Any:
+        values = output[0] if isinstance(output, tuple) else output
+        values = values.clone()
+        _channels_last(values, layer)[..., sorted(written[layer])] = torch.nan
+        return (values, *output[1:]) if isinstance(output, tuple) else values
+
+    def through_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        marks[norm] = inputs[0].isnan()
+        return (inputs[0].nan_to_num(0.0), *inputs[1:])
+
+    def behind_norm(norm: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return output.masked_fill(marks.pop(norm), torch.nan)
+
+    marks: dict[nn.Module, Tensor] = {}
+    snapshot = ModelSnapshot(model)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(preserved_rng())
+            stack.enter_context(evaluating(model))
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(receive).remove)
+                if written.get(layer):
+                    stack.callback(layer.register_forward_hook(mark).remove)
+            for norm in model.modules():
+                if isinstance(norm, MIXING_NORMS):
+                    stack.callback(norm.register_forward_pre_hook(through_norm).remove)
+                    stack.callback(norm.register_forward_hook(behind_norm).remove)
+            call(model, example_inputs)
+    except (RuntimeError, ValueError, AssertionError):
+        return {}  # it refuses NaN; whether it runs at all is found out elsewhere
+    finally:
+        snapshot.restore()
+    return {
+        group_key(group): wrong
+        for group in groups
+        if (wrong := _names(layers, (part.module for part in group.parts if part.reads and part.module in disagree)))
+    }
+
+
+def _names(layers: dict[nn.Module, str], chosen: Iterable[nn.Module]) -> list[str]:
+    return [layers[layer] for layer in chosen if layer in layers]
+
+
+def _channels_last(tensor: Tensor, layer: nn.Module) -> Tensor:
+    if isinstance(layer, _ConvNd):
+        return tensor.movedim(-len(layer.kernel_size) - 1, -1)
+    return tensor
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

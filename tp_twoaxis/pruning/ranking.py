@@ -1,0 +1,56 @@
+"""Ask any importance, ours or the host's, for the scores of every group, and check what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance.groups import root_size
+from tp_twoaxis.pruning.graph import PrunableGroup, group_key
+from tp_twoaxis.pruning.plan import ScoredGroup
+
+
+def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) -> tuple[list[ScoredGroup], list[str]]:
+    """Rank every group's channels; a group that the importance declines (None) is left whole.
+
+    Returns:
+        The ranked groups, and a note on each declined one.
+
+    Raises:
+        TwoAxisError: the importance raised, or gave something else than one finite number a root channel.
+    """
+    scored, notes = [], []
+    for group in groups:
+        try:
+            scores = importance(group.group)
+        except TwoAxisError:
+            raise
+        except Exception as error:
+            raise TwoAxisError(
+                f"{type(importance).__name__} raised {type(error).__name__} on the group of {group.name}: {error}; "
+                "gradient-based importances need loss.backward() before, others their own preparation"
+            ) from error
+        if scores is None:
+            notes.append(f"{group.name}: {type(importance).__name__} gave no scores, so the group stays whole")
+            continue
+        size = root_size(group.group)
+        if not isinstance(scores, Tensor) or scores.shape != (size,):
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TwoAxisError(
+                f"{type(importance).__name__}: expected a tensor of {size} scores for the group of {group.name}, "
+                f"got {got}"
+            )
+        values = scores.detach().double().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise TwoAxisError(
+                f"{type(importance).__name__}: expected finite scores for the group of {group.name}, "
+                "got NaN or infinity"
+            )
+        place = {channel: position for position, channel in enumerate(group.group[0].idxs)}
+        chosen = values[[place[channel] for channel in group.channels]]
+        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.multiple))
+    return scored, notes
