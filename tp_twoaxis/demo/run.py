@@ -181,7 +181,9 @@ def _prune_all(
             prepared = time.perf_counter() - start
             if find_importance(method.name).needs == "stats":
                 prepared += calibration
-            report = prune_to_flops(pruned, EXAMPLE, importance, flops=target, loader=loader, progress=False)
+            report = prune_to_flops(
+                pruned, EXAMPLE, importance, flops=target, loader=loader, other_counters=False, progress=False
+            )
             share, _ = accuracy(pruned, test, progress=False)
             runs.append(
                 Measurement(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tp_twoaxis.borrow import ModelSnapshot, preserved_rng, unwrap
+from tp_twoaxis.borrow import ModelSnapshot, unwrap
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
@@ -47,6 +47,7 @@ def prune_to_flops(
     tolerance: float = 0.01,
     max_images: int | None = 5000,
     latency: bool = False,
+    other_counters: bool = True,
     progress: bool = True,
 ) -> PruningReport:
     """Remove channels through the host's dependency graph until a share of the MACs is left.
@@ -72,6 +73,8 @@ def prune_to_flops(
         round_to: keep multiples of this many channels in every group that is cut.
         tolerance: accepted relative distance to the target.
         max_images: at most this many images for repair and for calibration.
+        other_counters: also report the host's and thop's MACs; in a sweep over small networks they take most of
+            the time.
         latency: also measure milliseconds at batch 1 and batch 64, before and after.
         progress: show progress bars on stderr.
 
@@ -109,7 +112,7 @@ def prune_to_flops(
             ranking, label = _resolve(importance, stats, loader, network, max_images, progress)
         with _timed(seconds, "count"):
             dense = _count_dense(network, inputs)
-            before = _size(network, inputs, dense)
+            before = _size(network, inputs, dense, other_counters)
             milliseconds = _latencies(network, inputs) if latency else {}
 
         def plan_for(groups: list[ScoredGroup], cost: CostModel, share: float) -> PruningPlan:
@@ -121,7 +124,7 @@ def prune_to_flops(
             if "bn" in repairs and loader is not None:
                 reestimate_batch_norm(network, loader, max_images=max_images, progress=progress)
         with _timed(seconds, "count"):
-            after = _size(network, inputs, cut.count)
+            after = _size(network, inputs, cut.count, other_counters)
             later = _latencies(network, inputs) if latency else {}
     except BaseException:
         snapshot.restore()
@@ -273,9 +276,10 @@ def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
         ) from error
 
 
-def _size(network: nn.Module, inputs: ExampleInputs, count: MacsCount) -> Size:
-    with preserved_rng():
-        return Size(count.total, count.params, host_macs(network, inputs), thop_macs(network, inputs))
+def _size(network: nn.Module, inputs: ExampleInputs, count: MacsCount, other_counters: bool) -> Size:
+    if not other_counters:
+        return Size(count.total, count.params)
+    return Size(count.total, count.params, host_macs(network, inputs), thop_macs(network, inputs))
 
 
 def _latencies(network: nn.Module, inputs: ExampleInputs) -> dict[str, float]:

@@ -31,14 +31,14 @@ class Size:
     Attributes:
         macs: multiply-adds of one example by our counter.
         params: parameters.
-        host_macs: by Torch-Pruning's counter.
-        thop_macs: by thop, or None where it is not installed.
+        host_macs: by Torch-Pruning's counter, or None when it was not asked for.
+        thop_macs: by thop, or None where it is not installed or was not asked for.
     """
 
     macs: int
     params: int
-    host_macs: int
-    thop_macs: int | None
+    host_macs: int | None = None
+    thop_macs: int | None = None
 
 
 @dataclass(frozen=True)
