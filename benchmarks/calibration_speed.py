@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from provenance import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from tp_twoaxis import calibrate
-from tp_twoaxis.files import write_bytes
 from tp_twoaxis.models import build_model
 
-RESULTS = Path(__file__).parent / "results" / "calibration_speed.json"
 # network, image size, images, batch size
 CASES = (
     ("cifar_resnet20_conv_shortcut", 32, 2048, 128),
@@ -94,7 +89,8 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--networks", nargs="+", default=[case[0] for case in CASES])
+    names = [case[0] for case in CASES]
+    parser.add_argument("--networks", nargs="+", default=names[:2], choices=names, help="default: the CIFAR networks")
     arguments = parser.parse_args()
     rows = []
     for case in CASES:
@@ -102,19 +98,7 @@ def main() -> None:
             for layout in (torch.contiguous_format, torch.channels_last):
                 rows.append(measure(*case, arguments.rounds, layout))
                 print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=RESULTS.parents[1]
-    ).stdout.strip()
-    provenance = {
-        "command": "python benchmarks/calibration_speed.py",
-        "commit": commit,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "data": "random images, random weights",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_bytes(RESULTS, json.dumps({"provenance": provenance, "rows": rows}, indent=1).encode())
+    save("calibration_speed", "python benchmarks/calibration_speed.py", "random images, random weights", rows=rows)
 
 
 if __name__ == "__main__":

@@ -14,23 +14,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch_pruning as tp
-from torch import nn
-from torch.nn import functional as F
+from provenance import RESULTS, save
 from tqdm import tqdm
 
-from tp_twoaxis import HullImportance, LocalImportance, TargetImportance, calibrate, prune_to_flops
-from tp_twoaxis.data import ArrayLoader, make_loader, open_dataset
-from tp_twoaxis.files import write_bytes
-from tp_twoaxis.importance.baselines import FPGMImportance
+from tp_twoaxis import calibrate, prune_to_flops
+from tp_twoaxis.data import make_loader, open_dataset
+from tp_twoaxis.evaluation import accuracy
+from tp_twoaxis.importance.registry import make_importance
 from tp_twoaxis.models import build_model, load_weights
 
 NETWORKS = {
@@ -38,64 +33,17 @@ NETWORKS = {
     "option_a": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 METHODS = {
-    "local capture": "ours, local axis",
-    "hull": "ours, local axis",
-    "task MI": "ours, target axis",
-    "L2": "host's GroupMagnitudeImportance",
-    "Taylor": "host's GroupTaylorImportance",
-    "FPGM": "Euclidean distances between filters",
-    "random": "host's RandomImportance",
+    "local capture": "capture",
+    "hull": "hull",
+    "task MI": "task-mi",
+    "L2": "l2",
+    "Taylor": "taylor",
+    "FPGM": "fpgm",
+    "random": "random",
 }
 IMAGES, BATCH = 2048, 128
-RESULTS = Path(__file__).parent / "results" / "cifar_resnet20.json"
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, loader: ArrayLoader) -> float:
-    model.eval()
-    hits = [
-        (model(x.to(memory_format=torch.channels_last)).argmax(1) == y).float().mean().item() * len(y)
-        for x, y in loader
-    ]
-    return sum(hits) / 10_000
-
-
-def importance_of(method: str, model: nn.Module, stats: object, loader: ArrayLoader, seed: int) -> object:
-    if method == "Taylor":
-        model.eval()
-        model.zero_grad()
-        for x, y in loader:
-            F.cross_entropy(model(x), y).backward()
-        return tp.importance.GroupTaylorImportance()
-    if method == "random":
-        torch.manual_seed(seed)
-    return {
-        "local capture": lambda: LocalImportance(stats),
-        "hull": lambda: HullImportance(stats),
-        "task MI": lambda: TargetImportance(stats),
-        "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "FPGM": FPGMImportance,
-        "random": tp.importance.RandomImportance,
-    }[method]()
-
-
-def provenance() -> dict[str, str | int]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=RESULTS.parents[1]
-    ).stdout.strip()
-    return {
-        "command": "python benchmarks/cifar_resnet20.py --data DIR/cifar10 --checkpoints DIR",
-        "commit": commit,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "data": "CIFAR-10: 2,048 of 25,000 training images a seed; all 10,000 test images",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def save(cells: list[dict[str, object]]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_bytes(RESULTS, json.dumps({"provenance": provenance(), "cells": cells}, indent=1).encode())
+COMMAND = "python benchmarks/cifar_resnet20.py --data DIR/cifar10 --checkpoints DIR"
+DATA = "CIFAR-10: 2,048 of 25,000 training images a seed; all 10,000 test images"
 
 
 def table(cells: list[dict[str, object]]) -> str:
@@ -127,7 +75,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.35])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     arguments = parser.parse_args()
-    cells = json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else []
+    earlier = RESULTS / "cifar_resnet20.json"
+    cells = json.loads(earlier.read_text())["cells"] if earlier.exists() else []
     done = {(c["network"], c["seed"], c["method"], c["flops"]) for c in cells}
     total = len(arguments.networks) * len(arguments.seeds) * len(METHODS) * len(arguments.keep)
     bar = tqdm(total=total, unit="cell")
@@ -147,13 +96,21 @@ def main() -> None:
                     bar.update()
                     if (network, seed, method, flops) in done:
                         continue
-                    dense = accuracy(model, test) if dense is None else dense
+                    dense = accuracy(model, test, progress=False)[0] if dense is None else dense
                     stats = calibrate(model, loader, progress=False) if stats is None else stats
                     pruned = copy.deepcopy(model)
                     start = time.perf_counter()
-                    importance = importance_of(method, pruned, stats, loader, seed)
+                    importance = make_importance(
+                        METHODS[method], stats=stats, model=pruned, loader=loader, seed=seed, progress=False
+                    )
                     report = prune_to_flops(
-                        pruned, torch.zeros(1, 3, 32, 32), importance, flops=flops, loader=loader, progress=False
+                        pruned,
+                        torch.zeros(1, 3, 32, 32),
+                        importance,
+                        flops=flops,
+                        loader=loader,
+                        other_counters=False,
+                        progress=False,
                     )
                     cells.append(
                         {
@@ -162,12 +119,12 @@ def main() -> None:
                             "method": method,
                             "flops": flops,
                             "achieved": round(report.achieved, 5),
-                            "accuracy": accuracy(pruned, test),
+                            "accuracy": round(accuracy(pruned, test, progress=False)[0], 6),
                             "dense": dense,
                             "seconds": round(time.perf_counter() - start, 2),
                         }
                     )
-                    save(cells)
+                    save("cifar_resnet20", COMMAND, DATA, cells=cells)
     bar.close()
     print(table(cells))
 
