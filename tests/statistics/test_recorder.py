@@ -216,12 +216,12 @@ def test_the_same_positions_whatever_the_batch_size(batch_size):
 
 @pytest.mark.parametrize(
     ("channels", "expected_images", "positions"),
-    # max(32 C, 32768) rows over all images, a power of two
+    # max(32 C, 16384) rows over all images, a power of two
     [
         (16, 24, None),
-        (16, 1024, 32),
-        (16, 1000, 32),
-        (16, 5000, 8),
+        (16, 1024, 16),
+        (16, 1000, 16),
+        (16, 5000, 4),
         (16, 10**6, 1),
         (2048, 1024, None),
         (16, None, None),
@@ -231,6 +231,19 @@ def test_auto_spends_a_budget_of_rows(channels, expected_images, positions):
     conv = nn.Conv2d(3, channels, 1)
     found = record(conv, [torch.randn(2, 3, 8, 8)], positions="auto", expected_images=expected_images)[""]
     assert found.rows.count == 2 * (positions or 64)
+
+
+def test_a_layer_called_twice_samples_each_call_alike():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    found = record(Twice(), images(), positions=5)["conv"]
+    assert found.rows.count == 2 * 5 * found.pooled.count
 
 
 def test_memory_formats_agree():

@@ -16,9 +16,10 @@ from tp_twoaxis.statistics.moments import CoMoments
 
 Positions = Literal["auto", "all"] | int
 
-# rows a layer needs over the whole set: this many a channel, and never fewer than the second number
+# rows a layer needs over the whole set: this many a channel, and never fewer than the second number; with them
+# sampling moves the channels' ranks less than drawing other images does (benchmarks/sampled_rows.py)
 ROWS_PER_CHANNEL = 32
-MINIMUM_ROWS = 2**15
+MINIMUM_ROWS = 2**14
 # pooled rows are few and wide: they wait until this many make one matrix product worth its overhead
 PENDING_IMAGES = 512
 
@@ -49,7 +50,7 @@ class Recorder:
     Args:
         layers: name -> layer, from :func:`~tp_twoaxis.statistics.layers.channel_layers`.
         positions: ``"all"``; a number of positions an image; or ``"auto"``: as many as give
-            ``max(32 C, 32768)`` rows over the whole set, a power of two. Sampled positions are the same for
+            ``max(32 C, 16384)`` rows over the whole set, a power of two. Sampled positions are the same for
             every image, one from each of equally long stretches, so the rows do not depend on batch size,
             order or rank. Pooled values always use every position.
         expected_images: images in the whole set, over all ranks; ``"auto"`` without it means ``"all"``.
@@ -119,8 +120,8 @@ class Recorder:
                 f"{listing(changing)}: expected a layer to run in every batch or in none, got both, so its statistics "
                 "would be of fewer images than the others'; leave it out with layers=[...]"
             )
-        for name, (total, weight) in self._pooled.items():
-            self._pending.setdefault(name, []).append(total / weight)
+        for name, (pooled, _) in self._pooled.items():
+            self._pending.setdefault(name, []).append(pooled)
         self._pooled = {}
         if task is not None:
             self._pending_task.append(task)
@@ -157,12 +158,15 @@ class Recorder:
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = channels_last_view(y, layer, self._batch_size, name)
-        count = view.shape[1]
+        positions = count = view.shape[1]
         # a reduced-precision mean is accumulated, and kept, in float32
         pooled = view.mean(1, dtype=torch.float64 if view.dtype == torch.float64 else torch.float32)
-        total, weight = self._pooled.get(name, (0.0, 0))
-        self._pooled[name] = (total + pooled.double() * count, weight + count)
-        sample = self._sample(count, num_channels(layer), view.device)
+        if name in self._pooled:  # called again in this batch: average over the positions of all calls
+            before, seen = self._pooled[name]
+            pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
+            count += seen
+        self._pooled[name] = (pooled, count)
+        sample = self._sample(positions, num_channels(layer), view.device)
         self._record(name, view).rows.update(view if sample is None else _select(view, sample))
 
     def _sample(self, available: int, channels: int, device: torch.device) -> Tensor | None:
