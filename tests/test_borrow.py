@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from tp_twoaxis.borrow import ModelSnapshot, evaluating, preserved_rng, unwrap
+from tp_twoaxis.borrow import ModelSnapshot, evaluating, preserved_rng, training, unwrap
 
 
 def small_net():
@@ -59,6 +59,24 @@ def test_evaluating_restores_each_flag_and_the_grad_mode():
         with evaluating(net):
             pass
         assert not torch.is_grad_enabled()
+
+
+def test_training_restores_each_flag_and_the_grad_mode():
+    net = small_net().eval()
+    with torch.no_grad():
+        with training(net):
+            assert all(module.training for module in net.modules())
+            assert torch.is_grad_enabled()
+        with pytest.raises(RuntimeError, match="inside"), training(net):
+            raise RuntimeError("inside")
+        assert not torch.is_grad_enabled()
+    assert not any(module.training for module in net.modules())
+    net.train()
+    net[1].eval()
+    before = [module.training for module in net.modules()]
+    with training(net):
+        assert [module.training for module in net.modules()] == before
+    assert [module.training for module in net.modules()] == before
 
 
 def test_preserved_rng_also_after_an_error():

@@ -56,6 +56,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model in training mode and with gradients.
+
+    A model in evaluation mode is put into training mode as a whole. One that already is in training mode stays
+    as the caller arranged it: a sub-module in evaluation mode, such as a frozen BatchNorm, stays in it.
+    Afterwards every training flag and the grad mode are as before, also when the block raises.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).eval()
+        >>> with training(net):
+        ...     [module.training for module in net.modules()]
+        [True, True, True]
+        >>> net.training
+        False
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        if not model.training:
+            model.train()
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """Run a block and put torch's random state back: the CPU's and, once CUDA is in use, every CUDA device's.
 
