@@ -1,6 +1,7 @@
 """Models by name for the command line, the benchmark and the examples, and safe loading of weights.
 
-Built in are the CIFAR ResNets of He et al. 2016 (section 4.2); torchvision's and timm's models and any
+Built in are the CIFAR ResNets of He et al. 2016 (section 4.2) and the larger networks of
+:mod:`tp_twoaxis.cifar_models`; torchvision's and timm's models and any
 ``module:factory`` are reached by name. Both libraries are imported only when a name needs them.
 """
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tp_twoaxis.cifar_models import cifar_mobilenet_v2, cifar_resnet18, cifar_vgg16_bn
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
 from tp_twoaxis.files import refuse_pickle
 
@@ -187,6 +189,9 @@ BUILT_IN: dict[str, Callable[..., nn.Module]] = {
         cifar_resnet20_conv_shortcut,
         cifar_resnet56_option_a,
         cifar_resnet56_conv_shortcut,
+        cifar_resnet18,
+        cifar_vgg16_bn,
+        cifar_mobilenet_v2,
     )
 }
 
