@@ -156,12 +156,25 @@ class ArrayLoader:
             chosen = rows[start : start + self.batch_size]
             images = self.dataset.images[chosen]
             if self.augment:
-                images = _crop_and_flip(images, self.generator)
+                images = crop_and_flip(images, self.generator)
             images = self.dataset.normalise(images)
             yield images if self.dataset.labels is None else (images, self.dataset.labels[chosen])
 
 
-def _crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
+def crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Crop every image at a random offset after zero-padding by an eighth of the side, and mirror half of them.
+
+    Args:
+        images: [N, C, H, W], on any device.
+        generator: a CPU generator; None uses PyTorch's global one.
+
+    Returns:
+        [N, C, H, W], in the images' dtype.
+
+    Example:
+        >>> crop_and_flip(torch.ones(2, 3, 16, 16), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3, 16, 16])
+    """
     count, _, height, width = images.shape
     pad = max(height, width) // 8
     padded = torch.nn.functional.pad(images, (pad,) * 4)
