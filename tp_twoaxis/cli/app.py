@@ -14,6 +14,7 @@ from tp_twoaxis.cli.errors import TRACEBACK, OneLineErrors
 from tp_twoaxis.cli.inputs import check_outputs, show_progress
 from tp_twoaxis.cli.prune import prune_command
 from tp_twoaxis.cli.score import score_command
+from tp_twoaxis.cli.train import train_command
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -35,6 +36,11 @@ app.command(
     epilog=f"Example: tp-twoaxis prune {_CIFAR} --data cifar10/ --score hull --flops 0.5 --eval-split test "
     "--out pruned.safetensors",
 )(prune_command)
+app.command(
+    "train",
+    epilog="Example: tp-twoaxis train cifar_resnet18 --num-classes 100 --data cifar100/ --recipe fast --device cuda "
+    "--eval-split test --out resnet18.safetensors",
+)(train_command)
 
 
 def _print_version(wanted: bool) -> None:

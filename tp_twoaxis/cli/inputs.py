@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from tp_twoaxis.data import make_loader, open_dataset
+from tp_twoaxis.data import ArrayDataset, ImageDataset, make_loader, open_dataset
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
@@ -91,6 +91,11 @@ class ModelOptions:
     def _dense(self, pretrained: bool = False) -> nn.Module:
         return build_model(self.spec, num_classes=self.num_classes, pretrained=pretrained)
 
+    @property
+    def pruned(self) -> bool:
+        """Whether the checkpoint holds a pruned network, whose shapes the model's factory does not know."""
+        return self.checkpoint is not None and _format(self.checkpoint) == PRUNED
+
     def notes(self) -> list[str]:
         """Say what a user may have overlooked; ``module:factory`` may load weights itself."""
         library, colon, _ = self.spec.partition(":")
@@ -113,13 +118,13 @@ class DataOptions:
     std: str | None
     label_column: str | None
 
-    def loader(self) -> Any:
+    def open(self) -> ArrayDataset | ImageDataset:
         """Open the data and draw the images.
 
         Raises:
             TwoAxisError: there is no such data, or the numbers do not fit.
         """
-        dataset = open_dataset(
+        return open_dataset(
             self.spec,
             split=self.split,
             image_size=self.image_size,
@@ -129,7 +134,27 @@ class DataOptions:
             num_images=self.images,
             seed=self.seed,
         )
-        return make_loader(dataset, self.batch_size, workers=self.workers)
+
+    def loader(self) -> Any:
+        """Open the data and cut it into batches; see :meth:`open`."""
+        return make_loader(self.open(), self.batch_size, workers=self.workers)
+
+
+def evaluation_options(
+    source: DataOptions, split: str | None, spec: str | None, images: int | None
+) -> DataOptions | None:
+    """Options of the evaluation's images, or None without them.
+
+    Raises:
+        TwoAxisError: the images would be those of the calibration or the training.
+    """
+    if split is None and spec is None:
+        if images is not None:
+            raise TwoAxisError("--eval-images: expected --eval-split or --eval-data with it, got neither; add one")
+        return None
+    if spec is None and not Path(source.spec).is_dir() and not source.spec.startswith(("cifar10:", "cifar100:")):
+        raise TwoAxisError(f"--eval-split: {source.spec} has no splits; name the files for it with --eval-data")
+    return replace(source, spec=spec or source.spec, split=split or "test", images=images)
 
 
 def _format(path: Path) -> str | None:

@@ -12,7 +12,14 @@ import typer
 from tp_twoaxis.batches import split_batch
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.cli import options as opt
-from tp_twoaxis.cli.inputs import DataOptions, ModelOptions, check_outputs, names, show_progress
+from tp_twoaxis.cli.inputs import (
+    DataOptions,
+    ModelOptions,
+    check_outputs,
+    evaluation_options,
+    names,
+    show_progress,
+)
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.files import write_bytes
@@ -98,7 +105,7 @@ def prune_command(
         raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {flops:g}")
     check_outputs(force, out, report)
     source = DataOptions(data, split, images, batch_size, workers, seed, image_size, mean, std, label_column)
-    evaluation = _evaluation(source, eval_split, eval_data, eval_images)
+    evaluation = evaluation_options(source, eval_split, eval_data, eval_images)
     model_options = ModelOptions(model, checkpoint, num_classes, pretrained, device)
     progress = show_progress(json_output)
     network = model_options.build()
@@ -152,18 +159,3 @@ def prune_command(
             f"{measured['before']:.2%} before, {measured['after']:.2%} after, without fine-tuning"
         )
     typer.echo(f"wrote {out}" + (f" and {report}" if report is not None else ""))
-
-
-def _evaluation(source: DataOptions, split: str | None, spec: str | None, images: int | None) -> DataOptions | None:
-    """Options of the evaluation's images, or None without them.
-
-    Raises:
-        TwoAxisError: the images would be those of the calibration.
-    """
-    if split is None and spec is None:
-        if images is not None:
-            raise TwoAxisError("--eval-images: expected --eval-split or --eval-data with it, got neither; add one")
-        return None
-    if spec is None and not Path(source.spec).is_dir() and not source.spec.startswith(("cifar10:", "cifar100:")):
-        raise TwoAxisError(f"--eval-split: {source.spec} has no splits; name the files for it with --eval-data")
-    return dataclasses.replace(source, spec=spec or source.spec, split=split or "test", images=images)
