@@ -167,10 +167,14 @@ def test_two_processes_share_the_batches(folder, tmp_path):  # noqa: F811
         for rank in range(2)
     ]
     printed = []
-    for process in processes:
-        text, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        printed.append(text)
+    try:
+        for process in processes:
+            text, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            printed.append(text)
+    finally:
+        for process in processes:
+            process.kill()
     payload = json.loads(printed[0])
     assert (payload["batches"], payload["images"], payload["evaluation"]["images"]) == (4, 40, 20)
     assert printed[1] == ""

@@ -16,6 +16,7 @@ from cases import batches, conv_net
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler
 
 from tp_twoaxis.data import ArrayDataset
 from tp_twoaxis.errors import FileFormatError, TwoAxisError
@@ -59,6 +60,18 @@ def array_loader(count=40, batch_size=8, augment=True):
     labels = torch.randint(5, (count,), generator=generator)
     data = ArrayDataset(pixels, labels, (0.5,) * 3, (0.25,) * 3)
     return data.loader(batch_size, shuffle=True, generator=torch.Generator().manual_seed(5), augment=augment)
+
+
+def item_loader():
+    """Read one by one and augmented by the batch, as larger images are."""
+    data = array_loader().dataset
+    return training_batches([data[i] for i in range(len(data))], 8, seed=6)
+
+
+def global_loader():
+    """Shuffled by torch's global random numbers."""
+    data = array_loader().dataset
+    return DataLoader([data[i] for i in range(len(data))], 8, shuffle=True)
 
 
 class Interrupted:
@@ -288,6 +301,23 @@ def test_layout_and_precision():
     np.testing.assert_allclose(half.losses, plain.losses, rtol=0.1)
 
 
+def test_a_distributed_sampler_shuffles_anew_each_epoch():
+    data = array_loader().dataset
+    items = [data[i] for i in range(len(data))]
+    orders = []
+
+    class Watched(DistributedSampler):
+        def __iter__(self):
+            order = list(super().__iter__())
+            orders.append(order)
+            return iter(order)
+
+    sampler = Watched(items, num_replicas=1, rank=0, seed=2)
+    finetune(DropoutNet(), DataLoader(items, 8, sampler=sampler), epochs=2, progress=False)
+    assert len(orders) == 2
+    assert orders[0] != orders[1]
+
+
 def test_seed_decides_what_the_loader_does_not():
     def losses(seed):
         return finetune(DropoutNet(), batches(), epochs=2, seed=seed, progress=False).losses
@@ -295,20 +325,20 @@ def test_seed_decides_what_the_loader_does_not():
     assert losses(0) == losses(0) != losses(1)
 
 
-@pytest.mark.parametrize("every", [None, 3])
-@pytest.mark.parametrize("after", [2, 8, 11])
-def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, every, after):
+@pytest.mark.parametrize("loader_of", [array_loader, item_loader, global_loader])
+@pytest.mark.parametrize(("every", "after"), [(None, 2), (3, 2), (None, 8), (3, 8), (3, 11)])
+def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, loader_of, every, after):
     options = {"epochs": 3, "lr": 0.1, "progress": False, "seed": 4, "warmup": 0.1}
     whole = DropoutNet()
-    loader = array_loader()
+    loader = loader_of()
     expected = finetune(whole, loader, **options)
     cut = DropoutNet()
     options |= {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": every}
     with pytest.raises(KeyboardInterrupt):
-        finetune(cut, Interrupted(array_loader(), after, KeyboardInterrupt()), **options)
+        finetune(cut, Interrupted(loader_of(), after, KeyboardInterrupt()), **options)
     # another process: nothing is left but the file
     resumed = DropoutNet()
-    second = array_loader()
+    second = loader_of()
     torch.manual_seed(99)
     report = finetune(resumed, second, resume=True, **options)
     done = after - after % every if every else after - after % 5
@@ -317,10 +347,11 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, e
     assert (report.losses, report.learning_rates) == (expected.losses, expected.learning_rates)
     assert (report.accuracies, report.images) == (expected.accuracies, expected.images)
     # what the loader would draw next is the same too
-    assert torch.equal(second.generator.get_state(), loader.generator.get_state())
+    if loader.generator is not None:
+        assert torch.equal(second.generator.get_state(), loader.generator.get_state())
     # a finished run is only read
     again = DropoutNet()
-    report = finetune(again, array_loader(), resume=True, **options)
+    report = finetune(again, loader_of(), resume=True, **options)
     assert (report.resumed_at, report.losses) == (15, expected.losses)
     assert_same(values(again), values(whole))
 
@@ -469,9 +500,13 @@ def test_two_ranks_equal_one_process_on_both_their_batches(tmp_path):
         subprocess.Popen([sys.executable, worker, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
     single = training_ranks.network()
     joined = list(zip(training_ranks.shard(0), training_ranks.shard(1), strict=False))
     both = [tuple(torch.cat(parts) for parts in zip(*pair, strict=True)) for pair in joined]

@@ -74,7 +74,7 @@ def finetune(
         amp: autocast to ``"bf16"``, or to ``"fp16"`` with loss scaling (GPU only); weights stay as they are.
         channels_last: run convolutions on channels-last memory, faster on tensor cores.
         checkpoint: file of the run's state (safetensors and JSON, no pickle), replaced atomically at the end of
-            every epoch; see :mod:`tp_twoaxis.training.state`.
+            every epoch, where all ranks can read it; see :mod:`tp_twoaxis.training.state`.
         checkpoint_every: also after every so many batches.
         resume: go on from ``checkpoint`` where there is one. On the CPU the run ends bit for bit as if it had not
             been interrupted, as long as all randomness of the loader comes from its ``generator`` or torch's.
