@@ -345,7 +345,6 @@ def test_compiled_and_data_parallel_wrappers_are_looked_through():
     same(run(DataParallel(torch.compile(conv_net(), backend="eager")), batches()), expected)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
 def test_what_was_compiled_in_place_or_inside_still_shows_its_layers():
     """Code that was traced before the hooks came would never call them."""
     expected = run(conv_net(), batches())
