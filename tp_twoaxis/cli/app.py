@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tp_twoaxis.cli import options as opt
+from tp_twoaxis.cli.bench import bench_command, report_command
 from tp_twoaxis.cli.calibrate import calibrate_command
 from tp_twoaxis.cli.errors import TRACEBACK, OneLineErrors
 from tp_twoaxis.cli.inputs import check_outputs, show_progress
@@ -41,6 +42,14 @@ app.command(
     epilog="Example: tp-twoaxis train cifar_resnet18 --num-classes 100 --data cifar100/ --recipe fast --device cuda "
     "--eval-split test --out resnet18.safetensors",
 )(train_command)
+
+
+app.command(
+    "bench",
+    epilog="Example: tp-twoaxis bench --model cifar_resnet20_conv_shortcut --checkpoint resnet20.safetensors "
+    "--data cifar10/ --methods local,taylor,l2 --keep 0.7,0.5,0.35 --out results/",
+)(bench_command)
+app.command("report", epilog="Example: tp-twoaxis report results/")(report_command)
 
 
 def _print_version(wanted: bool) -> None:

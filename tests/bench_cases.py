@@ -1,0 +1,113 @@
+"""A sweep of a second or two on generated images, and criteria of a user's own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import nn
+
+from tp_twoaxis.benchmark import BenchmarkConfig, DataConfig, NetworkConfig, cross
+from tp_twoaxis.importance.registry import RandomImportance
+from tp_twoaxis.importance.two_axis import TwoAxisImportance
+
+CLASSES = 5
+
+
+def pictures(count: int, seed: int) -> list[tuple[int, np.ndarray]]:
+    """Pairs of label and uint8 [8, 8, 3]: brightness tells the class, noise hides it a little."""
+    rng = np.random.default_rng(seed)
+    labels = [i % CLASSES for i in range(count)]
+    return [(label, rng.integers(20 * label, 120 + 25 * label, (8, 8, 3), dtype=np.uint8)) for label in labels]
+
+
+def write_folders(root: Path, train: int = 60, test: int = 40) -> Path:
+    for split, count, seed in (("train", train, 0), ("test", test, 1)):
+        for i, (label, pixels) in enumerate(pictures(count, seed)):
+            path = root / split / f"class{label}" / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+def write_parquet(root: Path, train: int = 60, test: int = 40) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for split, count, seed in (("train", train, 0), ("test", test, 1)):
+        rows = []
+        for label, pixels in pictures(count, seed):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            rows.append({"img": {"bytes": buffer.getvalue(), "path": None}, "label": label})
+        pd.DataFrame(rows).to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def tiny_config(data: Path, **changes) -> BenchmarkConfig:
+    """2 seeds x 3 criteria x 2 shares on the tests' convolutional network: 12 cells."""
+    options = {
+        "networks": (NetworkConfig("net", "cases:conv_net", str(data)),),
+        "methods": cross(["local", "l2", "random"]),
+        "keep": (0.7, 0.4),
+        "seeds": (42, 123),
+        "data": DataConfig(calibration_images=24, selection_images=10, batch_size=12),
+    }
+    return BenchmarkConfig(**{**options, **changes})
+
+
+def numbers(folder) -> list[tuple]:
+    """What must not depend on how often a sweep was interrupted, nor on how many processes ran it."""
+    return [
+        (r["key"], r["status"], r.get("macs"), r.get("thop_macs"), r.get("accuracy"), r.get("kept_channels"))
+        for r in folder.read_all()
+    ]
+
+
+def broken(stats):
+    raise RuntimeError("this criterion never works")
+
+
+def own_score(stats, seed):
+    """A user's score, built from the shared statistics."""
+    assert seed in (42, 123)
+    return TwoAxisImportance(stats, lambda layer: layer.variance.sqrt())
+
+
+def by_seed(seed):
+    return RandomImportance(seed)
+
+
+def not_callable():
+    return 7
+
+
+class PlainConvNet(nn.Sequential):
+    """Without biases and norms: every counter agrees with pencil and paper. [n, 3, 8, 8] -> [n, 5]."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__(
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2, bias=False),
+            nn.Conv2d(2 * width, width, 1, bias=False),
+            nn.Flatten(),
+            nn.Linear(width * 16, CLASSES, bias=False),
+        )
+
+
+def plain_conv_net() -> PlainConvNet:
+    torch.manual_seed(0)
+    return PlainConvNet().eval()
+
+
+def analytic_macs(net: PlainConvNet) -> int:
+    """Multiply-adds by hand: outputs x what each is made of."""
+    first, second, third, _, head = net
+    return (
+        first.out_channels * 8 * 8 * 3 * 9
+        + second.out_channels * 4 * 4 * first.out_channels * 9
+        + third.out_channels * 4 * 4 * second.out_channels
+        + head.out_features * third.out_channels * 16
+    )

@@ -1,0 +1,315 @@
+"""Sweeps: complete, resumed, killed, failing, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from bench_cases import analytic_macs, numbers, plain_conv_net, tiny_config, write_folders, write_parquet
+from safetensors.torch import save_file
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.benchmark import NetworkConfig, cross, make_report, run_benchmark, runner
+from tp_twoaxis.benchmark.cells import claim_folder, open_folder
+from tp_twoaxis.benchmark.methods import Method
+from tp_twoaxis.benchmark.runner import _chunks
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("bench") / "images")
+
+
+@pytest.fixture(scope="module")
+def config(images):
+    return tiny_config(images)
+
+
+@pytest.fixture(scope="module")
+def complete(config, tmp_path_factory):
+    """The sweep run without interruption, in this process."""
+    folder = tmp_path_factory.mktemp("complete")
+    summary = run_benchmark(config, folder / "out", progress=False)
+    assert (summary.total, summary.ran, summary.skipped, summary.failed) == (12, 12, 0, [])
+    return summary.folder
+
+
+def test_a_cell_says_what_made_it(complete, config):
+    record = complete.read(config.cells()[0])
+    assert record["status"] == "ok"
+    assert (record["seed"], record["keep"], record["method"]["name"]) == (42, 0.7, "capture+bn")
+    assert record["achieved"] == record["macs"]["pruned"] / record["macs"]["dense"] == pytest.approx(0.7, abs=0.02)
+    assert all(record[name]["pruned"] < record[name]["dense"] for name in ("host_macs", "thop_macs", "params"))
+    assert record["images"] == {
+        "evaluated": 40, "evaluated_on": "test", "calibration": 24, "selection": 10, "training": 0
+    }  # fmt: skip
+    assert {"statistics", "score", "plan", "remove", "repair", "evaluate", "total"} <= set(record["seconds"])
+    made = record["provenance"]
+    assert made["versions"]["torch"] == version("torch")
+    assert {"commit", "machine", "command", "date"} <= set(made)
+    assert 0 <= record["accuracy"]["pruned"] <= 1
+    assert sum(kept for kept, _ in record["kept_channels"].values()) > 0
+
+
+def test_finished_cells_are_skipped(complete, config, monkeypatch):
+    monkeypatch.setattr(runner, "measure_cell", None)
+    times = {path: path.stat().st_mtime_ns for path in complete.path.rglob("*.json")}
+    summary = run_benchmark(config, complete.path, progress=False)
+    assert (summary.ran, summary.skipped) == (0, 12)
+    assert times == {path: path.stat().st_mtime_ns for path in complete.path.rglob("*.json")}
+
+
+def test_order_does_not_matter(complete, config, tmp_path):
+    """Each cell draws its own numbers: a sweep of one cell gives what the whole sweep gave."""
+    cell = config.cells()[-1]
+    alone = dataclasses.replace(config, methods=(cell.method,), keep=(cell.keep,), seeds=(cell.seed,))
+    summary = run_benchmark(alone, tmp_path / "out", progress=False)
+    assert numbers(summary.folder) == [numbers(complete)[-1]]
+
+
+def test_parts_make_a_whole(complete, config, tmp_path):
+    for part in ((2, 2), (1, 2)):
+        assert run_benchmark(config, tmp_path / "out", part=part, progress=False).ran == 6
+    assert numbers(open_folder(tmp_path / "out")) == numbers(complete)
+    with pytest.raises(TwoAxisError, match="k of n"):
+        run_benchmark(config, tmp_path / "out", part=(3, 2), progress=False)
+
+
+def test_a_pool_gives_the_same_numbers(complete, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    summary = run_benchmark(config, tmp_path / "out", workers=2, progress=False)
+    assert summary.ran == 12
+    assert numbers(summary.folder) == numbers(complete)
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 12
+
+
+def start(config_file, out, *options):
+    command = [sys.executable, "-m", "tp_twoaxis", "bench", "--config", config_file, "--out", out, "--json", *options]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def children(pid):
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_started_again(workers, images, tmp_path):
+    # more cells than can be measured between two looks
+    config = tiny_config(images, keep=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    process = start(tmp_path / "config.json", tmp_path / "out", "--workers", workers)
+    cells = tmp_path / "out" / "cells"
+    deadline = time.monotonic() + 60
+    while len(list(cells.glob("*.json"))) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    workers_of_it = children(process.pid) if Path("/proc").is_dir() else []
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # those that are there are whole
+    before = {path.name: json.loads(path.read_text())["status"] for path in cells.glob("*.json")}
+    assert 3 <= len(before) < 36
+    while not all(map(gone, workers_of_it)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.02)
+    after_death = len(list(cells.glob("*.json")))
+    again = run_benchmark(config, tmp_path / "out", progress=False)
+    assert again.skipped == after_death
+    assert again.ran == 36 - after_death
+    whole = run_benchmark(config, tmp_path / "whole", progress=False)
+    assert numbers(again.folder) == numbers(whole.folder)
+    resumed, uninterrupted = (make_report(f.path) for f in (again.folder, whole.folder))
+    assert resumed.summary.equals(uninterrupted.summary)
+    assert resumed.auc.table.equals(uninterrupted.auc.table)
+    assert resumed.wins.equals(uninterrupted.wins)
+
+
+def test_a_full_disk_leaves_whole_cells_only(config, tmp_path, monkeypatch, complete):
+    folder = claim_folder(tmp_path / "out", config)
+    real, written = os.fsync, []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TwoAxisError, match="No space left"):
+        run_benchmark(config, folder.path, progress=False)
+    monkeypatch.setattr(os, "fsync", real)
+    left = list((folder.path / "cells").iterdir())
+    assert len(left) == 2
+    assert all(json.loads(path.read_text())["status"] == "ok" for path in left)
+    assert run_benchmark(config, folder.path, progress=False).skipped == 2
+    assert numbers(folder) == numbers(complete)
+
+
+def test_an_interrupted_write_leaves_no_half_cell(config, tmp_path, monkeypatch):
+    folder = claim_folder(tmp_path / "out", config)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(config, folder.path, progress=False)
+    assert list((folder.path / "cells").iterdir()) == []
+    # what a kill in the middle of a write leaves has another name, and is not read
+    cell = config.cells()[0]
+    (folder.path / "cells" / f".{cell.file_name}.x1y2z3").write_text('{"format": "tp-tw')
+    assert folder.read(cell) is None
+    assert folder.read_all() == []
+
+
+def test_failing_cells_are_recorded_and_the_sweep_goes_on(images, tmp_path, monkeypatch):
+    methods = (Method("bench_cases:broken"), Method("l2"), Method("bench_cases:own_score"))
+    config = tiny_config(images, methods=methods, keep=(0.7, 0.001))
+    summary = run_benchmark(config, tmp_path / "out", progress=False)
+    assert (summary.total, summary.ran) == (12, 12)
+    assert len(summary.failed) == 4 + 2 + 2  # the broken one, and a target that nobody reaches
+    records = {record["key"]: record for record in summary.folder.read_all()}
+    error = records["net|42|bench_cases:broken+bn|0.7"]["error"]
+    assert (error["type"], error["message"]) == ("RuntimeError", "this criterion never works")
+    assert any("bench_cases.py" in line for line in error["traceback"])
+    assert records["net|42|l2+bn|0.001"]["error"]["type"] == "UnreachableTargetError"
+    assert records["net|42|l2+bn|0.7"]["status"] == records["net|123|bench_cases:own_score+bn|0.7"]["status"] == "ok"
+    report = make_report(tmp_path / "out")
+    assert len(report.failures) == 8
+    assert "8 cells failed" in report.notes
+    assert report.failures.error[0] == "RuntimeError: this criterion never works"
+    assert run_benchmark(config, tmp_path / "out", progress=False).ran == 0
+    monkeypatch.setattr("bench_cases.broken", lambda seed: __import__("bench_cases").by_seed(seed))
+    again = run_benchmark(config, tmp_path / "out", retry_failed=True, progress=False)
+    assert again.ran == 8
+    assert len(again.failed) == 6
+
+
+def test_results_of_another_config_are_refused(complete, config, tmp_path):
+    longer = dataclasses.replace(config, keep=(0.7, 0.5, 0.4))
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, calibration_images=23))
+    before = numbers(complete)
+    with pytest.raises(TwoAxisError, match=r"differs in keep.*or extend"):
+        run_benchmark(longer, complete.path, progress=False)
+    for extend in (False, True):
+        with pytest.raises(TwoAxisError, match="differs in data"):
+            run_benchmark(other, complete.path, extend=extend, progress=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "mine", tmp_path / "file"):
+        with pytest.raises(TwoAxisError, match="empty folder or one of results"):
+            run_benchmark(config, path, progress=False)
+    assert numbers(complete) == before
+
+
+def test_cells_of_another_config_are_refused(complete, config, tmp_path):
+    other = dataclasses.replace(config, tolerance=0.02)
+    folder, cell = claim_folder(tmp_path / "out", other), config.cells()[0]
+    folder.file(cell).write_bytes(complete.file(cell).read_bytes())
+    with pytest.raises(TwoAxisError, match="one of another"):
+        run_benchmark(other, folder.path, progress=False)
+    for text, message in (("{", "delete it"), ("{}", "remove it")):
+        folder.file(cell).write_text(text)
+        with pytest.raises(TwoAxisError, match=message):
+            make_report(folder.path)
+
+
+def test_a_folder_can_be_extended(config, tmp_path):
+    small = dataclasses.replace(config, seeds=(42,), keep=(0.7,), methods=(Method("l2"),))
+    larger = dataclasses.replace(small, methods=(Method("l2"), Method("random")))
+    run_benchmark(small, tmp_path / "out", progress=False)
+    summary = run_benchmark(larger, tmp_path / "out", extend=True, progress=False)
+    assert (summary.ran, summary.skipped) == (1, 1)
+    assert open_folder(tmp_path / "out").config == larger
+    with pytest.raises(TwoAxisError, match="differs in methods"):
+        run_benchmark(small, tmp_path / "out", progress=False)
+
+
+def test_wrong_inputs_fail_before_a_folder_is_made(config, tmp_path):
+    lost = dataclasses.replace(config, networks=(NetworkConfig("net", "cases:conv_net", str(tmp_path / "no")),))
+    for sweep, options in ((lost, {}), (config, {"workers": 0})):
+        with pytest.raises(TwoAxisError):
+            run_benchmark(sweep, tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_gets_its_budget(images, tmp_path, monkeypatch):
+    calls = []
+
+    def finetune(model, loader, *, epochs, max_batches, lr, seed, progress):
+        calls.append((epochs, max_batches, lr, seed, progress, len(list(loader))))
+        with torch.no_grad():
+            model.fc.bias.zero_()
+            model.fc.weight.zero_()
+            model.fc.bias[2] = 1.0
+
+    trainer = ModuleType("tp_twoaxis.training")
+    trainer.finetune = finetune
+    monkeypatch.setitem(sys.modules, "tp_twoaxis.training", trainer)
+    config = tiny_config(images, methods=cross(["l2"], budgets=[0, 7]), keep=(0.5,), seeds=(42,))
+    folder = run_benchmark(config, tmp_path / "out", progress=False).folder
+    plain, trained = folder.read_all()
+    assert calls == [(5, 7, 0.01, 42, False, 5)]
+    assert plain["finetuning"] is None
+    assert trained["accuracy"]["before_finetuning"] == plain["accuracy"]["pruned"]
+    assert trained["accuracy"]["pruned"] == 8 / 40
+    assert trained["images"]["training"] == 50
+    assert "finetune" in trained["seconds"]
+
+
+def test_counters_in_every_cell_agree_with_arithmetic(tmp_path):
+    save_file(plain_conv_net().state_dict(), tmp_path / "net.safetensors")
+    network = NetworkConfig(
+        "plain", "bench_cases:plain_conv_net", str(write_parquet(tmp_path / "data")), str(tmp_path / "net.safetensors")
+    )
+    config = tiny_config(tmp_path, networks=(network,), seeds=(42,), tolerance=0.2)
+    folder = run_benchmark(config, tmp_path / "out", progress=False).folder
+    for record in folder.read_all():
+        pruned = plain_conv_net()
+        widths = {name: kept for name, (kept, _) in record["kept_channels"].items()}
+        pruned[0].out_channels, pruned[1].out_channels, pruned[2].out_channels = (widths[name] for name in "012")
+        for counter in ("macs", "host_macs", "thop_macs"):
+            assert record[counter] == {"dense": analytic_macs(plain_conv_net()), "pruned": analytic_macs(pruned)}
+
+
+def test_chunks_keep_statistics_together_where_they_can(config):
+    cells = config.cells()
+    assert [len(chunk) for chunk in _chunks(cells, 2)] == [6, 6]
+    assert [len(chunk) for chunk in _chunks(cells, 4)] == [3, 3, 3, 3]
+    assert sorted(c.key for chunk in _chunks(cells, 3) for c in chunk) == sorted(c.key for c in cells)
+    assert all(len({(c.network, c.seed) for c in chunk}) == 1 for chunk in _chunks(cells, 5))

@@ -1,0 +1,82 @@
+"""Accuracy over MACs, drawn with matplotlib."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+MARKERS = "osD^vPX<>*ph8d"
+DPI = 110
+
+
+def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
+    """Draw one network: a panel for each treatment, a line for each criterion, mean and standard deviation.
+
+    Args:
+        summary: of :func:`~tp_twoaxis.benchmark.tables.summary_table`.
+        network: which of its networks.
+
+    Example:
+        >>> summary = pd.DataFrame({"network": "net", "criterion": ["l1", "l1"], "treatment": "bn", "seeds": 1,
+        ...     "achieved": [0.5, 0.7], "accuracy": [0.6, 0.8], "std": float("nan"), "dense": 0.9})
+        >>> figure = curves_figure(summary, "net")
+        >>> [axes.get_title() for axes in figure.axes]
+        ['bn']
+    """
+    mine = summary[summary.network == network]
+    treatments, criteria = list(mine.treatment.unique()), list(mine.criterion.unique())
+    columns = min(3, len(treatments))
+    rows = -(-len(treatments) // columns)
+    figure = Figure(figsize=(4.6 * columns + 2.2, 3.6 * rows + 0.4), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
+    for panel in panels[len(treatments) :]:
+        panel.remove()
+    colours = mpl.colormaps["tab20" if len(criteria) > 10 else "tab10"]
+    lines = {}
+    for panel, treatment in zip(panels, treatments, strict=False):
+        for number, criterion in enumerate(criteria):
+            own = mine[(mine.treatment == treatment) & (mine.criterion == criterion)].sort_values("achieved")
+            if own.empty:
+                continue
+            lines[criterion] = panel.errorbar(
+                100 * own.achieved,
+                100 * own.accuracy,
+                yerr=100 * own["std"].fillna(0.0),
+                color=colours(number % colours.N),
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.8,
+                capsize=2,
+            )
+        panel.axhline(100 * mine.dense.mean(), color="0.5", linewidth=0.8, linestyle="--")
+        panel.set_title(str(treatment), size=10)
+        panel.grid(True, color="0.9", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("MACs kept (%)", size=10)
+    figure.supylabel("accuracy (%), dashed: dense", size=10)
+    figure.suptitle(network, size=11, fontweight="bold")
+    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """Render a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def image_element(png: bytes, description: str) -> str:
+    """Make an HTML image that holds its own bytes.
+
+    Example:
+        >>> image_element(b"x", "a curve")
+        '<img alt="a curve" src="data:image/png;base64,eA==">'
+    """
+    return f'<img alt="{description}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

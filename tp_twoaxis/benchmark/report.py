@@ -1,0 +1,242 @@
+"""The report of a results folder: tables, curves, one HTML file that opens offline, a table for a README."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tp_twoaxis.benchmark import tables
+from tp_twoaxis.benchmark.cells import ResultsFolder, open_folder
+from tp_twoaxis.benchmark.figures import curves_figure, image_element, png_bytes
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.files import write_bytes
+
+REPORT = "report"
+CSS = """
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.2rem 4rem; font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+.soft { opacity: .75; font-size: .9rem; max-width: 52rem; }
+.note { border-left: 4px solid #c44500; padding-left: .8rem; }
+.wide { overflow-x: auto; } img { max-width: 100%; background: #fff; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #8884; white-space: nowrap; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
+pre { overflow-x: auto; padding: .8rem; border: 1px solid #8884; font-size: .82rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All tables of a results folder.
+
+    Attributes:
+        folder: where the cells are.
+        cells: a row a cell; see :func:`~tp_twoaxis.benchmark.tables.cell_table`.
+        summary: means over seeds.
+        auc: areas under curves.
+        wins: the win matrix.
+        timing: seconds by phase.
+        failures: failed cells.
+        notes: what a reader must know.
+        provenance: of the cell that was measured last.
+    """
+
+    folder: ResultsFolder
+    cells: pd.DataFrame
+    summary: pd.DataFrame
+    auc: tables.AucResult
+    wins: pd.DataFrame
+    timing: pd.DataFrame
+    failures: pd.DataFrame
+    notes: list[str]
+    provenance: dict[str, Any]
+
+    def markdown(self) -> str:
+        """Return tables for a README: accuracy in percent, mean and sample standard deviation over seeds."""
+        parts = []
+        for network in self.cells.network.unique():
+            own = self.summary[self.summary.network == network]
+            if own.empty:
+                continue
+            parts.append(f"{network} (dense {100 * own.dense.mean():.1f} %), accuracy in % by share of MACs kept\n")
+            parts.append(markdown_table(wide_table(own)) + "\n")
+        where = self.provenance
+        machine = where.get("machine", {})
+        seeds = ", ".join(map(str, self.folder.config.seeds))
+        parts.append(
+            f"Seeds {seeds}; mean ± sample standard deviation over seeds; measured on the "
+            f"{self.folder.config.data.evaluate_on} images. `{where.get('command')}`, commit {where.get('commit')}, "
+            f"torch {where.get('versions', {}).get('torch')}, {machine.get('cores')} cores {machine.get('processor')}, "
+            f"{machine.get('device')}, {where.get('date')}."
+        )
+        return "\n".join(parts) + "\n"
+
+
+def make_report(folder: str | Path) -> Report:
+    """Read a results folder, finished or not.
+
+    Raises:
+        TwoAxisError: it is no results folder, holds foreign cells, or none yet.
+    """
+    results = open_folder(folder)
+    records = results.read_all()
+    if not records:
+        raise TwoAxisError(f"{results.path}: expected at least one cell, got none; run `tp-twoaxis bench` first")
+    cells = tables.cell_table(records)
+    auc = tables.auc_table(cells)
+    absent = len(results.config.cells()) - len(records)
+    failures = tables.failure_table(cells)
+    notes = [f"{absent} of {len(records) + absent} cells are not measured yet"] if absent else []
+    notes += [f"{len(failures)} cells failed"] if len(failures) else []
+    latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
+    return Report(
+        results,
+        cells,
+        tables.summary_table(cells),
+        auc,
+        tables.win_matrix(cells),
+        tables.timing_table(cells),
+        failures,
+        notes + tables.warnings_of(cells) + auc.notes,
+        latest,
+    )
+
+
+def write_report(report: Report, folder: str | Path | None = None) -> list[Path]:
+    """Write CSV, Parquet, PNG, Markdown and HTML.
+
+    Args:
+        report: of :func:`make_report`.
+        folder: where to; default ``report/`` in the results folder. Files of equal names are replaced.
+
+    Returns:
+        The files, ``report.html`` first.
+
+    Raises:
+        TwoAxisError: a file could not be written.
+    """
+    target = report.folder.path / REPORT if folder is None else Path(folder)
+    try:
+        target.mkdir(exist_ok=True)
+    except OSError as error:
+        raise TwoAxisError(f"{target}: could not be made a folder ({error}); choose another") from error
+    figures = {
+        network: png_bytes(curves_figure(report.summary, network)) for network in report.summary.network.unique()
+    }
+    parquet = io.BytesIO()
+    report.cells.to_parquet(parquet)
+    files = {"report.html": _html(report, figures).encode(), "report.md": report.markdown().encode()}
+    files |= {"cells.parquet": parquet.getvalue()}
+    frames = {
+        "cells": report.cells,
+        "summary": report.summary,
+        "auc": report.auc.table,
+        "wins": report.wins.reset_index(),
+        "timing": report.timing,
+    }
+    files |= {f"{name}.csv": frame.to_csv(index=False).encode() for name, frame in frames.items()}
+    for network, png in figures.items():
+        safe = re.sub(r"[^\w.-]", "_", network)
+        files[f"curves-{safe}.png"] = png
+    for name, data in files.items():
+        write_bytes(target / name, data)
+    return [target / name for name in files]
+
+
+def wide_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Turn one network's summary into a row a method and a column a share of MACs, as text in percent."""
+    text = [
+        f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
+        for mean, std in zip(summary.accuracy, summary["std"], strict=True)
+    ]
+    wide = summary.assign(text=text).pivot_table(
+        index="method", columns="keep", values="text", aggfunc="first", sort=False
+    )
+    wide = wide[sorted(wide.columns, reverse=True)].fillna("-").reset_index()
+    return wide.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else str(name))
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """Write a frame of text as a Markdown table.
+
+    Example:
+        >>> print(markdown_table(pd.DataFrame({"method": ["l2"], "0.5": ["58.1"]})))
+        | method | 0.5 |
+        | --- | --- |
+        | l2 | 58.1 |
+    """
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _html(report: Report, figures: dict[str, bytes]) -> str:
+    config = report.folder.config
+    sections = [
+        "<h1>Pruning at equal MACs</h1>",
+        f"<p class='soft'>{len(report.cells)} cells, seeds {', '.join(map(str, config.seeds))}; accuracy on the "
+        f"{config.data.evaluate_on} images. Calibration, selection and test images do not overlap; how they are "
+        "split, the config below shows.</p>",
+        *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),
+    ]
+    for network, png in figures.items():
+        own = report.summary[report.summary.network == network]
+        sections.append(f"<h2>{escape(str(network))}: accuracy over MACs</h2>")
+        sections.append(image_element(png, f"accuracy over MACs of {escape(str(network), quote=True)}"))
+        sections.append(
+            f"<p class='soft'>Accuracy in %, mean ± sample standard deviation over seeds, by share of MACs kept. "
+            f"Dense: {100 * own.dense.mean():.2f} %.</p>" + _table(wide_table(own))
+        )
+    sections += ["<h2>Area under accuracy retention</h2>", _auc_words(report.auc), _table(report.auc.table)]
+    wins = (100 * report.wins).round(0).reset_index()
+    sections += [
+        "<h2>Wins</h2><p class='soft'>Share of cells (%) of equal network, seed and MACs in which the row's method "
+        "is more accurate than the column's; ties count half.</p>",
+        _table(wins, "{:.0f}"),
+        "<h2>Three counters</h2><p class='soft'>Mean share of MACs kept by our counter, the host's and thop's.</p>",
+        _table(_counters(report.cells)),
+        "<h2>Time</h2><p class='soft'>Mean seconds a cell. Statistics and gradients are gathered once for a network "
+        "and seed and shared.</p>",
+        _table(report.timing, "{:.2f}"),
+    ]
+    if len(report.failures):
+        sections += ["<h2>Failed cells</h2>", f"<div class='text'>{_table(report.failures)}</div>"]
+    provenance = json.dumps(report.provenance, indent=1)
+    settings = json.dumps(config.to_dict(), indent=1)
+    sections += [
+        f"<h2>Provenance</h2><pre>{escape(provenance)}</pre>",
+        f"<details><summary>Config {config.digest()}</summary><pre>{escape(settings)}</pre></details>",
+    ]
+    head = f"<meta charset='utf-8'><title>tp-twoaxis benchmark</title><style>{CSS}</style>"
+    return f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
+
+
+def _auc_words(auc: tables.AucResult) -> str:
+    ends = "; ".join(f"{name}: {100 * low:.1f} to {100 * high:.1f} %" for name, (low, high) in auc.intervals.items())
+    return (
+        "<p class='soft'>Mean of accuracy over dense accuracy on the interval of MACs removed that all methods cover "
+        f"({escape(ends) or 'there is none'}); 95 % bootstrap intervals over seeds, differences paired. With few "
+        "seeds these are coarse, and they say nothing about other networks.</p>"
+    )
+
+
+def _counters(cells: pd.DataFrame) -> pd.DataFrame:
+    good = tables.measured(cells)
+    shares = {name: good[name] / good[f"dense_{name}"] for name in tables.COUNTERS}
+    return good.assign(**shares).groupby(["network", "keep"], sort=False)[list(shares)].mean().reset_index()
+
+
+def _table(frame: pd.DataFrame, number: str = "{:.4f}") -> str:
+    if frame.empty:
+        return "<p class='soft'>nothing to show</p>"
+    formats = {name: number.format for name in frame.columns if frame[name].dtype.kind == "f" and name != "keep"}
+    html = frame.to_html(index=False, border=0, na_rep="", formatters=formats)
+    return f"<div class='wide'>{html}</div>"

@@ -1,0 +1,229 @@
+"""From cells to tables: one row a cell, means over seeds, areas under curves, wins, times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tp_twoaxis.benchmark.protocol import Curve, common_interval, mean_interval, paired_interval, retention_auc
+from tp_twoaxis.errors import TwoAxisError
+
+COUNTERS = ("macs", "host_macs", "thop_macs", "params")
+ACCURACIES = ("accuracy", "before_finetuning", "dense")
+
+
+def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Lay records out, one row a cell.
+
+    Args:
+        records: of :meth:`~tp_twoaxis.benchmark.cells.ResultsFolder.read_all`.
+
+    Returns:
+        Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, treatment, keep, status,
+        error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network and
+        ``dense_...`` of the dense one, ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``,
+        ``seconds_...`` by phase, ``weights``, ``commit``. Measurements of failed cells are missing.
+
+    Raises:
+        TwoAxisError: there are no cells.
+
+    Example:
+        >>> record = {"network": {"name": "net"}, "seed": 1, "keep": 0.5, "status": "failed", "seconds": {},
+        ...     "method": {"name": "l2", "criterion": "l2", "allocation": "global", "repair": [],
+        ...     "finetune_batches": 0}, "error": {"type": "ValueError", "message": "no"}, "provenance": {}}
+        >>> cell_table([record])[["method", "treatment", "status", "error"]].iloc[0].tolist()
+        ['l2', 'none', 'failed', 'ValueError: no']
+    """
+    if not records:
+        raise TwoAxisError("expected at least one cell, got none; run the sweep first")
+    return pd.DataFrame([_row(record) for record in records])
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    method = record["method"]
+    error = record.get("error")
+    steps = "+".join(method["repair"]) or "none"
+    treatment = steps + (f"+ft{method['finetune_batches']}" if method["finetune_batches"] else "")
+    accuracy = record.get("accuracy", {})
+    values = {
+        name: accuracy.get(key, np.nan)
+        for name, key in zip(ACCURACIES, ("pruned", "before_finetuning", "dense"), strict=True)
+    }
+    return {
+        "network": record["network"]["name"],
+        "seed": record["seed"],
+        "method": method["name"],
+        "criterion": method["criterion"],
+        "allocation": method["allocation"],
+        "repair": steps,
+        "finetune_batches": method["finetune_batches"],
+        "treatment": treatment if method["allocation"] == "global" else f"{method['allocation']} {treatment}",
+        "keep": record["keep"],
+        "status": record["status"],
+        "error": None if error is None else f"{error['type']}: {error['message']}",
+        "achieved": record.get("achieved", np.nan),
+        **{name: _number(record.get(name), "pruned") for name in COUNTERS},
+        **{f"dense_{name}": _number(record.get(name), "dense") for name in COUNTERS},
+        **values,
+        "retention": values["accuracy"] / values["dense"] if values["dense"] else np.nan,
+        **{f"seconds_{phase}": seconds for phase, seconds in record["seconds"].items()},
+        "weights": record.get("weights"),
+        "commit": record["provenance"].get("commit"),
+    }
+
+
+def _number(counts: Mapping[str, Any] | None, which: str) -> float:
+    value = None if counts is None else counts[which]
+    return np.nan if value is None else float(value)
+
+
+def measured(cells: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of cells that did not fail."""
+    return cells[cells.status == "ok"]
+
+
+def summary_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread over seeds for every network, method and share of MACs.
+
+    Returns:
+        Columns ``network, method, criterion, treatment, keep, seeds, achieved, accuracy, std`` (sample standard
+        deviation, missing for one seed), ``lowest, highest, retention, dense``, in the config's order.
+    """
+    keys = ["network", "method", "criterion", "treatment", "keep"]
+    groups = measured(cells).groupby(keys, sort=False)
+    return groups.agg(
+        seeds=("seed", "nunique"),
+        achieved=("achieved", "mean"),
+        accuracy=("accuracy", "mean"),
+        std=("accuracy", "std"),
+        lowest=("accuracy", "min"),
+        highest=("accuracy", "max"),
+        retention=("retention", "mean"),
+        dense=("dense", "mean"),
+    ).reset_index()
+
+
+@dataclass(frozen=True)
+class AucResult:
+    """Areas under the accuracy-retention curves.
+
+    Attributes:
+        table: columns ``network, method, auc, low, high, seeds, behind_best, behind_low, behind_high``; ``auc`` is
+            the mean retention over the common interval, ``behind_best`` the mean paired difference from the best
+            method of the network; bounds are 95 % bootstrap intervals over seeds. Best first.
+        intervals: network -> the interval of MACs removed that its methods have in common.
+        notes: what is missing and why.
+    """
+
+    table: pd.DataFrame
+    intervals: dict[str, tuple[float, float]]
+    notes: list[str]
+
+
+def auc_table(cells: pd.DataFrame) -> AucResult:
+    """Compare methods by the area under accuracy retention over MACs removed; see the protocol.
+
+    A method whose curve has fewer than two points on some seed is compared on its other seeds, and left out when
+    there are none. A network without a common interval has no rows but a note that names the method at fault.
+    """
+    rows: list[dict[str, Any]] = []
+    intervals: dict[str, tuple[float, float]] = {}
+    notes: list[str] = []
+    for network in cells.network.unique():
+        mine = cells[cells.network == network]
+        curves = {method: _curves(measured(mine[mine.method == method])) for method in mine.method.unique()}
+        absent = [method for method, own in curves.items() if not own]
+        if absent:
+            notes.append(f"{network}: {', '.join(absent)} left out, no seed has two measured shares of MACs")
+        curves = {method: own for method, own in curves.items() if own}
+        try:
+            interval = common_interval({method: list(own.values()) for method, own in curves.items()})
+        except TwoAxisError as error:
+            notes.append(f"{network}: {error}")
+            continue
+        intervals[network] = interval
+        areas = {
+            method: {seed: retention_auc(curve, interval) for seed, curve in own.items()}
+            for method, own in curves.items()
+        }
+        order = sorted(areas, key=lambda method: -float(np.mean(list(areas[method].values()))))
+        rows += [_auc_row(network, method, areas[method], areas[order[0]]) for method in order]
+    columns = ["network", "method", "auc", "low", "high", "seeds", "behind_best", "behind_low", "behind_high"]
+    return AucResult(pd.DataFrame(rows, columns=columns), intervals, notes)
+
+
+def _curves(cells: pd.DataFrame) -> dict[int, Curve]:
+    return {
+        int(seed): Curve((1.0 - own.achieved).tolist(), own.retention.tolist())
+        for seed, own in cells.groupby("seed", sort=False)
+        if own.achieved.nunique() > 1
+    }
+
+
+def _auc_row(network: str, method: str, own: dict[int, float], best: dict[int, float]) -> dict[str, Any]:
+    auc = mean_interval(list(own.values()))
+    shared = [seed for seed in own if seed in best]
+    row = {"network": network, "method": method, "auc": auc.mean, "low": auc.low, "high": auc.high, "seeds": len(own)}
+    if not shared:
+        return row | {"behind_best": np.nan, "behind_low": np.nan, "behind_high": np.nan}
+    behind = paired_interval([own[s] for s in shared], [best[s] for s in shared])
+    return row | {"behind_best": behind.mean, "behind_low": behind.low, "behind_high": behind.high}
+
+
+def win_matrix(cells: pd.DataFrame) -> pd.DataFrame:
+    """Count how often the row's method is more accurate than the column's, at equal network, seed and MACs.
+
+    Returns:
+        [methods, methods] shares in [0, 1], ties count half; missing on the diagonal and where no cell is shared.
+    """
+    wide = measured(cells).pivot_table(
+        index=["network", "seed", "keep"], columns="method", values="accuracy", sort=False
+    )
+    names = list(wide.columns)
+    values = wide.to_numpy()
+    shares = np.full((len(names), len(names)), np.nan)
+    for i in range(len(names)):
+        for j in range(len(names)):
+            both = ~np.isnan(values[:, i]) & ~np.isnan(values[:, j])
+            if i != j and both.any():
+                a, b = values[both, i], values[both, j]
+                shares[i, j] = float(np.mean((a > b) + 0.5 * (a == b)))
+    return pd.DataFrame(shares, index=pd.Index(names, name="method"), columns=names)
+
+
+def timing_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """Mean seconds a cell by phase, for every network and method.
+
+    ``statistics`` and ``gradients`` are what gathering them took once for a network and seed; ``total`` is the
+    wall-clock time of the cell itself, which includes them only where it was the first to need them.
+    """
+    phases = [name for name in cells.columns if name.startswith("seconds_")]
+    phases = [name for name in phases if name != "seconds_total"] + ["seconds_total"]
+    means = measured(cells).groupby(["network", "method"], sort=False)[phases].mean().reset_index()
+    return means.rename(columns=lambda name: name.removeprefix("seconds_"))
+
+
+def failure_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """List failed cells with their errors."""
+    return cells[cells.status == "failed"][["network", "seed", "method", "keep", "error"]].reset_index(drop=True)
+
+
+def warnings_of(cells: pd.DataFrame) -> list[str]:
+    """Say what makes cells hard to compare: other weights, other commits, targets that were missed."""
+    good = measured(cells)
+    notes = []
+    for network, own in good.groupby("network", sort=False):
+        if own.weights.nunique() > 1:
+            notes.append(f"{network}: its cells have {own.weights.nunique()} different dense weights; run them anew")
+    if good.commit.nunique() > 1:
+        notes.append(f"cells come from {good.commit.nunique()} commits: {', '.join(map(str, good.commit.unique()))}")
+    off = good[(good.achieved - good.keep).abs() > 0.02 * good.keep]
+    if len(off):
+        notes.append(
+            f"{len(off)} cells keep other MACs than asked for by more than 2 %: {', '.join(off.method.unique())}"
+        )
+    return notes
