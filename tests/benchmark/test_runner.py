@@ -20,9 +20,10 @@ from bench_cases import analytic_macs, numbers, plain_conv_net, tiny_config, wri
 from safetensors.torch import save_file
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.benchmark import NetworkConfig, cross, make_report, run_benchmark, runner
+from tp_twoaxis.benchmark import NetworkConfig, cross, run_benchmark, runner
 from tp_twoaxis.benchmark.cells import claim_folder, open_folder
 from tp_twoaxis.benchmark.methods import Method
+from tp_twoaxis.benchmark.report import make_report
 from tp_twoaxis.benchmark.runner import _chunks
 
 TESTS = Path(__file__).parents[1]
@@ -125,10 +126,16 @@ def gone(pid):
         return True
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_and_started_again(workers, images, tmp_path):
-    # more cells than can be measured between two looks
+@pytest.fixture(scope="module")
+def long(images, tmp_path_factory):
+    """A sweep of more cells than can be measured between two looks, uninterrupted."""
     config = tiny_config(images, keep=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+    return run_benchmark(config, tmp_path_factory.mktemp("long") / "out", progress=False).folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_started_again(workers, long, tmp_path):
+    config = long.config
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     process = start(tmp_path / "config.json", tmp_path / "out", "--workers", workers)
     cells = tmp_path / "out" / "cells"
@@ -150,9 +157,8 @@ def test_killed_and_started_again(workers, images, tmp_path):
     again = run_benchmark(config, tmp_path / "out", progress=False)
     assert again.skipped == after_death
     assert again.ran == 36 - after_death
-    whole = run_benchmark(config, tmp_path / "whole", progress=False)
-    assert numbers(again.folder) == numbers(whole.folder)
-    resumed, uninterrupted = (make_report(f.path) for f in (again.folder, whole.folder))
+    assert numbers(again.folder) == numbers(long)
+    resumed, uninterrupted = (make_report(folder.path) for folder in (again.folder, long))
     assert resumed.summary.equals(uninterrupted.summary)
     assert resumed.auc.table.equals(uninterrupted.auc.table)
     assert resumed.wins.equals(uninterrupted.wins)

@@ -1,11 +1,11 @@
 """The comparison at equal MACs: one protocol, every method, resumable.
 
-Not imported by the package itself: it needs what ``pip install "tp-twoaxis[cli]"`` brings.
+Not imported by the package itself: it needs what ``pip install "tp-twoaxis[cli]"`` brings. Tables and figures are in
+:mod:`tp_twoaxis.benchmark.report`, apart, so that worker processes start without pandas and matplotlib.
 """
 
 from tp_twoaxis.benchmark.config import BenchmarkConfig, DataConfig, NetworkConfig, load_config
 from tp_twoaxis.benchmark.methods import Method, cross
-from tp_twoaxis.benchmark.report import Report, make_report, write_report
 from tp_twoaxis.benchmark.runner import RunSummary, run_benchmark
 
 __all__ = [
@@ -13,11 +13,8 @@ __all__ = [
     "DataConfig",
     "Method",
     "NetworkConfig",
-    "Report",
     "RunSummary",
     "cross",
     "load_config",
-    "make_report",
     "run_benchmark",
-    "write_report",
 ]

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from tp_twoaxis.errors import TwoAxisError
 
@@ -198,6 +197,8 @@ def _bootstrap(values: Any, level: float, resamples: int, seed: int) -> Interval
         return Interval(mean, math.nan, math.nan)
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
+    from scipy.stats import bootstrap  # takes a second, and only reports need it
+
     result = bootstrap(
         (values,),
         np.mean,

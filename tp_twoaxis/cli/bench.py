@@ -14,7 +14,8 @@ from tp_twoaxis.errors import TwoAxisError
 
 if TYPE_CHECKING:
     # pandas and matplotlib: not for commands that do without
-    from tp_twoaxis.benchmark import BenchmarkConfig, Report
+    from tp_twoaxis.benchmark import BenchmarkConfig
+    from tp_twoaxis.benchmark.report import Report
 
 _SWEEP = "Sweep"
 
@@ -84,7 +85,8 @@ def bench_command(
 
     Each cell is a file in OUT; run the same command again after an interruption and it goes on.
     """
-    from tp_twoaxis.benchmark import load_config, make_report, run_benchmark
+    from tp_twoaxis.benchmark import load_config, run_benchmark
+    from tp_twoaxis.benchmark.report import make_report
 
     if config is not None:
         if model is not None or data is not None:
@@ -156,7 +158,7 @@ def report_command(
     json_output: opt.Json = False,
 ) -> None:
     """Write tables, curves and one HTML file of a sweep, finished or not."""
-    from tp_twoaxis.benchmark import make_report, write_report
+    from tp_twoaxis.benchmark.report import make_report, write_report
 
     report = make_report(folder)
     files = write_report(report, out)

@@ -1,0 +1,93 @@
+"""Files of a report: readable back, self-contained, honest about what is missing."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+from bench_cases import tiny_config, write_parquet
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.benchmark import cross, run_benchmark
+from tp_twoaxis.benchmark.cells import claim_folder
+from tp_twoaxis.benchmark.figures import curves_figure
+from tp_twoaxis.benchmark.methods import Method
+from tp_twoaxis.benchmark.report import make_report, markdown_table, wide_table, write_report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    methods = (*cross(["local", "l2"], repairs=[(), ("bn",)]), Method("bench_cases:broken"))
+    config = tiny_config(write_parquet(root / "data"), methods=methods)
+    return run_benchmark(config, root / "out", progress=False).folder
+
+
+def test_files(folder):
+    report = make_report(folder.path)
+    files = {path.name: path for path in write_report(report)}
+    assert {path.parent for path in files.values()} == {folder.path / "report"}
+    assert set(files) == {
+        "report.html", "report.md", "cells.parquet", "cells.csv", "summary.csv", "auc.csv", "wins.csv", "timing.csv",
+        "curves-net.png",
+    }  # fmt: skip
+    pd.testing.assert_frame_equal(pd.read_parquet(files["cells.parquet"]), report.cells)
+    summary = pd.read_csv(files["summary.csv"], keep_default_na=False)
+    assert summary.accuracy.tolist() == pytest.approx(report.summary.accuracy.tolist())
+    assert files["curves-net.png"].read_bytes().startswith(b"\x89PNG")
+    html = files["report.html"].read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    assert "<script" not in html
+    for text in ("this criterion never works", "4 cells failed", "capture+bn", folder.config.digest(), "thop"):
+        assert text in html
+    assert make_report(folder.path).cells.equals(report.cells)
+
+
+def test_markdown_carries_its_provenance(folder):
+    text = make_report(folder.path).markdown()
+    assert "| method | 0.7 | 0.4 |" in text
+    assert re.search(r"\| l2\+bn \| \d+\.\d ± \d+\.\d \| ", text)
+    for part in ("Seeds 42, 123", "commit", "torch", "test images", "cores"):
+        assert part in text
+    assert "broken" not in text
+
+
+def test_unfinished_sweeps_have_reports_and_say_so(folder, tmp_path):
+    partial = claim_folder(tmp_path / "out", folder.config)
+    with pytest.raises(TwoAxisError, match="tp-twoaxis bench"):
+        make_report(partial.path)
+    for cell in folder.config.cells()[:3]:
+        partial.file(cell).write_bytes(folder.file(cell).read_bytes())
+    report = make_report(partial.path)
+    assert report.notes[0] == "17 of 20 cells are not measured yet"
+    assert len(write_report(report, tmp_path / "elsewhere")) == 9
+    with pytest.raises(TwoAxisError, match=r"no config\.json"):
+        make_report(tmp_path)
+    with pytest.raises(TwoAxisError, match="folder"):
+        write_report(report, tmp_path / "no" / "such")
+
+
+def test_only_failures(folder, tmp_path):
+    failed = claim_folder(tmp_path / "out", folder.config)
+    cells = [cell for cell in folder.config.cells() if "broken" in cell.method.criterion]
+    for cell in cells:
+        failed.file(cell).write_bytes(folder.file(cell).read_bytes())
+    html = write_report(make_report(failed.path))[0].read_text()
+    assert "nothing to show" in html
+    assert "this criterion never works" in html
+
+
+def test_tables_are_escaped():
+    assert markdown_table(pd.DataFrame({"a|b": ["c|d"]})) == "| a\\|b |\n| --- |\n| c\\|d |"
+
+
+def test_wide_table_and_curves(folder):
+    summary = make_report(folder.path).summary
+    wide = wide_table(summary)
+    assert wide.columns.tolist() == ["method", "0.7", "0.4"]
+    assert wide.method.tolist() == ["capture", "capture+bn", "l2", "l2+bn"]
+    figure = curves_figure(summary, "net")
+    assert sorted(axes.get_title() for axes in figure.axes) == ["bn", "none"]
+    assert [len(axes.containers) for axes in figure.axes] == [2, 2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["capture", "l2"]

@@ -1,0 +1,152 @@
+"""Tables from invented cells, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.benchmark.protocol import Curve, paired_interval, retention_auc
+from tp_twoaxis.benchmark.tables import (
+    auc_table,
+    cell_table,
+    failure_table,
+    measured,
+    summary_table,
+    timing_table,
+    warnings_of,
+    win_matrix,
+)
+
+ACCURACY = {
+    ("a", 1): {0.7: 0.90, 0.5: 0.80, 0.3: 0.60},
+    ("a", 2): {0.7: 0.80, 0.5: 0.80, 0.3: 0.50},
+    ("b", 1): {0.7: 0.85, 0.5: 0.80, 0.3: 0.30},
+    ("b", 2): {0.7: 0.90, 0.5: 0.70, 0.3: 0.20},
+}
+
+
+def record(method, seed, keep, accuracy, *, network="net", failed=False, **changes):
+    made = {
+        "network": {"name": network},
+        "seed": seed,
+        "method": {
+            "name": method,
+            "criterion": method,
+            "allocation": "global",
+            "repair": ["bn"],
+            "finetune_batches": 0,
+        },
+        "keep": keep,
+        "status": "ok",
+        "error": None,
+        "achieved": keep,
+        "macs": {"dense": 1000, "pruned": int(1000 * keep)},
+        "host_macs": {"dense": 1100, "pruned": int(1100 * keep)},
+        "thop_macs": {"dense": None, "pruned": None},
+        "params": {"dense": 10, "pruned": 5},
+        "accuracy": {"dense": 1.0, "before_finetuning": accuracy, "pruned": accuracy},
+        "seconds": {"score": 1.0 + seed, "total": 3.0},
+        "weights": "w",
+        "provenance": {"commit": "c0ffee"},
+    }
+    if failed:
+        for key in ("achieved", "macs", "host_macs", "thop_macs", "params", "accuracy", "weights"):
+            del made[key]
+        made |= {"status": "failed", "error": {"type": "ValueError", "message": "no"}, "seconds": {"total": 0.1}}
+    return {**made, **changes}
+
+
+@pytest.fixture
+def records():
+    return [
+        record(method, seed, keep, accuracy)
+        for (method, seed), row in ACCURACY.items()
+        for keep, accuracy in row.items()
+    ]
+
+
+def test_summary(records):
+    row = summary_table(cell_table(records)).set_index(["method", "keep"]).loc[("a", 0.7)]
+    assert (row.seeds, row.accuracy, row.lowest, row.highest) == (2, pytest.approx(0.85), 0.8, 0.9)
+    assert row["std"] == pytest.approx(np.std([0.9, 0.8], ddof=1))
+    assert np.isnan(cell_table(records).thop_macs).all()
+
+
+def test_auc_by_hand(records):
+    result = auc_table(cell_table(records))
+    low, high = result.intervals["net"]
+    assert (low, high) == pytest.approx((0.3, 0.7))
+    table = result.table.set_index("method")
+    by_hand = {m: [(v[0.7] + 2 * v[0.5] + v[0.3]) / 4 for (n, _), v in ACCURACY.items() if n == m] for m in "ab"}
+    assert table.auc["a"] == pytest.approx(np.mean(by_hand["a"]))
+    assert table.behind_best["a"] == 0
+    assert table.behind_best["b"] == pytest.approx(np.mean(by_hand["b"]) - np.mean(by_hand["a"]))
+    interval = paired_interval(by_hand["b"], by_hand["a"])
+    assert (table.behind_low["b"], table.behind_high["b"]) == pytest.approx((interval.low, interval.high))
+    first = Curve([0.3, 0.5, 0.7], list(ACCURACY["b", 1].values()))
+    assert by_hand["b"][0] == pytest.approx(retention_auc(first, (0.3, 0.7)))
+    assert result.table.method.tolist() == ["a", "b"]
+
+
+def test_methods_without_a_common_interval_are_named(records):
+    far = [record("late", seed, keep, 0.1) for seed in (1, 2) for keep in (0.1, 0.2)]
+    single = [record("single", seed, 0.5, 0.1) for seed in (1, 2)]
+    result = auc_table(cell_table(records + far))
+    assert result.table.empty
+    assert "'late' covers 80.0 to 90.0 %" in result.notes[0]
+    result = auc_table(cell_table(records + single))
+    assert result.table.method.tolist() == ["a", "b"]
+    assert "single left out" in result.notes[0]
+
+
+def test_failed_cells_only_shorten_the_comparison(records):
+    records[-1] = record("b", 2, 0.3, 0, failed=True)
+    cells = cell_table(records)
+    assert (len(measured(cells)), len(failure_table(cells))) == (11, 1)
+    assert failure_table(cells).error[0] == "ValueError: no"
+    result = auc_table(cells)
+    assert result.intervals["net"] == pytest.approx((0.3, 0.5))
+    assert result.table.seeds.tolist() == [2, 2]
+    everything = cell_table([record("a", 1, 0.5, 0, failed=True)])
+    assert summary_table(everything).empty
+    assert auc_table(everything).table.empty
+    assert win_matrix(everything).empty
+
+
+def test_wins(records):
+    wins = win_matrix(cell_table(records))
+    # seed 1: win, tie, win; seed 2: loss, win, win
+    assert wins.loc["a", "b"] == pytest.approx(4.5 / 6)
+    assert wins.loc["a", "b"] + wins.loc["b", "a"] == pytest.approx(1)
+    assert np.isnan(wins.loc["a", "a"])
+    apart = win_matrix(cell_table([record("a", 1, 0.5, 0.5), record("b", 2, 0.5, 0.5)]))
+    assert np.isnan(apart.loc["a", "b"])
+
+
+def test_timing(records):
+    timing = timing_table(cell_table(records))
+    assert timing.columns.tolist() == ["network", "method", "score", "total"]
+    assert timing.score.tolist() == [2.5, 2.5]
+
+
+def test_what_makes_cells_hard_to_compare_is_said(records):
+    assert warnings_of(cell_table(records)) == []
+    odd = [record("a", 3, 0.5, 0.5, weights="v"), record("b", 3, 0.5, 0.5, achieved=0.6, provenance={"commit": "f00"})]
+    notes = " ".join(warnings_of(cell_table(records + odd)))
+    assert "2 different dense weights" in notes
+    assert "2 commits: c0ffee, f00" in notes
+    assert "1 cells keep other MACs" in notes
+
+
+def test_no_cells():
+    with pytest.raises(TwoAxisError, match="run the sweep"):
+        cell_table([])
+
+
+def test_rows_hold_the_treatment():
+    method = {"name": "x", "criterion": "l2", "allocation": "uniform", "repair": [], "finetune_batches": 200}
+    cells = cell_table([{**record("x", 1, 0.5, 0.5), "method": method}])
+    assert isinstance(cells, pd.DataFrame)
+    assert cells.treatment[0] == "uniform ft200"
