@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from cases import conv_net
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from tp_twoaxis.benchmark import BenchmarkConfig, DataConfig, NetworkConfig, cross
+from tp_twoaxis.data import DATASETS
 from tp_twoaxis.importance.registry import RandomImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 
@@ -46,10 +51,27 @@ def write_parquet(root: Path, train: int = 60, test: int = 40) -> Path:
     return root
 
 
+@functools.cache
+def checkpoint() -> str:
+    """Weights of the tests' network, trained until pruning has something to lose; one file a process."""
+    net = conv_net()
+    images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) / 255 for _, p in pictures(60, 0)])
+    mean, std = (torch.tensor(part)[:, None, None] for part in DATASETS["imagenet"])
+    labels = torch.tensor([label for label, _ in pictures(60, 0)])
+    optimizer = torch.optim.SGD(net.train().parameters(), lr=0.05, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net((images - mean) / std), labels).backward()
+        optimizer.step()
+    path = Path(tempfile.mkdtemp(prefix="bench_cases")) / "net.safetensors"
+    save_file(net.state_dict(), path)
+    return str(path)
+
+
 def tiny_config(data: Path, **changes) -> BenchmarkConfig:
     """2 seeds x 3 criteria x 2 shares on the tests' convolutional network: 12 cells."""
     options = {
-        "networks": (NetworkConfig("net", "cases:conv_net", str(data)),),
+        "networks": (NetworkConfig("net", "cases:conv_net", str(data), checkpoint()),),
         "methods": cross(["local", "l2", "random"]),
         "keep": (0.7, 0.4),
         "seeds": (42, 123),

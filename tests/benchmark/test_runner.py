@@ -45,6 +45,9 @@ def complete(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("complete")
     summary = run_benchmark(config, folder / "out", progress=False)
     assert (summary.total, summary.ran, summary.skipped, summary.failed) == (12, 12, 0, [])
+    records = summary.folder.read_all()
+    assert records[0]["accuracy"]["dense"] > 0.7
+    assert len({record["accuracy"]["pruned"] for record in records}) > 4  # there is something to compare
     return summary.folder
 
 
@@ -241,6 +244,9 @@ def test_results_of_another_config_are_refused(complete, config, tmp_path):
         with pytest.raises(TwoAxisError, match="empty folder or one of results"):
             run_benchmark(config, path, progress=False)
     assert numbers(complete) == before
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".config.json.x1y2").write_text('{"netw')
+    assert claim_folder(tmp_path / "killed", config).config == config
 
 
 def test_cells_of_another_config_are_refused(complete, config, tmp_path):

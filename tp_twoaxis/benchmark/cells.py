@@ -131,7 +131,8 @@ def claim_folder(path: str | Path, config: BenchmarkConfig, *, extend: bool = Fa
         if there != config:
             _write_config(path, config)
     else:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # a kill while the config was written leaves its temporary file
+        if path.exists() and not (path.is_dir() and all(p.name.startswith(f".{CONFIG}.") for p in path.iterdir())):
             raise TwoAxisError(f"{path}: expected an empty folder or one of results, got neither; choose another")
         try:
             path.mkdir(exist_ok=True)

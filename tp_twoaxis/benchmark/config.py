@@ -83,7 +83,7 @@ class DataConfig:
     test_images: int | None = None
     evaluate_on: str = "test"
     batch_size: int = protocol.BATCH_SIZE
-    test_batch_size: int = 500
+    test_batch_size: int = 128
     decoders: int = 0
 
 

@@ -104,7 +104,11 @@ def run_benchmark(
 
 
 def run_cells(
-    results: ResultsFolder, cells: Sequence[Cell], device: str = "cpu", done: Callable[[], None] | None = None
+    results: ResultsFolder,
+    cells: Sequence[Cell],
+    device: str = "cpu",
+    done: Callable[[], None] | None = None,
+    loaded: dict[str, LoadedNetwork] | None = None,
 ) -> None:
     """Measure cells one after another and write each; the unit of work of any pool.
 
@@ -115,16 +119,19 @@ def run_cells(
         cells: what to measure; all are measured, whether they are there or not.
         device: where the networks run.
         done: called after each cell.
+        loaded: the network of an earlier call in the same process for the same sweep, with its images in memory;
+            replaced when another one is needed.
 
     Raises:
         TwoAxisError: a cell could not be written.
     """
-    network: LoadedNetwork | None = None
+    loaded = {} if loaded is None else loaded
     for group in _grouped(cells):
         first = group[0]
-        if network is None or network.entry.name != first.network:
-            network = LoadedNetwork(results.config, first.network, device)
-        shared = Shared(network, first.seed)
+        if first.network not in loaded:
+            loaded.clear()
+            loaded[first.network] = LoadedNetwork(results.config, first.network, device)
+        shared = Shared(loaded[first.network], first.seed)
         for cell in group:
             results.write(cell, measure_cell(shared, cell, results.config))
             if done is not None:
@@ -172,11 +179,13 @@ def _run_pool(
         pool.shutdown(cancel_futures=True)
 
 
+# a worker's own; it serves one sweep and ends with it
 _stop: Event | None = None
+_loaded: dict[str, LoadedNetwork] = {}
 
 
 def _work(results: ResultsFolder, cells: Sequence[Cell], device: str) -> None:
-    run_cells(results, cells, device, _end_if_asked)
+    run_cells(results, cells, device, _end_if_asked, _loaded)
 
 
 def _end_if_asked() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.protocol import Curve, common_interval, mean_interval, paired_interval, retention_auc
 from tp_twoaxis.errors import TwoAxisError
 
@@ -47,7 +48,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     method = record["method"]
     error = record.get("error")
     steps = "+".join(method["repair"]) or "none"
-    treatment = steps + (f"+ft{method['finetune_batches']}" if method["finetune_batches"] else "")
+    made = Method(method["criterion"], method["allocation"], tuple(method["repair"]), method["finetune_batches"])
     accuracy = record.get("accuracy", {})
     values = {
         name: accuracy.get(key, np.nan)
@@ -61,7 +62,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "allocation": method["allocation"],
         "repair": steps,
         "finetune_batches": method["finetune_batches"],
-        "treatment": treatment if method["allocation"] == "global" else f"{method['allocation']} {treatment}",
+        "treatment": made.treatment,
         "keep": record["keep"],
         "status": record["status"],
         "error": None if error is None else f"{error['type']}: {error['message']}",

@@ -186,8 +186,9 @@ def _payload(report: Report) -> dict[str, Any]:
 
 
 def _notes(report: Report) -> None:
-    for row in report.failures.itertuples():
-        typer.echo(f"failed: {row.network}, {row.method}, keep {row.keep:g}, seed {row.seed}: {row.error}")
+    # often one cause fails every cell of a method
+    for (network, method, error), cells in report.failures.groupby(["network", "method", "error"], sort=False):
+        typer.echo(f"failed: {network}, {method}, {len(cells)} cell{'s' if len(cells) > 1 else ''}: {error}")
     for note in report.notes:
         typer.echo(f"note: {note}")
 
