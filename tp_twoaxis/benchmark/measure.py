@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -156,20 +157,28 @@ def _fixed(device: str) -> Json:
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None  # an installed package has none
-    processor = platform.processor() or platform.machine()
+    program = Path(sys.argv[0]).name
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": commit,
         "machine": {
             "platform": platform.platform(),
-            "processor": processor,
+            "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": gpu or device,
         },
-        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+        "command": shlex.join(["tp-twoaxis" if program == "__main__.py" else program, *sys.argv[1:]]),
     }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -162,7 +162,8 @@ def wide_table(summary: pd.DataFrame) -> pd.DataFrame:
         index="method", columns="keep", values="text", aggfunc="first", sort=False
     )
     wide = wide[sorted(wide.columns, reverse=True)].fillna("-").reset_index()
-    return wide.rename(columns=lambda name: f"{name:g}" if isinstance(name, float) else str(name))
+    wide.columns = [f"{name:g}" if isinstance(name, float) else str(name) for name in wide.columns]
+    return wide
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
