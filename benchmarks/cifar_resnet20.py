@@ -3,8 +3,8 @@
 Two third-party networks x kept MACs x criteria x calibration seeds. Each cell: the seed draws 2,048 training
 images; they serve for calibration, for the gradients of Taylor, and for BatchNorm re-estimation alike; the
 network is pruned to the target by a global threshold and tested on all 10,000 test images. Nothing is
-chosen by these numbers. About 12 seconds a cell and 30 minutes in all on two CPU cores; cells already in
-the results file are skipped.
+chosen by these numbers. A cell takes 13 seconds and more on one CPU core, 126 cells half an hour to an hour;
+cells already in the results file are skipped.
 
     python benchmarks/cifar_resnet20.py --data DIR/cifar10 --checkpoints DIR
 """

@@ -130,7 +130,7 @@ def _pair(dense: Sizes, pruned: Sizes, name: str) -> Json:
 
 def _finetune(model: nn.Module, shared: Shared, batches: int, config: BenchmarkConfig) -> Json:
     # not at the top: sweeps without training do not need the trainer
-    from tp_twoaxis.training import finetune  # type: ignore[import-not-found,unused-ignore]
+    from tp_twoaxis.training import finetune
 
     report: Any = finetune(
         model,
