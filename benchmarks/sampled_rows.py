@@ -3,7 +3,7 @@
 On the CIFAR-10 ResNet-20 with conv shortcuts: Spearman correlation, mean and minimum over layers, between the
 scores of a calibration that uses every position of 1,024 training images and (a) one that samples 4 to 32
 positions of the same images, (b) one that uses every position of 1,024 other images. ``positions="auto"``
-takes 32 here. About two minutes on two CPU cores.
+takes 16 here. About two minutes on two CPU cores.
 
     python benchmarks/sampled_rows.py --data DIR/cifar10 --checkpoints DIR
 """

@@ -17,7 +17,7 @@ from tp_twoaxis.statistics.moments import CoMoments
 Positions = Literal["auto", "all"] | int
 
 # rows a layer needs over the whole set: this many a channel, and never fewer than the second number; with them
-# sampling moves the channels' ranks less than drawing other images does (benchmarks/sampled_rows.py)
+# sampling moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_rows.py)
 ROWS_PER_CHANNEL = 32
 MINIMUM_ROWS = 2**14
 # pooled rows are few and wide: they wait until this many make one matrix product worth its overhead
