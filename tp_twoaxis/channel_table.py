@@ -22,7 +22,8 @@ from tp_twoaxis.scores.registry import (
     target_redundancy,
     task_mi,
 )
-from tp_twoaxis.statistics.store import CalibrationStatistics, LayerStatistics
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
+from tp_twoaxis.statistics.store import CalibrationStatistics
 
 COLUMNS = {
     "layer": "name in the model",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.scores import hull, local, target
-from tp_twoaxis.statistics.store import LayerStatistics
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 Score = Callable[[LayerStatistics], Tensor]
 

@@ -1,6 +1,7 @@
 """Model and loader in, mergeable statistics out."""
 
 from tp_twoaxis.statistics.calibration import calibrate
-from tp_twoaxis.statistics.store import CalibrationStatistics, LayerStatistics
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
+from tp_twoaxis.statistics.store import CalibrationStatistics
 
 __all__ = ["CalibrationStatistics", "LayerStatistics", "calibrate"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,128 +14,13 @@ from torch import Tensor, nn
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.errors import FileFormatError, StaleStatisticsError, TwoAxisError, listing
 from tp_twoaxis.files import read_tensors, write_tensors
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.layers import channel_layers, channel_weight, fingerprint, num_channels
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import LayerRecord
 
 FORMAT = "tp-twoaxis/statistics"
 VERSION = 1
-# float32 activations of a constant channel scatter by rounding alone; below this share of mean^2 it is no signal
-CONSTANT = 1e-13
-
-
-@dataclass
-class LayerStatistics:
-    """Statistics of one layer's C output channels; float64 tensors on the CPU.
-
-    Attributes:
-        name: the layer's name in the model.
-        kind: its class, for example ``"Conv2d"``.
-        shape: its weight's shape when it was calibrated.
-        fingerprint: hash of its weights then.
-        weight_power: [C] squared norm of each channel's weights, without bias.
-        rows: moments of (image, position) rows, C wide.
-        pooled: moments of outputs averaged over positions, one row an image.
-        cross: moments of pooled outputs with the task variables, or None.
-        task: moments of the task variables, shared by all layers, or None.
-        columns: task variable -> its columns ``(start, stop)``.
-        target: the default task variable, or None.
-
-    Example:
-        >>> from tp_twoaxis import calibrate
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
-        >>> layer = calibrate(net, [(torch.randn(64, 8), torch.randint(4, (64,)))], progress=False)["1"]
-        >>> layer.num_channels, layer.num_rows, layer.target_correlation("margin").shape
-        (4, 64, torch.Size([4]))
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    fingerprint: str
-    weight_power: Tensor
-    rows: CoMoments
-    pooled: CoMoments
-    cross: CoMoments | None = None
-    task: CoMoments | None = None
-    columns: dict[str, tuple[int, int]] = field(default_factory=dict)
-    target: str | None = None
-
-    @property
-    def num_channels(self) -> int:
-        """C."""
-        return len(self.weight_power)
-
-    @property
-    def num_rows(self) -> int:
-        """(image, position) rows behind the covariance."""
-        return self.rows.count
-
-    @property
-    def num_images(self) -> int:
-        """Images behind the pooled values."""
-        return self.pooled.count
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean output of each channel over all images and positions, [C]."""
-        return self.pooled.mean
-
-    @property
-    def covariance(self) -> Tensor:
-        """Covariance of the outputs over images and positions, [C, C]."""
-        return self.rows.covariance
-
-    @property
-    def variance(self) -> Tensor:
-        """Diagonal of the covariance, [C]; exactly 0 for channels that are constant up to rounding."""
-        return _variance(self.rows)
-
-    @property
-    def correlation(self) -> Tensor:
-        """Correlation of the outputs, [C, C], diagonal 1; 0 between a constant channel and any other."""
-        return _correlation(self.covariance, self.variance)
-
-    @property
-    def pooled_correlation(self) -> Tensor:
-        """Correlation of the pooled outputs over images, [C, C], diagonal 1."""
-        return _correlation(self.pooled.covariance, _variance(self.pooled))
-
-    def target_correlation(self, name: str | None = None) -> Tensor:
-        """Correlation of each pooled channel with a task variable.
-
-        Args:
-            name: the task variable; default the calibration's target.
-
-        Returns:
-            [C]; of ``one_vs_rest`` [C, K], a column a class. 0 where either side is constant.
-
-        Raises:
-            TwoAxisError: the variable was not recorded.
-        """
-        name = name or self.target
-        if name not in self.columns or self.cross is None or self.task is None:
-            recorded = ", ".join(self.columns) or "none: it ran with target=None"
-            raise TwoAxisError(
-                f"{self.name}: task variable {name!r} was not recorded (recorded: {recorded}); "
-                "call calibrate() with labels and a target"
-            )
-        start, stop = self.columns[name]
-        spread = torch.outer(_variance(self.pooled), _variance(self.task)[start:stop]).sqrt()
-        covariance = self.cross.covariance[:, start:stop]
-        rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
-        return rho if name == "one_vs_rest" else rho[:, 0]
-
-
-def _variance(moments: CoMoments) -> Tensor:
-    variance = moments.scatter.diagonal() / max(moments.count, 1)
-    return torch.where(variance > CONSTANT * moments.mean.square(), variance, torch.zeros_like(variance))
-
-
-def _correlation(covariance: Tensor, variance: Tensor) -> Tensor:
-    spread = torch.outer(variance, variance).sqrt()
-    rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
-    return rho.fill_diagonal_(1.0)
 
 
 class CalibrationStatistics:
