@@ -6,69 +6,25 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from cases import conv_net
-from PIL import Image
+from cli_cases import MODEL, TESTS, refused, run, succeed
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from tp_twoaxis import CalibrationStatistics, load_pruned
 from tp_twoaxis.cli import main
-from tp_twoaxis.cli.app import app
 from tp_twoaxis.cli.errors import OneLineErrors
 from tp_twoaxis.pruning.checkpoint import read_header
-
-MODEL = "cases:conv_net"
-TESTS = str(Path(__file__).parent)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="tp-twoaxis")
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr or result.exception
-    return result
-
-
-def refused(*arguments):
-    """Exit status 2, nothing on stdout, exactly one line on stderr; returns it."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, ""), result.exception
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("tp-twoaxis: error: ")
-    return lines[0]
 
 
 def process(*arguments, **environment):
     command = [sys.executable, "-m", "tp_twoaxis", *map(str, arguments)]
     path = {"PYTHONPATH": TESTS, "TQDM_DISABLE": "0", **environment}
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **path}, timeout=120, check=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A class folder of 8x8 images with train (40) and test (20), and statistics of 40 images."""
-    root = tmp_path_factory.mktemp("cli")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("test", 4)):
-        for label in range(5):
-            classes = root / "images" / split / f"class{label}"
-            classes.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(40 * label, 40 * label + 96, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(classes / f"{i}.png")
-    result = succeed("calibrate", MODEL, "--data", root / "images", "--out", root / "stats.safetensors", "--json")
-    (root / "calibrate.json").write_text(result.stdout)
-    return root
 
 
 def test_version_and_help():

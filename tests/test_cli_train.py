@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
+from cli_cases import MODEL, TESTS, refused, run, succeed
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import MODEL, TESTS, folder, refused, run, succeed  # noqa: F401  folder is a fixture
 
 from tp_twoaxis.cli import train as command
 from tp_twoaxis.data import open_dataset
@@ -22,11 +22,11 @@ SMALL = ("--epochs", 3, "--batch-size", 8, "--lr", 0.05)
 
 
 @pytest.fixture
-def arguments(folder, tmp_path):  # noqa: F811
+def arguments(folder, tmp_path):
     return ("train", MODEL, "--data", folder / "images", "--out", tmp_path / "w.safetensors")
 
 
-def test_train_writes_weights_that_other_commands_take(folder, tmp_path, arguments):  # noqa: F811
+def test_train_writes_weights_that_other_commands_take(folder, tmp_path, arguments):
     result = succeed(*arguments, *SMALL, "--eval-split", "test")
     assert "for 15 batches (120 images)" in result.stdout
     assert "top-1 accuracy on 20 images (test)" in result.stdout
@@ -51,7 +51,7 @@ def test_train_writes_weights_that_other_commands_take(folder, tmp_path, argumen
     succeed("score", MODEL, "--data", folder / "images", "--checkpoint", further)
 
 
-def test_train_is_the_library_and_the_recipe(folder, tmp_path, arguments):  # noqa: F811
+def test_train_is_the_library_and_the_recipe(folder, tmp_path, arguments):
     succeed(*arguments, "--recipe", "fast", "--epochs", 2, "--batch-size", 8, "--seed", 3)
     recipe = command._recipe(find_recipe("fast", MODEL, "cpu"), epochs=2, batch_size=8, amp=None)
     assert (recipe.lr, recipe.nesterov, recipe.schedule, recipe.amp) == (0.4, True, "linear", None)
@@ -132,7 +132,7 @@ def test_refusals_leave_nothing(tmp_path, arguments, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_that_does_not_fit(folder, tmp_path):  # noqa: F811
+def test_data_that_does_not_fit(folder, tmp_path):
     out = ("--out", tmp_path / "w.safetensors", "--batch-size", 8)
     line = refused("train", "cifar_resnet20_option_a", "--num-classes", 3, "--data", folder / "images", *out)
     assert "build it with num_classes=" in line
@@ -147,7 +147,7 @@ def test_help():
     assert "--resume" in text
 
 
-def test_two_processes_share_the_batches(folder, tmp_path):  # noqa: F811
+def test_two_processes_share_the_batches(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -31,6 +31,25 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Run a block and give every sub-module its own training flag back, also when the block raises.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with kept_modes(net):
+        ...     _ = net.eval()
+        >>> [module.training for module in net.modules()]
+        [True, True, False]
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block with the model in evaluation mode and without gradients.
 
@@ -45,14 +64,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> [module.training for module in net.modules()]
         [True, True, False]
     """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    with kept_modes(model), torch.no_grad():
         model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+        yield
 
 
 @contextmanager
@@ -71,15 +85,10 @@ def training(model: nn.Module) -> Iterator[None]:
         >>> net.training
         False
     """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    with kept_modes(model), torch.enable_grad():
         if not model.training:
             model.train()
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+        yield
 
 
 @contextmanager

@@ -121,7 +121,10 @@ def test_sound_networks_are_not_suspected(make, size):
 def test_pruning_leaves_such_a_group_whole_and_says_so():
     net = simple_flatten()
     dense = {name: value.clone() for name, value in net.state_dict().items()}
-    scores = lambda group: torch.arange(len(group[0].idxs)).float()  # noqa: E731
+
+    def scores(group):
+        return torch.arange(len(group[0].idxs)).float()
+
     report = prune_to_flops(net, torch.randn(1, 3, 8, 8), scores, flops=0.8, repair=(), progress=False)
     assert net[0].out_channels == 8
     assert net[3].out_features < 16

@@ -14,6 +14,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tp_twoaxis.borrow import kept_modes
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.importance.groups import Member, members
 from tp_twoaxis.pruning.cost import CostModel, Side, Term
@@ -63,16 +64,14 @@ def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
 def tracing_allowed(model: nn.Module) -> Iterator[None]:
     """Let the host trace: it needs gradients on parameters, and switches the model to eval mode itself."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.is_floating_point())
-        yield
+        with kept_modes(model):
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
 
 
 def prunable_groups(
