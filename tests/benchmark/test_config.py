@@ -58,6 +58,8 @@ def test_crossed_methods():
         ({"methods": ["l3"]}, "got 'l3'"),
         ({"keep": [0.5, 0.0]}, "above 0"),
         ({"keep": [1.5]}, "up to 1"),
+        ({"grid": "layers"}, "macs, channels"),
+        ({"finetune_amp": "fp8"}, "bf16 or fp16"),
         ({"keep": "abc"}, "numbers"),
         ({"seeds": []}, "one or more"),
         ({"data": {"evaluate_on": "train"}}, "test, selection"),

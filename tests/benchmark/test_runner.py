@@ -283,7 +283,7 @@ def test_wrong_inputs_fail_before_a_folder_is_made(config, tmp_path):
 def test_fine_tuning_gets_its_budget(images, tmp_path, monkeypatch):
     calls = []
 
-    def finetune(model, loader, *, epochs, max_batches, lr, seed, progress):
+    def finetune(model, loader, *, epochs, max_batches, lr, amp, seed, progress):
         calls.append((epochs, max_batches, lr, seed, progress, len(list(loader))))
         with torch.no_grad():
             model.fc.bias.zero_()
@@ -317,6 +317,33 @@ def test_counters_in_every_cell_agree_with_arithmetic(tmp_path):
         pruned[0].out_channels, pruned[1].out_channels, pruned[2].out_channels = (widths[name] for name in "012")
         for counter in ("macs", "host_macs", "thop_macs"):
             assert record[counter] == {"dense": analytic_macs(plain_conv_net()), "pruned": analytic_macs(pruned)}
+
+
+def test_the_paper_s_grid_removes_shares_of_the_channels(config, tmp_path):
+    grid = dataclasses.replace(config, grid="channels", keep=(0.75, 0.5), seeds=(42,))
+    folder = run_benchmark(grid, tmp_path / "out", progress=False).folder
+    records = folder.read_all()
+    for record in records:
+        kept, total = (sum(column) for column in zip(*record["kept_channels"].values(), strict=True))
+        assert kept / total == pytest.approx(record["keep"], abs=0.02)
+        assert record["grid"] == "channels"
+    # what is equal are the channels, not the MACs
+    assert len({record["macs"]["pruned"] for record in records if record["keep"] == 0.5}) > 1
+    assert "share of channels kept" in make_report(folder.path).markdown()
+    assert not any("other MACs" in note for note in make_report(folder.path).notes)
+
+
+def test_layout_and_precision_are_conditions(config, images, tmp_path, monkeypatch):
+    methods = cross(["l2"], budgets=[3])
+    plain = tiny_config(images, methods=methods, keep=(0.5,), seeds=(42,))
+    fast = dataclasses.replace(plain, channels_last=True, finetune_amp="bf16")
+    assert fast.conditions() != plain.conditions()
+    (record,) = run_benchmark(fast, tmp_path / "fast", progress=False).folder.read_all()
+    (other,) = run_benchmark(plain, tmp_path / "plain", progress=False).folder.read_all()
+    assert record["status"] == "ok"
+    # the same images in the same order, in another precision
+    assert record["finetuning"]["last_loss"] == pytest.approx(other["finetuning"]["last_loss"], rel=0.05)
+    assert record["finetuning"] != other["finetuning"]
 
 
 def test_chunks_keep_statistics_together_where_they_can(config):

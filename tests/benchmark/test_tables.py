@@ -39,6 +39,7 @@ def record(method, seed, keep, accuracy, *, network="net", failed=False, **chang
             "finetune_batches": 0,
         },
         "keep": keep,
+        "grid": "macs",
         "status": "ok",
         "error": None,
         "achieved": keep,

@@ -510,3 +510,15 @@ def test_pruning_twice_multiplies():
 def test_a_network_without_parameters():
     with pytest.raises(TwoAxisError, match="no parameters"):
         prune(nn.ReLU())
+
+
+def test_a_budget_of_channels():
+    net = conv_net(width=64)
+    report = prune(net, importance=Random(), flops=0.5, budget="channels")
+    kept = sum(len(group.kept) for group in report.groups)
+    total = kept + sum(len(group.removed) for group in report.groups)
+    assert report.achieved == kept / total == pytest.approx(0.5, abs=0.01)
+    assert report.after.macs < 0.5 * report.before.macs  # both sides of a layer shrink
+    assert "50.00% of the channels" in str(report)
+    with pytest.raises(TwoAxisError, match="macs or channels"):
+        prune(conv_net(), importance=Random(), budget="layers")

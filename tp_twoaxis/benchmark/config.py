@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tp_twoaxis.benchmark import protocol
 from tp_twoaxis.benchmark.cells import Cell
@@ -22,8 +22,14 @@ from tp_twoaxis.benchmark.methods import Method, criterion_names, cross
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.files import Json
 
+if TYPE_CHECKING:
+    from tp_twoaxis.pruning.apply import Budget
+    from tp_twoaxis.training.settings import Precision
+
 T = TypeVar("T")
 PARTS = ("test", "selection")
+GRIDS = ("macs", "channels")
+PRECISIONS = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,15 @@ class BenchmarkConfig:
     Attributes:
         networks: one or more, of different names.
         methods: of different names.
-        keep: shares of the dense MACs to keep, in (0, 1].
+        keep: shares to keep, in (0, 1].
+        grid: what they are shares of: ``macs``, so that all methods are cut to equal MACs, or ``channels``, the
+            paper's levels of sparsity, where each method ends at MACs of its own.
         seeds: of the calibration images' draw, of ``random``, of fine-tuning.
         data: how the images are split.
         finetune_epochs: at most, where a method has a budget.
         finetune_lr: of SGD.
+        finetune_amp: autocast while fine-tuning, ``bf16`` or ``fp16``; None computes in full precision.
+        channels_last: memory layout of weights and activations; speed, and how sums are rounded.
         min_keep: as in :func:`~tp_twoaxis.prune_to_flops`.
         tolerance: likewise.
 
@@ -113,10 +123,13 @@ class BenchmarkConfig:
     networks: tuple[NetworkConfig, ...]
     methods: tuple[Method, ...]
     keep: tuple[float, ...] = protocol.KEEP
+    grid: Budget = "macs"
     seeds: tuple[int, ...] = protocol.SEEDS
     data: DataConfig = field(default_factory=DataConfig)
     finetune_epochs: int = protocol.FINETUNE_EPOCHS
     finetune_lr: float = protocol.FINETUNE_LR
+    finetune_amp: Precision | None = None
+    channels_last: bool = False
     min_keep: float = 0.1
     tolerance: float = 0.01
 
@@ -178,7 +191,11 @@ class BenchmarkConfig:
                 raise TwoAxisError(f"{what}: expected one or more, each once, got {names}; give different ones")
         wrong = [keep for keep in self.keep if not 0.0 < keep <= 1.0]
         if wrong:
-            raise TwoAxisError(f"keep: expected shares of MACs above 0 and up to 1, got {wrong[0]:g}")
+            raise TwoAxisError(f"keep: expected shares above 0 and up to 1, got {wrong[0]:g}")
+        if self.grid not in GRIDS:
+            raise TwoAxisError(f"grid: expected one of {', '.join(GRIDS)}, got {self.grid!r}")
+        if self.finetune_amp not in (None, *PRECISIONS):
+            raise TwoAxisError(f"finetune_amp: expected {' or '.join(PRECISIONS)} or null, got {self.finetune_amp!r}")
         data = self.data
         if data.evaluate_on not in PARTS:
             raise TwoAxisError(f"evaluate_on: expected one of {', '.join(PARTS)}, got {data.evaluate_on!r}")
@@ -194,8 +211,8 @@ class BenchmarkConfig:
 
     def conditions(self) -> str:
         """Hash what every cell shares whatever the grid: data, fine-tuning, pruning options."""
-        grid = ("networks", "methods", "keep", "seeds")
-        return _digest({key: value for key, value in self.to_dict().items() if key not in grid})
+        axes = ("networks", "methods", "keep", "seeds")
+        return _digest({key: value for key, value in self.to_dict().items() if key not in axes})
 
     def extends(self, older: BenchmarkConfig) -> bool:
         """Tell whether all cells of an older config are cells of this one, under the same conditions."""

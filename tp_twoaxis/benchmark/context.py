@@ -100,7 +100,11 @@ class LoadedNetwork:
     @cached_property
     def model(self) -> nn.Module:
         """The trained network in eval mode on its device."""
-        return load_network(self.entry).to(self.device).eval()
+        return self.laid_out(load_network(self.entry).to(self.device).eval())
+
+    def laid_out(self, model: nn.Module) -> nn.Module:
+        """Put convolution weights into the sweep's memory layout, which activations then follow."""
+        return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
 
     @cached_property
     def train(self) -> ArrayDataset | ImageDataset:

@@ -53,6 +53,7 @@ def measure_cell(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         "seed": cell.seed,
         "method": {"name": cell.method.name, **asdict(cell.method)},
         "keep": cell.keep,
+        "grid": config.grid,
         "data": asdict(config.data),
     }
     try:
@@ -80,6 +81,7 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
             network.example,
             ALLOCATIONS[method.allocation](importance),
             flops=cell.keep,
+            budget=config.grid,
             repair=method.repair,
             loader=shared.calibration,
             min_keep=config.min_keep,
@@ -89,6 +91,7 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
             progress=False,
         )
     model.zero_grad(set_to_none=True)
+    network.laid_out(model)  # removal copies weights, and the copies have a layout of their own
     seconds |= report.seconds
     start = time.perf_counter()
     before = accuracy(model, loader, progress=False)[0]
@@ -138,6 +141,7 @@ def _finetune(model: nn.Module, shared: Shared, batches: int, config: BenchmarkC
         epochs=config.finetune_epochs,
         max_batches=batches,
         lr=config.finetune_lr,
+        amp=config.finetune_amp,
         seed=shared.seed,
         progress=False,
     )

@@ -106,7 +106,7 @@ class Monitor:
         from rich.table import Table
 
         shares = sorted({keep for row in self.sums.values() for keep in row}, reverse=True)
-        table = Table(title="mean accuracy (%) by share of MACs kept, so far", title_justify="left")
+        table = Table(title="mean accuracy (%) by share kept, so far", title_justify="left")
         table.add_column("network")
         table.add_column("method")
         for keep in shares:

@@ -18,6 +18,7 @@ from tp_twoaxis.benchmark.cells import ResultsFolder, open_folder
 from tp_twoaxis.benchmark.figures import curves_figure, image_element, png_bytes
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.files import write_bytes
+from tp_twoaxis.pruning.report import UNITS
 
 REPORT = "report"
 CSS = """
@@ -67,7 +68,8 @@ class Report:
             own = self.summary[self.summary.network == network]
             if own.empty:
                 continue
-            parts.append(f"{network} (dense {100 * own.dense.mean():.1f} %), accuracy in % by share of MACs kept\n")
+            unit = UNITS[self.folder.config.grid]
+            parts.append(f"{network} (dense {100 * own.dense.mean():.1f} %), accuracy in % by share of {unit} kept\n")
             parts.append(markdown_table(wide_table(own)) + "\n")
         where = self.provenance
         machine = where.get("machine", {})
@@ -153,7 +155,7 @@ def write_report(report: Report, folder: str | Path | None = None) -> list[Path]
 
 
 def wide_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Turn one network's summary into a row a method and a column a share of MACs, as text in percent."""
+    """Turn one network's summary into a row a method and a column a share kept, as text in percent."""
     text = [
         f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
         for mean, std in zip(summary.accuracy, summary["std"], strict=True)
@@ -181,8 +183,9 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 def _html(report: Report, figures: dict[str, bytes]) -> str:
     config = report.folder.config
+    unit = UNITS[config.grid]
     sections = [
-        "<h1>Pruning at equal MACs</h1>",
+        f"<h1>Pruning at equal {unit}</h1>",
         f"<p class='soft'>{len(report.cells)} cells, seeds {', '.join(map(str, config.seeds))}; accuracy on the "
         f"{config.data.evaluate_on} images. Calibration, selection and test images do not overlap; how they are "
         "split, the config below shows.</p>",
@@ -193,13 +196,13 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
         sections.append(f"<h2>{escape(str(network))}: accuracy over MACs</h2>")
         sections.append(image_element(png, f"accuracy over MACs of {escape(str(network), quote=True)}"))
         sections.append(
-            f"<p class='soft'>Accuracy in %, mean ± sample standard deviation over seeds, by share of MACs kept. "
+            f"<p class='soft'>Accuracy in %, mean ± sample standard deviation over seeds, by share of {unit} kept. "
             f"Dense: {100 * own.dense.mean():.2f} %.</p>" + _table(wide_table(own))
         )
     sections += ["<h2>Area under accuracy retention</h2>", _auc_words(report.auc), _table(report.auc.table)]
     wins = (100 * report.wins).round(0).reset_index()
     sections += [
-        "<h2>Wins</h2><p class='soft'>Share of cells (%) of equal network, seed and MACs in which the row's method "
+        f"<h2>Wins</h2><p class='soft'>Share of cells (%) of equal network, seed and {unit} in which the row's method "
         "is more accurate than the column's; ties count half.</p>",
         _table(wins, "{:.0f}"),
         "<h2>Three counters</h2><p class='soft'>Mean share of MACs kept by our counter, the host's and thop's.</p>",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -15,8 +15,8 @@ from tp_twoaxis.borrow import ModelSnapshot, unwrap
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.pruning.cost import CostModel
-from tp_twoaxis.pruning.graph import build_graph, cost_model
+from tp_twoaxis.pruning.cost import CostModel, channel_count
+from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key
 from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount, count_macs, host_macs, measure_latency, thop_macs
 from tp_twoaxis.pruning.mapping import sound_groups
 from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
@@ -29,6 +29,7 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # the cost model is exact but for exotic graphs; each further try corrects it by what was measured
 TRIES = 4
+Budget = Literal["macs", "channels"]
 LATENCY_BATCHES = (1, 64)
 
 
@@ -38,6 +39,7 @@ def prune_to_flops(
     importance: str | Callable[[Any], Tensor],
     *,
     flops: float = 0.5,
+    budget: Budget = "macs",
     repair: Iterable[str] = ("bn",),
     stats: CalibrationStatistics | None = None,
     loader: Iterable[Any] | None = None,
@@ -65,6 +67,8 @@ def prune_to_flops(
             from) or a baseline such as ``l2`` or ``taylor``. Gradient-based objects need
             ``loss.backward()`` before.
         flops: share of the dense MACs to **keep**, in (0, 1].
+        budget: what ``flops`` is a share of: ``macs``, or ``channels``, all groups' root channels together, for
+            protocols that remove a share of the channels and take the MACs as they come.
         repair: ``("bn",)`` re-estimates BatchNorm statistics from ``loader``; ``()`` leaves the cut as it is.
         stats: calibration statistics for an importance given by name.
         loader: images for repair (labels are not used there) and, if needed, for calibration.
@@ -100,6 +104,8 @@ def prune_to_flops(
     parameter = next(network.parameters(), None)
     if parameter is None:
         raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
+    if budget not in get_args(Budget):
+        raise TwoAxisError(f"budget: expected {' or '.join(get_args(Budget))}, got {budget!r}")
     repairs = check_repair(repair, network, loader)
     inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
     ignored = _find_layers(network, ignored_layers)
@@ -118,7 +124,7 @@ def prune_to_flops(
         def plan_for(groups: list[ScoredGroup], cost: CostModel, share: float) -> PruningPlan:
             return make_plan(groups, cost, flops=share, min_keep=min_keep, round_to=round_to, tolerance=tolerance)
 
-        cut = _cut(network, inputs, ranking, ignored, dense, flops, tolerance, plan_for, seconds)
+        cut = _cut(network, inputs, ranking, ignored, dense, flops, budget, tolerance, plan_for, seconds)
         notes = cut.notes
         with _timed(seconds, "repair"):
             if "bn" in repairs and loader is not None:
@@ -140,7 +146,7 @@ def prune_to_flops(
     return PruningReport(
         label,
         flops,
-        cut.count.total / dense.total,
+        cut.achieved,
         before,
         after,
         cut.groups,
@@ -149,6 +155,7 @@ def prune_to_flops(
         seconds,
         {key: (first, later[key]) for key, first in milliseconds.items()},
         notes,
+        budget,
     )
 
 
@@ -157,6 +164,7 @@ class _Cut:
     """What a removal that ran left behind."""
 
     count: MacsCount
+    achieved: float
     groups: list[GroupReport]
     removed_channels: dict[str, list[int]]
     notes: list[str]
@@ -169,6 +177,7 @@ def _cut(
     ignored: list[nn.Module],
     dense: MacsCount,
     flops: float,
+    budget: Budget,
     tolerance: float,
     plan_for: Callable[[list[ScoredGroup], CostModel, float], PruningPlan],
     seconds: dict[str, float],
@@ -184,7 +193,7 @@ def _cut(
             scored, declined = score_groups(groups, ranking)
         with _timed(seconds, "plan"):
             try:
-                plan = plan_for(scored, cost_model(groups, network, dense), aim)
+                plan = plan_for(scored, _cost(groups, network, dense, budget), aim)
             except UnreachableTargetError as error:
                 raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
         with _timed(seconds, "remove"):
@@ -194,6 +203,8 @@ def _cut(
             refresh_widths(network)
         with _timed(seconds, "count"):
             count = _count_pruned(network, inputs)
+        if budget == "channels":  # counted, not predicted
+            return _Cut(count, plan.macs / plan.dense, reports, lost, notes + plan.notes + declined)
         achieved = count.total / dense.total
         met = abs(achieved - flops) <= tolerance * flops
         as_planned = abs(count.total - plan.macs) < 1.0 or count.total >= dense.total
@@ -208,7 +219,13 @@ def _cut(
             f"kept {achieved:.4f} of the MACs instead of {flops:g}: the model runs operations that the cost model "
             "cannot attribute to a group"
         )
-    return _Cut(count, reports, lost, notes)
+    return _Cut(count, achieved, reports, lost, notes)
+
+
+def _cost(groups: list[PrunableGroup], network: nn.Module, dense: MacsCount, budget: Budget) -> CostModel:
+    if budget == "channels":
+        return channel_count({group_key(group): len(group.channels) for group in groups})
+    return cost_model(groups, network, dense)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class CostModel:
 
     Attributes:
         terms: one or two a layer, plus a constant for what no group touches.
+        unit: what is counted, for messages.
 
     Example:
         >>> side = Side(4, {"a": np.ones(4)})
@@ -49,6 +50,7 @@ class CostModel:
     """
 
     terms: list[Term]
+    unit: str = "MACs"
 
     def macs(self, removed: dict[str, npt.NDArray[np.bool_]]) -> float:
         """Predict the MACs left.
@@ -72,3 +74,16 @@ class CostModel:
     @staticmethod
     def _lost(side: Side, removed: dict[str, npt.NDArray[np.bool_]]) -> float:
         return float(sum(weights[removed[name]].sum() for name, weights in side.lost.items() if name in removed))
+
+
+def channel_count(sizes: dict[str, int]) -> CostModel:
+    """Count channels instead of MACs: every root channel of every group weighs 1.
+
+    Args:
+        sizes: group name -> root channels.
+
+    Example:
+        >>> channel_count({"a": 4, "b": 2}).macs({"b": np.array([True, False])})
+        5.0
+    """
+    return CostModel([Term(float(n), (Side(n, {name: np.ones(n)}),)) for name, n in sizes.items()], "channels")

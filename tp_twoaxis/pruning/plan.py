@@ -162,8 +162,8 @@ def make_plan(
     notes = []
     if abs(macs - target) > close:
         notes.append(
-            f"kept {macs / dense:.4f} of the MACs instead of {flops:g}: no removal near the threshold lies closer; "
-            "single channels are that coarse here (lower round_to or min_keep)"
+            f"kept {macs / dense:.4f} of the {cost.unit} instead of {flops:g}: no removal near the threshold lies "
+            "closer; single channels are that coarse here (lower round_to or min_keep)"
         )
     threshold = max((event.score for event in chosen), default=-math.inf)
     return PruningPlan(removed, macs, target, dense, threshold, notes)

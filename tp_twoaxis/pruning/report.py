@@ -6,6 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+UNITS = {"macs": "MACs", "channels": "channels"}
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -47,8 +49,8 @@ class PruningReport:
 
     Attributes:
         importance: what ranked the channels.
-        flops: share of MACs that was asked for.
-        achieved: share of MACs that is left.
+        flops: share of the budget that was asked for.
+        achieved: share of it that is left.
         before: size of the dense network.
         after: size of the pruned one.
         groups: what happened to each group.
@@ -57,6 +59,7 @@ class PruningReport:
         seconds: phase -> wall-clock seconds.
         latency_ms: ``"batch 1"`` and ``"batch 64"`` -> (before, after) in milliseconds; empty unless asked for.
         notes: what a reader must know: what was left alone, why a target was missed.
+        budget: what the shares are of, ``macs`` or ``channels``.
     """
 
     importance: str
@@ -70,6 +73,7 @@ class PruningReport:
     seconds: dict[str, float]
     latency_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    budget: str = "macs"
 
     def to_json(self) -> str:
         """Serialise everything; one JSON object."""
@@ -77,7 +81,7 @@ class PruningReport:
 
     def __str__(self) -> str:
         rows = [
-            f"{self.importance}: kept {self.achieved:.2%} of the MACs (asked for {self.flops:.2%})",
+            f"{self.importance}: kept {self.achieved:.2%} of the {UNITS[self.budget]} (asked for {self.flops:.2%})",
             f"{'':12}{'before':>14}{'after':>14}{'kept':>8}",
         ]
         sizes = [
