@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -100,6 +102,19 @@ def own_score(stats, seed):
 
 def by_seed(seed):
     return RandomImportance(seed)
+
+
+def kills_its_worker_once(seed):
+    """:func:`by_seed`, but the first process that asks for it ends at once, as if the machine had been switched off."""
+    marker = Path(os.environ["KILLED_ONCE"])
+    if not marker.exists():
+        marker.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return RandomImportance(seed)
+
+
+def kills_its_worker(seed):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def not_callable():

@@ -358,3 +358,23 @@ def test_open_dataset_draws_before_decoding_the_images_make_loader_would(shards:
     assert torch.equal(torch.stack([drawn[i][0] for i in range(4)]), images)
     assert torch.equal(drawn.labels, labels)
     assert len(loader.sampler) == 4
+
+
+def test_tiny_imagenet_as_it_is_unpacked(tmp_path):
+    for index, name in enumerate(("n02", "n01", "n03")):
+        folder = tmp_path / "train" / name / "images"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16), (80 * index, 0, 0)).save(folder / f"{name}_0.JPEG")
+        (folder.parent / f"{name}_boxes.txt").write_text("not an image")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    lines = []
+    for index, name in enumerate(("n03", "n01")):
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / "images" / f"val_{index}.JPEG")
+        lines.append(f"val_{index}.JPEG\t{name}\t0\t0\t15\t15")
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    assert open_dataset(str(tmp_path), split="train").labels.tolist() == [0, 1, 2]
+    # numbered like the training classes, though one of them has no image here
+    assert open_dataset(str(tmp_path), split="val").labels.tolist() == [2, 0]
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\n")
+    with pytest.raises(TwoAxisError, match="unpack the data set again"):
+        open_dataset(str(tmp_path), split="val")

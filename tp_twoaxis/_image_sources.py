@@ -22,6 +22,7 @@ SPLITS = {
     "validation": ("validation", "val", "valid"),
     "test": ("test",),
 }
+ANNOTATIONS = "val_annotations.txt"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
@@ -109,9 +110,15 @@ class TorchvisionSource(Source):
 
 
 class FolderSource(Source):
-    """Image files; labels are the index of the class folder in alphabetical order, as in torchvision."""
+    """Image files; labels are the index of the class folder in alphabetical order, as in torchvision.
+
+    Tiny-ImageNet's validation images lie in one folder; their classes are in ``val_annotations.txt``.
+    """
 
     def __init__(self, folder: Path) -> None:
+        if (folder / ANNOTATIONS).is_file():
+            self.files, self.labels = _annotated(folder)
+            return
         classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         parts = [_image_files(p) for p in classes]
         self.files = [file for part in parts for file in part]
@@ -132,6 +139,21 @@ class FolderSource(Source):
 
     def read(self, index: int) -> bytes:
         return self.files[index].read_bytes()
+
+
+def _annotated(folder: Path) -> tuple[list[Path], Tensor]:
+    """Read Tiny-ImageNet's list of validation images; classes are numbered like the folders of ``../train``."""
+    lines = [line.split("\t") for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines() if line]
+    training = folder.parent / "train"
+    names = [p.name for p in training.iterdir() if p.is_dir()] if training.is_dir() else [line[1] for line in lines]
+    number = {name: i for i, name in enumerate(sorted(set(names)))}
+    unknown = [line for line in lines if len(line) < 2 or line[1] not in number]
+    if unknown:
+        raise TwoAxisError(
+            f"{folder / ANNOTATIONS}: expected an image and a class of {training} a line, got {unknown[0]}; "
+            "unpack the data set again"
+        )
+    return [folder / "images" / line[0] for line in lines], torch.tensor([number[line[1]] for line in lines])
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -88,6 +88,11 @@ class ArrayDataset(Dataset[Any]):
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return (images.float() / 255 - mean) / std
 
+    def to(self, device: torch.device | str) -> ArrayDataset:
+        """Return the data set with its images and labels on a device: CIFAR takes 0.15 GB there."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return ArrayDataset(self.images.to(device), labels, self.mean, self.std)
+
     def loader(
         self,
         batch_size: int,
@@ -243,7 +248,7 @@ def open_dataset(
             - a Parquet file or a glob of them in the Hugging Face image schema, taken whole,
             - a folder (or its ``data/``) of Parquet shards, chosen by split: ``train-*.parquet``,
             - a folder with a folder of images for each class, inside ``train/``, ``val/`` ... where they
-              exist, otherwise taken whole; a flat folder of images has no labels,
+              exist, otherwise taken whole; a flat folder of images has no labels; Tiny-ImageNet as it is unpacked,
             - ``cifar10:/root`` or ``cifar100:/root``, a root of torchvision's data sets, already downloaded.
         split: ``train``, ``val`` (or ``validation``) or ``test``.
         image_size: side of the images. None: the own size of sets of up to 64 pixels a side, 224 otherwise.

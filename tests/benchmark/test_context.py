@@ -56,8 +56,8 @@ def test_counters_differ_by_what_they_count_besides_products():
 @pytest.mark.parametrize("write", [write_folders, write_parquet])
 def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write):
     config = tiny_config(write(tmp_path / "data"))
-    check_inputs(config)
-    shared = Shared(LoadedNetwork(config, "net", "cpu"), 42)
+    check_inputs(config, config.cells())
+    shared = Shared(LoadedNetwork(config, "net", 42, "cpu"), 42)
     calls = []
     calibrate, gradients = context.calibrate, "tp_twoaxis.importance.registry.accumulate_gradients"
     monkeypatch.setattr(context, "calibrate", lambda *a, **o: calls.append("stats") or calibrate(*a, **o))
@@ -78,21 +78,21 @@ def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write
 
 def test_what_is_evaluated(folders):
     config = tiny_config(folders)
-    loader, count = LoadedNetwork(config, "net", "cpu").evaluation
+    loader, count = LoadedNetwork(config, "net", 42, "cpu").images.evaluation
     assert count == 40
     assert sum(len(labels) for _, labels in loader) == 40
     data = dataclasses.replace(config.data, evaluate_on="selection")
-    network = LoadedNetwork(dataclasses.replace(config, data=data), "net", "cpu")
-    loader, count = network.evaluation
+    network = LoadedNetwork(dataclasses.replace(config, data=data), "net", 42, "cpu")
+    loader, count = network.images.evaluation
     assert count == 10
     assert torch.equal(loader.indices, split_rows(60, data, 42)[1])
-    assert isinstance(network.train, ArrayDataset)
+    assert isinstance(network.images.train, ArrayDataset)
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, test_images=7))
-    assert LoadedNetwork(few, "net", "cpu").evaluation[1] == 7
+    assert LoadedNetwork(few, "net", 42, "cpu").images.evaluation[1] == 7
 
 
 def test_training_loader_shuffles_and_leaves_the_selection_out(folders):
-    shared = Shared(LoadedNetwork(tiny_config(folders), "net", "cpu"), 42)
+    shared = Shared(LoadedNetwork(tiny_config(folders), "net", 42, "cpu"), 42)
     one, two = (list(shared.training_loader()) for _ in range(2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
     assert sum(len(labels) for _, labels in one) == 50
@@ -101,7 +101,7 @@ def test_training_loader_shuffles_and_leaves_the_selection_out(folders):
 
 def test_large_images_are_read_lazily(folders):
     config = tiny_config(folders, networks=(NetworkConfig("net", "cases:conv_net", str(folders), image_size=72),))
-    shared = Shared(LoadedNetwork(config, "net", "cpu"), 42)
+    shared = Shared(LoadedNetwork(config, "net", 42, "cpu"), 42)
     images, labels = next(iter(shared.calibration))
     assert images.shape == (12, 3, 72, 72)
     assert len(labels) == 12

@@ -17,14 +17,15 @@ from types import ModuleType
 import pytest
 import torch
 from bench_cases import analytic_macs, numbers, plain_conv_net, tiny_config, write_folders, write_parquet
+from cases import conv_net
 from safetensors.torch import save_file
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.benchmark import NetworkConfig, cross, run_benchmark, runner
+from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, cross, run_benchmark, work
 from tp_twoaxis.benchmark.cells import claim_folder, open_folder
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report
-from tp_twoaxis.benchmark.runner import _chunks
+from tp_twoaxis.benchmark.work import chunks
 
 TESTS = Path(__file__).parents[1]
 
@@ -69,7 +70,7 @@ def test_a_cell_says_what_made_it(complete, config):
 
 
 def test_finished_cells_are_skipped(complete, config, monkeypatch):
-    monkeypatch.setattr(runner, "measure_cell", None)
+    monkeypatch.setattr(work, "measure_cell", None)
     times = {path: path.stat().st_mtime_ns for path in complete.path.rglob("*.json")}
     summary = run_benchmark(config, complete.path, progress=False)
     assert (summary.ran, summary.skipped) == (0, 12)
@@ -95,7 +96,7 @@ def test_parts_make_a_whole(complete, config, tmp_path):
 def test_a_pool_gives_the_same_numbers(complete, config, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    summary = run_benchmark(config, tmp_path / "out", workers=2, progress=False)
+    summary = run_benchmark(config, tmp_path / "out", engine=LocalEngine(2), progress=False)
     assert summary.ran == 12
     assert numbers(summary.folder) == numbers(complete)
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 12
@@ -274,10 +275,11 @@ def test_a_folder_can_be_extended(config, tmp_path):
 
 def test_wrong_inputs_fail_before_a_folder_is_made(config, tmp_path):
     lost = dataclasses.replace(config, networks=(NetworkConfig("net", "cases:conv_net", str(tmp_path / "no")),))
-    for sweep, options in ((lost, {}), (config, {"workers": 0})):
-        with pytest.raises(TwoAxisError):
-            run_benchmark(sweep, tmp_path / "out", progress=False, **options)
+    with pytest.raises(TwoAxisError):
+        run_benchmark(lost, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(TwoAxisError, match="at least 1"):
+        LocalEngine(0)
 
 
 def test_fine_tuning_gets_its_budget(images, tmp_path, monkeypatch):
@@ -346,9 +348,32 @@ def test_layout_and_precision_are_conditions(config, images, tmp_path, monkeypat
     assert record["finetuning"] != other["finetuning"]
 
 
+def test_every_seed_may_have_its_own_weights(config, tmp_path):
+    network = config.networks[0]
+    for seed in (42, 123):
+        weights = conv_net(seed).state_dict()
+        save_file(weights, tmp_path / f"net-{seed}.safetensors")
+    own = dataclasses.replace(network, checkpoint=str(tmp_path / "net-{seed}.safetensors"))
+    sweep = dataclasses.replace(config, networks=(own,), methods=cross(["l2"]), keep=(0.5,))
+    records = run_benchmark(sweep, tmp_path / "out", progress=False).folder.read_all()
+    assert records[0]["weights"] != records[1]["weights"]
+    assert records[1]["network"]["checkpoint"].endswith("net-123.safetensors")
+    assert not any("dense weights" in note for note in make_report(tmp_path / "out").notes)
+    lost = dataclasses.replace(sweep, seeds=(42, 7))
+    with pytest.raises(TwoAxisError, match="net-7"):
+        run_benchmark(lost, tmp_path / "lost", progress=False)
+
+
+def test_parts_split_a_single_seed_by_cells(config, tmp_path):
+    one = dataclasses.replace(config, seeds=(42,))
+    counts = [run_benchmark(one, tmp_path / "out", part=(k, 4), progress=False).ran for k in (1, 2, 3, 4)]
+    assert sum(counts) == 6
+    assert max(counts) == 2
+
+
 def test_chunks_keep_statistics_together_where_they_can(config):
     cells = config.cells()
-    assert [len(chunk) for chunk in _chunks(cells, 2)] == [6, 6]
-    assert [len(chunk) for chunk in _chunks(cells, 4)] == [3, 3, 3, 3]
-    assert sorted(c.key for chunk in _chunks(cells, 3) for c in chunk) == sorted(c.key for c in cells)
-    assert all(len({(c.network, c.seed) for c in chunk}) == 1 for chunk in _chunks(cells, 5))
+    assert [len(chunk) for chunk in chunks(cells, 2)] == [6, 6]
+    assert [len(chunk) for chunk in chunks(cells, 4)] == [3, 3, 3, 3]
+    assert sorted(c.key for chunk in chunks(cells, 3) for c in chunk) == sorted(c.key for c in cells)
+    assert all(len({(c.network, c.seed) for c in chunk}) == 1 for chunk in chunks(cells, 5))

@@ -5,14 +5,18 @@ Not imported by the package itself: it needs what ``pip install "tp-twoaxis[cli]
 """
 
 from tp_twoaxis.benchmark.config import BenchmarkConfig, DataConfig, NetworkConfig, load_config
+from tp_twoaxis.benchmark.engines import LocalEngine
 from tp_twoaxis.benchmark.methods import Method, cross
+from tp_twoaxis.benchmark.ray_engine import RayEngine
 from tp_twoaxis.benchmark.runner import RunSummary, run_benchmark
 
 __all__ = [
     "BenchmarkConfig",
     "DataConfig",
+    "LocalEngine",
     "Method",
     "NetworkConfig",
+    "RayEngine",
     "RunSummary",
     "cross",
     "load_config",

@@ -40,7 +40,8 @@ class NetworkConfig:
         name: in tables and file names.
         model: as in :func:`tp_twoaxis.models.build_model`.
         data: as in :func:`tp_twoaxis.data.open_dataset`.
-        checkpoint: safetensors file of its weights; None needs ``pretrained`` or a ``module:factory``.
+        checkpoint: safetensors file of its weights; None needs ``pretrained`` or a ``module:factory``. ``{seed}`` in
+            it stands for the cell's seed, so that every seed is a network of its own.
         num_classes: outputs of the head; None leaves the model's default.
         pretrained: weights that torchvision or timm publish.
         test_data: where the test images are, if not in ``data``.
@@ -243,6 +244,18 @@ def load_config(path: str | Path) -> BenchmarkConfig:
     if not isinstance(values, dict):
         raise TwoAxisError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return BenchmarkConfig.from_dict(values)
+
+
+def seeded(entry: NetworkConfig, seed: int) -> NetworkConfig:
+    """Put a seed into the checkpoint's name.
+
+    Example:
+        >>> seeded(NetworkConfig("r18", "resnet18", "images/", "r18-{seed}.safetensors"), 42).checkpoint
+        'r18-42.safetensors'
+    """
+    if entry.checkpoint is None:
+        return entry
+    return dataclasses.replace(entry, checkpoint=entry.checkpoint.replace("{seed}", str(seed)))
 
 
 def expand(path: str) -> str:

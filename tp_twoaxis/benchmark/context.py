@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader, Subset
 
 from tp_twoaxis._image_sources import find_source
 from tp_twoaxis.batches import split_batch
-from tp_twoaxis.benchmark.config import BenchmarkConfig, DataConfig, NetworkConfig, expand
+from tp_twoaxis.benchmark.cells import Cell
+from tp_twoaxis.benchmark.config import BenchmarkConfig, DataConfig, NetworkConfig, expand, seeded
 from tp_twoaxis.benchmark.methods import Criterion
 from tp_twoaxis.data import ArrayDataset, ImageDataset, open_dataset
 from tp_twoaxis.errors import TwoAxisError
@@ -24,6 +26,7 @@ from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.importance.registry import Importance
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.pruning.macs import count_macs, host_macs, thop_macs
+from tp_twoaxis.ranks import rank, ranks, total
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -83,19 +86,57 @@ def split_rows(size: int, data: DataConfig, seed: int) -> tuple[Tensor, Tensor, 
     return rest[drawn.sort().values], selection, rest
 
 
+class Images:
+    """A network's images, opened when first needed; small ones stay on the device.
+
+    Args:
+        entry: the network.
+        data: how they are split.
+        device: where the network runs.
+    """
+
+    def __init__(self, entry: NetworkConfig, data: DataConfig, device: str) -> None:
+        self.entry = entry
+        self.data = data
+        self.device = device
+
+    @cached_property
+    def train(self) -> ArrayDataset | ImageDataset:
+        """All images of the training split."""
+        return _open(self.entry, self.data, self.device, test=False)
+
+    @cached_property
+    def evaluation(self) -> tuple[Any, int]:
+        """A loader of the images that accuracies are measured on, and their number.
+
+        With several ranks it has this rank's share of them.
+        """
+        if self.data.evaluate_on == "selection":
+            images, rows = self.train, split_rows(len(self.train), self.data, seed=0)[1]
+        else:
+            images = _open(self.entry, self.data, self.device, test=True)
+            rows = torch.arange(len(images))
+        return _loader(images, self.data.test_batch_size, _share(rows), self.data), len(rows)
+
+
 class LoadedNetwork:
     """A dense network and its images.
 
     Args:
         config: the sweep.
         name: of the network.
+        seed: of the weights, where they differ by seed.
         device: where to run.
+        images: those of the same network with other weights, if they are in memory.
     """
 
-    def __init__(self, config: BenchmarkConfig, name: str, device: str) -> None:
+    def __init__(
+        self, config: BenchmarkConfig, name: str, seed: int, device: str, images: Images | None = None
+    ) -> None:
         self.config = config
-        self.entry = config.network(name)
+        self.entry = seeded(config.network(name), seed)
         self.device = device
+        self.images = images or Images(self.entry, config.data, device)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -106,25 +147,16 @@ class LoadedNetwork:
         """Put convolution weights into the sweep's memory layout, which activations then follow."""
         return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
 
-    @cached_property
-    def train(self) -> ArrayDataset | ImageDataset:
-        """All images of the training split."""
-        return _open(self.entry, self.config.data, test=False)
-
-    @cached_property
-    def evaluation(self) -> tuple[Any, int]:
-        """A loader of the images that accuracies are measured on, and their number."""
-        data = self.config.data
-        if data.evaluate_on == "selection":
-            rows = split_rows(len(self.train), data, seed=0)[1]
-            return _loader(self.train, data.test_batch_size, rows, data), len(rows)
-        test = _open(self.entry, data, test=True)
-        return _loader(test, data.test_batch_size, None, data), len(test)
+    def accuracy(self, model: nn.Module) -> float:
+        """Accuracy of a model on the evaluation images, all ranks' together, in [0, 1]."""
+        share, count = accuracy(model, self.images.evaluation[0], progress=False)
+        right, images = total(share * count, count)
+        return round(right) / images
 
     @cached_property
     def example(self) -> Tensor:
         """One image ``[1, C, H, W]`` on the device."""
-        images, _ = split_batch(next(iter(self.evaluation[0])))
+        images, _ = split_batch(next(iter(self.images.evaluation[0])))
         return images[:1].to(self.device)
 
     @cached_property
@@ -135,7 +167,7 @@ class LoadedNetwork:
     @cached_property
     def dense_accuracy(self) -> float:
         """Accuracy before pruning, in [0, 1]."""
-        return accuracy(self.model, self.evaluation[0], progress=False)[0]
+        return self.accuracy(self.model)
 
     @cached_property
     def weights(self) -> str:
@@ -165,27 +197,38 @@ class Shared:
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the training split: calibration, selection, fine-tuning."""
-        return split_rows(len(self.network.train), self.network.config.data, self.seed)
+        return split_rows(len(self.network.images.train), self.network.config.data, self.seed)
 
     @cached_property
     def calibration(self) -> Any:
-        """A re-iterable loader of the calibration images."""
+        """A re-iterable loader of the calibration images, on every rank all of them."""
         data = self.network.config.data
-        return _loader(self.network.train, data.batch_size, self.rows[0], data)
+        return _loader(self.network.images.train, data.batch_size, self.rows[0], data)
 
     @cached_property
     def statistics(self) -> CalibrationStatistics:
-        """Calibration statistics of the dense network."""
+        """Calibration statistics of the dense network, each rank's share of the images merged."""
+        data = self.network.config.data
         start = time.perf_counter()
-        stats = calibrate(self.network.model, self.calibration, max_images=None, progress=False)
+        images = _loader(self.network.images.train, data.batch_size, _share(self.rows[0]), data)
+        stats = calibrate(self.network.model, images, max_images=None, progress=False).all_reduce()
         self.seconds["statistics"] = time.perf_counter() - start
         return stats
 
     def training_loader(self) -> Any:
-        """Make a loader of fresh order: shuffled, small images cropped and mirrored at random."""
+        """Make a loader of fresh order: shuffled, small images cropped and mirrored at random.
+
+        With several ranks each has its share of the images and of every batch.
+
+        Raises:
+            TwoAxisError: the batch does not divide by the number of ranks.
+        """
         data = self.network.config.data
-        generator = torch.Generator().manual_seed(self.seed)
-        return _loader(self.network.train, data.batch_size, self.rows[2], data, generator)
+        if data.batch_size % ranks():
+            raise TwoAxisError(f"batch_size: expected a multiple of {ranks()} ranks, got {data.batch_size}")
+        generator = torch.Generator().manual_seed(self.seed + rank())
+        images = self.network.images.train
+        return _loader(images, data.batch_size // ranks(), _share(self.rows[2]), data, generator)
 
     def prepare(self, criterion: Criterion) -> tuple[nn.Module, Importance, dict[str, float]]:
         """Copy the dense network and build an importance for the copy.
@@ -220,6 +263,11 @@ class Shared:
         return model, importance, seconds
 
 
+def _share(rows: Tensor) -> Tensor:
+    """Take the part of the rows that this rank works on."""
+    return rows[rank() :: ranks()]
+
+
 def load_network(entry: NetworkConfig) -> nn.Module:
     """Build a network with its weights.
 
@@ -234,14 +282,16 @@ def load_network(entry: NetworkConfig) -> nn.Module:
     return model
 
 
-def check_inputs(config: BenchmarkConfig) -> None:
-    """Open what a sweep needs, without decoding images, so that a wrong path fails before hours of work.
+def check_inputs(config: BenchmarkConfig, cells: Iterable[Cell]) -> None:
+    """Open what cells need, without decoding images, so that a wrong path fails before hours of work.
 
     Raises:
         TwoAxisError: a network or its images do not fit, or training and test images are the same.
     """
-    for entry in config.networks:
+    needed = dict.fromkeys((cell.network, cell.seed) for cell in cells)
+    for entry in dict.fromkeys(seeded(config.network(name), seed) for name, seed in needed):
         load_network(entry)
+    for entry in (config.network(name) for name in dict.fromkeys(name for name, _ in needed)):
         places = [(expand(entry.data), config.data.train_split)]
         if config.data.evaluate_on == "test":
             places.append((expand(entry.test_data or entry.data), config.data.test_split))
@@ -272,13 +322,13 @@ def _options(entry: NetworkConfig) -> dict[str, Any]:
     }
 
 
-def _open(entry: NetworkConfig, data: DataConfig, *, test: bool) -> ArrayDataset | ImageDataset:
+def _open(entry: NetworkConfig, data: DataConfig, device: str, *, test: bool) -> ArrayDataset | ImageDataset:
     spec = expand((entry.test_data or entry.data) if test else entry.data)
     split = data.test_split if test else data.train_split
     number = {"num_images": data.test_images} if test else {}
     dataset = open_dataset(spec, split=split, **number, **_options(entry))  # type: ignore[arg-type]
     _refuse_unlabelled(entry, split, dataset)
-    return dataset
+    return dataset.to(device) if isinstance(dataset, ArrayDataset) else dataset
 
 
 def _refuse_unlabelled(entry: NetworkConfig, split: str, dataset: ArrayDataset | ImageDataset) -> None:
@@ -289,11 +339,11 @@ def _refuse_unlabelled(entry: NetworkConfig, split: str, dataset: ArrayDataset |
 def _loader(
     dataset: ArrayDataset | ImageDataset,
     batch_size: int,
-    rows: Tensor | None,
+    rows: Tensor,
     data: DataConfig,
     training: torch.Generator | None = None,
 ) -> Any:
     if isinstance(dataset, ArrayDataset):
         return dataset.loader(batch_size, rows, training is not None, training, augment=training is not None)
-    part = dataset if rows is None else Subset(dataset, rows.tolist())
+    part = Subset(dataset, rows.tolist())
     return DataLoader(part, batch_size, shuffle=training is not None, num_workers=data.decoders, generator=training)

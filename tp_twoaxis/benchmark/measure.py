@@ -23,9 +23,10 @@ from tp_twoaxis.benchmark.config import BenchmarkConfig
 from tp_twoaxis.benchmark.context import Shared, Sizes, measure_sizes
 from tp_twoaxis.benchmark.methods import ALLOCATIONS, find_criterion
 from tp_twoaxis.borrow import preserved_rng
-from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.files import Json
+from tp_twoaxis.importance.registry import Importance
 from tp_twoaxis.pruning.apply import prune_to_flops
+from tp_twoaxis.ranks import from_leader, ranks, share_state
 
 PACKAGES = ("tp-twoaxis", "torch", "torch-pruning", "numpy", "scipy", "thop")
 TRACEBACK_LINES = 30
@@ -49,7 +50,7 @@ def measure_cell(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         "key": cell.key,
         "config": config.digest(),
         "conditions": config.conditions(),
-        "network": asdict(config.network(cell.network)),
+        "network": asdict(shared.network.entry),
         "seed": cell.seed,
         "method": {"name": cell.method.name, **asdict(cell.method)},
         "keep": cell.keep,
@@ -71,7 +72,6 @@ def measure_cell(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
 
 def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
     method, network = cell.method, shared.network
-    loader, images = network.evaluation
     model, importance, seconds = shared.prepare(find_criterion(method.criterion))
     with preserved_rng():
         # an importance of the user's may draw: equal cells then draw equal numbers, in whatever order they run
@@ -79,7 +79,7 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         report = prune_to_flops(
             model,
             network.example,
-            ALLOCATIONS[method.allocation](importance),
+            agreed(ALLOCATIONS[method.allocation](importance)),
             flops=cell.keep,
             budget=config.grid,
             repair=method.repair,
@@ -92,16 +92,17 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         )
     model.zero_grad(set_to_none=True)
     network.laid_out(model)  # removal copies weights, and the copies have a layout of their own
+    share_state(model)
     seconds |= report.seconds
     start = time.perf_counter()
-    before = accuracy(model, loader, progress=False)[0]
+    before = network.accuracy(model)
     seconds["evaluate"] = time.perf_counter() - start
     after, training = before, None
     if method.finetune_batches > 0:
         start = time.perf_counter()
         training = _finetune(model, shared, method.finetune_batches, config)
         seconds["finetune"] = time.perf_counter() - start
-        after = accuracy(model, loader, progress=False)[0]
+        after = network.accuracy(model)
     dense, pruned = network.dense_sizes, measure_sizes(model, network.example)
     return {
         "achieved": pruned.macs / dense.macs,
@@ -111,7 +112,7 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         "params": _pair(dense, pruned, "params"),
         "accuracy": {"dense": network.dense_accuracy, "before_finetuning": before, "pruned": after},
         "images": {
-            "evaluated": images,
+            "evaluated": network.images.evaluation[1],
             "evaluated_on": config.data.evaluate_on,
             "calibration": len(shared.rows[0]),
             "selection": len(shared.rows[1]),
@@ -125,6 +126,11 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         "seconds": seconds,
         "notes": report.notes,
     }
+
+
+def agreed(importance: Importance) -> Importance:
+    """Let rank 0's scores count: ranks that round apart must not remove different channels."""
+    return importance if ranks() == 1 else lambda group: from_leader(importance(group))
 
 
 def _pair(dense: Sizes, pruned: Sizes, name: str) -> Json:
@@ -172,6 +178,7 @@ def _fixed(device: str) -> Json:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": gpu or device,
+            "ranks": ranks(),
         },
         "command": shlex.join(["tp-twoaxis" if program == "__main__.py" else program, *sys.argv[1:]]),
     }

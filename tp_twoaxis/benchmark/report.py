@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from tp_twoaxis.benchmark import tables
+from tp_twoaxis.benchmark.axes import axis_table, selector_table
 from tp_twoaxis.benchmark.cells import ResultsFolder, open_folder
 from tp_twoaxis.benchmark.figures import curves_figure, image_element, png_bytes
 from tp_twoaxis.errors import TwoAxisError
@@ -44,6 +45,8 @@ class Report:
         cells: a row a cell; see :func:`~tp_twoaxis.benchmark.tables.cell_table`.
         summary: means over seeds.
         auc: areas under curves.
+        axes: families compared; see :func:`~tp_twoaxis.benchmark.axes.axis_table`.
+        selector: the local score chosen without the seed it is judged on.
         wins: the win matrix.
         timing: seconds by phase.
         failures: failed cells.
@@ -55,6 +58,8 @@ class Report:
     cells: pd.DataFrame
     summary: pd.DataFrame
     auc: tables.AucResult
+    axes: pd.DataFrame
+    selector: pd.DataFrame
     wins: pd.DataFrame
     timing: pd.DataFrame
     failures: pd.DataFrame
@@ -105,6 +110,8 @@ def make_report(folder: str | Path) -> Report:
         cells,
         tables.summary_table(cells),
         auc,
+        axis_table(auc, cells),
+        selector_table(auc, cells),
         tables.win_matrix(cells),
         tables.timing_table(cells),
         failures,
@@ -142,6 +149,8 @@ def write_report(report: Report, folder: str | Path | None = None) -> list[Path]
         "cells": report.cells,
         "summary": report.summary,
         "auc": report.auc.table,
+        "axes": report.axes,
+        "selector": report.selector,
         "wins": report.wins.reset_index(),
         "timing": report.timing,
     }
@@ -200,6 +209,17 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
             f"Dense: {100 * own.dense.mean():.2f} %.</p>" + _table(wide_table(own))
         )
     sections += ["<h2>Area under accuracy retention</h2>", _auc_words(report.auc), _table(report.auc.table)]
+    sections += [
+        "<h2>Families</h2><p class='soft'>The best score of a family against the best of another, in points of area; "
+        "“best” is by the mean over these seeds, so a family of more members has an advantage.</p>",
+        f"<div class='text'>{_table(report.axes, '{:.1f}')}</div>",
+    ]
+    if len(report.selector):
+        sections += [
+            "<h2>Choosing a local score</h2><p class='soft'>For each held-out seed the local score that was best on "
+            "the other seeds, against the best local score of that seed and against others, in points of area.</p>",
+            f"<div class='text'>{_table(report.selector, '{:.2f}')}</div>",
+        ]
     wins = (100 * report.wins).round(0).reset_index()
     sections += [
         f"<h2>Wins</h2><p class='soft'>Share of cells (%) of equal network, seed and {unit} in which the row's method "

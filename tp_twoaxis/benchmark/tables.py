@@ -14,6 +14,7 @@ from tp_twoaxis.benchmark.protocol import Curve, common_interval, mean_interval,
 from tp_twoaxis.errors import TwoAxisError
 
 COUNTERS = ("macs", "host_macs", "thop_macs", "params")
+Areas = dict[str, dict[int, float]]
 ACCURACIES = ("accuracy", "before_finetuning", "dense")
 
 
@@ -27,7 +28,7 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, treatment, keep, grid,
         status, error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network and
         ``dense_...`` of the dense one, ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``,
-        ``seconds_...`` by phase, ``weights``, ``commit``. Measurements of failed cells are missing.
+        ``seconds_...`` by phase, ``checkpoint``, ``weights``, ``commit``. Measurements of failed cells are missing.
 
     Raises:
         TwoAxisError: there are no cells.
@@ -74,6 +75,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         **values,
         "retention": values["accuracy"] / values["dense"] if values["dense"] else np.nan,
         **{f"seconds_{phase}": seconds for phase, seconds in record["seconds"].items()},
+        "checkpoint": record["network"].get("checkpoint"),
         "weights": record.get("weights"),
         "commit": record["provenance"].get("commit"),
     }
@@ -118,11 +120,13 @@ class AucResult:
         table: columns ``network, method, auc, low, high, seeds, behind_best, behind_low, behind_high``; ``auc`` is
             the mean retention over the common interval, ``behind_best`` the mean paired difference from the best
             method of the network; bounds are 95 % bootstrap intervals over seeds. Best first.
+        areas: network -> method -> seed -> area.
         intervals: network -> the interval of MACs removed that its methods have in common.
         notes: what is missing and why.
     """
 
     table: pd.DataFrame
+    areas: dict[str, Areas]
     intervals: dict[str, tuple[float, float]]
     notes: list[str]
 
@@ -134,6 +138,7 @@ def auc_table(cells: pd.DataFrame) -> AucResult:
     there are none. A network without a common interval has no rows but a note that names the method at fault.
     """
     rows: list[dict[str, Any]] = []
+    found: dict[str, Areas] = {}
     intervals: dict[str, tuple[float, float]] = {}
     notes: list[str] = []
     for network in cells.network.unique():
@@ -149,14 +154,14 @@ def auc_table(cells: pd.DataFrame) -> AucResult:
             notes.append(f"{network}: {error}")
             continue
         intervals[network] = interval
-        areas = {
+        areas = found[network] = {
             method: {seed: retention_auc(curve, interval) for seed, curve in own.items()}
             for method, own in curves.items()
         }
         order = sorted(areas, key=lambda method: -float(np.mean(list(areas[method].values()))))
         rows += [_auc_row(network, method, areas[method], areas[order[0]]) for method in order]
     columns = ["network", "method", "auc", "low", "high", "seeds", "behind_best", "behind_low", "behind_high"]
-    return AucResult(pd.DataFrame(rows, columns=columns), intervals, notes)
+    return AucResult(pd.DataFrame(rows, columns=columns), found, intervals, notes)
 
 
 def _curves(cells: pd.DataFrame) -> dict[int, Curve]:
@@ -219,9 +224,10 @@ def warnings_of(cells: pd.DataFrame) -> list[str]:
     """Say what makes cells hard to compare: other weights, other commits, targets that were missed."""
     good = measured(cells)
     notes = []
-    for network, own in good.groupby("network", sort=False):
+    for (network, checkpoint), own in good.groupby(["network", "checkpoint"], sort=False, dropna=False):
         if own.weights.nunique() > 1:
-            notes.append(f"{network}: its cells have {own.weights.nunique()} different dense weights; run them anew")
+            which = f"{network} ({checkpoint})" if checkpoint else str(network)
+            notes.append(f"{which}: its cells have {own.weights.nunique()} different dense weights; run them anew")
     if good.commit.nunique() > 1:
         notes.append(f"cells come from {good.commit.nunique()} commits: {', '.join(map(str, good.commit.unique()))}")
     off = good[(good.grid == "macs") & ((good.achieved - good.keep).abs() > 0.02 * good.keep)]

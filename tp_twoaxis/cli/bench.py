@@ -11,13 +11,15 @@ import typer
 from tp_twoaxis.cli import options as opt
 from tp_twoaxis.cli.inputs import names, numbers, show_progress
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.ranks import process_group
 
 if TYPE_CHECKING:
     # pandas and matplotlib: not for commands that do without
     from tp_twoaxis.benchmark import BenchmarkConfig
+    from tp_twoaxis.benchmark.engines import Engine
     from tp_twoaxis.benchmark.report import Report
 
-_SWEEP = "Sweep"
+_SWEEP, _SCALE = "Sweep", "Scale"
 
 
 def bench_command(
@@ -58,20 +60,45 @@ def bench_command(
     allocation: Annotated[
         str, typer.Option(help="Who decides how many: global, uniform.", rich_help_panel=_SWEEP)
     ] = "global",
-    keep: Annotated[str, typer.Option(help="Shares of the MACs to keep.", rich_help_panel=_SWEEP)] = "0.7,0.5,0.35",
+    keep: Annotated[str, typer.Option(help="Shares to keep.", rich_help_panel=_SWEEP)] = "0.7,0.5,0.35",
+    grid: Annotated[
+        str,
+        typer.Option(help="What --keep is a share of: macs, or channels (the paper's levels).", rich_help_panel=_SWEEP),
+    ] = "macs",
     repair: Annotated[
         str, typer.Option(help="Repairs to cross with: none,bn; join several by a +.", rich_help_panel=_SWEEP)
     ] = "bn",
     finetune_batches: Annotated[
         str, typer.Option(help="Training batches after pruning; 0,200 compares both.", rich_help_panel=_SWEEP)
     ] = "0",
+    finetune_amp: Annotated[
+        str, typer.Option(help="Precision of that training: none, bf16, fp16 (CUDA).", rich_help_panel=_SWEEP)
+    ] = "none",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Memory layout; often faster.", rich_help_panel=_SWEEP)
+    ] = False,
     seeds: Annotated[
         str, typer.Option(help="Seeds of calibration images and training.", rich_help_panel=_SWEEP)
     ] = "42,123,456,789,1011",
-    workers: Annotated[int, typer.Option(help="Processes.", rich_help_panel=_SWEEP, min=1)] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, or Ray actors; default 1.", rich_help_panel=_SCALE, min=1)
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="local processes, or ray: a cluster at RAY_ADDRESS, else this machine.", rich_help_panel=_SCALE
+        ),
+    ] = "local",
+    cpus_per_cell: Annotated[float, typer.Option(help="Of a Ray actor.", rich_help_panel=_SCALE)] = 1,
+    gpus_per_cell: Annotated[
+        float, typer.Option(help="Of a Ray actor; 0.25 puts four on a GPU.", rich_help_panel=_SCALE)
+    ] = 0,
+    retries: Annotated[
+        int, typer.Option(help="How often a Ray actor that died is started again.", rich_help_panel=_SCALE, min=0)
+    ] = 3,
     part: Annotated[
         str | None,
-        typer.Option(help="2/4: the second quarter of the sweep, for several machines.", rich_help_panel=_SWEEP),
+        typer.Option(help="2/4: the second quarter of the sweep, for several machines.", rich_help_panel=_SCALE),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Measure failed cells again.", rich_help_panel=_SWEEP)
@@ -83,7 +110,8 @@ def bench_command(
 ) -> None:
     """Compare criteria at equal MACs on your network: prune, repair, fine-tune, test, for every seed.
 
-    Each cell is a file in OUT; run the same command again after an interruption and it goes on.
+    Each cell is a file in OUT; run the same command again after an interruption and it goes on. Several GPUs at one
+    cell: torchrun --nproc-per-node 4 -m tp_twoaxis bench ... --device cuda.
     """
     from tp_twoaxis.benchmark import load_config, run_benchmark
     from tp_twoaxis.benchmark.report import make_report
@@ -118,6 +146,9 @@ def bench_command(
                 "finetune_batches": _integers("--finetune-batches", finetune_batches),
             },
             "keep": numbers("--keep", keep),
+            "grid": grid,
+            "finetune_amp": None if finetune_amp == "none" else finetune_amp,
+            "channels_last": channels_last,
             "seeds": _integers("--seeds", seeds),
             "data": {
                 "train_split": split,
@@ -130,16 +161,20 @@ def bench_command(
             },
         }
         sweep = _sweep(values)
-    summary = run_benchmark(
-        sweep,
-        out,
-        workers=workers,
-        device=device,
-        part=_part(part),
-        retry_failed=retry_failed,
-        extend=extend,
-        progress=show_progress(json_output),
-    )
+    chosen = _engine(engine, workers, cpus_per_cell, gpus_per_cell, retries)
+    with process_group(device) as place:
+        summary = run_benchmark(
+            sweep,
+            out,
+            engine=chosen,
+            device=place.device,
+            part=_part(part),
+            retry_failed=retry_failed,
+            extend=extend,
+            progress=show_progress(json_output),
+        )
+    if place.rank:
+        return
     report = make_report(out)
     if len(summary.failed) == summary.total:
         raise TwoAxisError(f"all {summary.total} cells failed, the first with {report.failures.error.iloc[0]}")
@@ -174,6 +209,17 @@ def _sweep(values: dict[str, Any]) -> BenchmarkConfig:
     from tp_twoaxis.benchmark import BenchmarkConfig
 
     return BenchmarkConfig.from_dict(values)
+
+
+def _engine(name: str, workers: int | None, cpus: float, gpus: float, retries: int) -> Engine | None:
+    from tp_twoaxis.benchmark.engines import LocalEngine
+    from tp_twoaxis.benchmark.ray_engine import RayEngine
+
+    if name == "ray":
+        return RayEngine(workers or 1, cpus, gpus, retries)
+    if name != "local":
+        raise TwoAxisError(f"--engine: expected local or ray, got {name!r}")
+    return None if workers is None else LocalEngine(workers)
 
 
 def _payload(report: Report) -> dict[str, Any]:

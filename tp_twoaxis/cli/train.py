@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-import torch.distributed as dist
 import typer
 from safetensors.torch import save
 from torch import nn
@@ -23,6 +19,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.files import write_bytes
 from tp_twoaxis.pruning.checkpoint import save_pruned
+from tp_twoaxis.ranks import barrier, process_group
 from tp_twoaxis.training import (
     RECIPES,
     Distillation,
@@ -137,7 +134,7 @@ def train_command(
     check_outputs(force, out, None if resume or force else state)
     source = DataOptions(data, split, images, chosen.batch_size, workers, seed, image_size, mean, std, label_column)
     evaluation = evaluation_options(source, eval_split, eval_data, eval_images)
-    with _process_group(device) as (rank, ranks, own_device):
+    with process_group(device) as (rank, ranks, own_device):
         options = ModelOptions(model, checkpoint, num_classes, pretrained, own_device)
         progress = show_progress(json_output) and rank == 0
         with preserved_rng():
@@ -160,8 +157,7 @@ def train_command(
         )
         if force and not resume and rank == 0:
             state.unlink(missing_ok=True)
-        if ranks > 1:
-            dist.barrier()
+        barrier()
         report = finetune(
             network,
             loader,
@@ -219,24 +215,6 @@ def _recipe(recipe: Recipe, *, amp: str | None, **changes: Any) -> Recipe:
     if amp is not None:
         given["amp"] = None if amp == "none" else cast(Precision, amp)
     return dataclasses.replace(recipe, **given)
-
-
-@contextmanager
-def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
-    """Join the processes that torchrun started, if it did: rank, their number, and this one's device."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        yield 0, 1, device
-        return
-    on_gpu = device == "cuda"
-    if on_gpu:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield dist.get_rank(), ranks, device
-    finally:
-        dist.destroy_process_group()
 
 
 def _write(network: nn.Module, options: ModelOptions, out: Path, payload: dict[str, Any]) -> None:

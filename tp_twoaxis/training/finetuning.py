@@ -12,8 +12,8 @@ from torch import nn
 
 from tp_twoaxis.borrow import evaluating, preserved_rng, training, unwrap
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.ranks import rank
 from tp_twoaxis.training.loss import DISTILLATION, Distillation
-from tp_twoaxis.training.ranks import rank
 from tp_twoaxis.training.run import Run, TrainingReport
 from tp_twoaxis.training.settings import Precision, Schedule, Settings
 

@@ -159,9 +159,7 @@ def training_batches(
     rows = range(rank, size - size % ranks, ranks)
     generator = torch.Generator().manual_seed(seed + rank)
     if isinstance(dataset, ArrayDataset):
-        labels = None if dataset.labels is None else dataset.labels.to(device)
-        resident = ArrayDataset(dataset.images.to(device), labels, dataset.mean, dataset.std)
-        return resident.loader(batch_size // ranks, rows, shuffle=True, generator=generator, augment=augment)
+        return dataset.to(device).loader(batch_size // ranks, rows, shuffle=True, generator=generator, augment=augment)
     part = dataset if ranks == 1 else torch.utils.data.Subset(dataset, rows)
     loader = make_loader(part, batch_size // ranks, seed=seed + rank, shuffle=True, workers=workers)
     return AugmentedBatches(loader, loader.generator) if augment else loader  # type: ignore[arg-type]

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from tp_twoaxis.batches import Batch, image_batches
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.ranks import averaging, rank, ranks, share_buffers
 from tp_twoaxis.training import state
 from tp_twoaxis.training.loss import DISTILLATION, check_labels, training_loss
-from tp_twoaxis.training.ranks import averaging, rank, ranks, share_buffers
 from tp_twoaxis.training.settings import Settings, learning_rate
 
 # batches between two looks at the losses on a GPU, which each look waits for; on the CPU they are free
