@@ -2,11 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CIFAR ?= $(TP_TWOAXIS_DATA)/cifar10
-CHECKPOINTS ?= $(TP_TWOAXIS_CHECKPOINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint format bench bench-speed bench-cifar dist clean
+.PHONY: help demo test coverage lint format bench bench-speed dist clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,14 +41,12 @@ format: $(VENV)/.all ## Rewrite the code in the project's style
 bench-speed: $(VENV)/.all ## Calibration's cost against plain forward and forward + backward passes
 	$(BIN)/python benchmarks/calibration_speed.py
 
-bench-cifar: $(VENV)/.all ## README's accuracy table; needs CIFAR=... and CHECKPOINTS=...
-	$(BIN)/python benchmarks/cifar_resnet20.py --data $(CIFAR) --checkpoints $(CHECKPOINTS)
-
-bench: $(VENV)/.all ## All criteria on CIFAR-10 ResNet-20, hours, resumable; needs TP_TWOAXIS_DATA and _CHECKPOINTS
+bench: $(VENV)/.all ## README's accuracy tables, hours, resumable; needs TP_TWOAXIS_DATA and _CHECKPOINTS
 	mkdir -p benchmarks/results
-	$(BIN)/tp-twoaxis bench --config benchmarks/configs/cifar10_resnet20.json \
-	    --out benchmarks/results/cifar10_resnet20 --workers 2
-	$(BIN)/tp-twoaxis report benchmarks/results/cifar10_resnet20
+	for sweep in cifar10_selection cifar10_resnet20 cifar10_resnet20_finetune; do \
+	    $(BIN)/tp-twoaxis bench --config benchmarks/configs/$$sweep.json --out benchmarks/results/$$sweep \
+	        --workers 2 && $(BIN)/tp-twoaxis report benchmarks/results/$$sweep || exit 1; \
+	done
 
 dist: $(VENV)/.all ## Build the wheel and the source archive
 	$(BIN)/python -m pip install --quiet build
