@@ -19,8 +19,8 @@ from torch import nn
 
 from tp_twoaxis.benchmark import BenchmarkConfig, DataConfig, NetworkConfig, cross
 from tp_twoaxis.data import DATASETS
-from tp_twoaxis.importance.registry import RandomImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
+from tp_twoaxis.importance.weight_baselines import RandomImportance
 
 CLASSES = 5
 

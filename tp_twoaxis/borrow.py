@@ -109,6 +109,22 @@ def preserved_rng() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run what was compiled inside a model as it was written: code traced without hooks never calls them.
+
+    Example:
+        >>> with eager(nn.Linear(2, 2)):
+        ...     torch.compiler.is_compiling()
+        False
+    """
+    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
 class ModelSnapshot:
     """A model's structure at one moment, to go back to after pruning.
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from baseline_cases import full_group
 from bench_cases import analytic_macs, plain_conv_net, tiny_config, write_folders, write_parquet
 from cases import conv_net
 
@@ -14,6 +15,7 @@ from tp_twoaxis.benchmark import DataConfig, NetworkConfig, context
 from tp_twoaxis.benchmark.context import LoadedNetwork, Shared, check_inputs, measure_sizes, split_rows
 from tp_twoaxis.benchmark.methods import find_criterion
 from tp_twoaxis.data import ArrayDataset
+from tp_twoaxis.importance import activation_baselines
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write
     check_inputs(config, config.cells())
     shared = Shared(LoadedNetwork(config, "net", 42, "cpu"), 42)
     calls = []
-    calibrate, gradients = context.calibrate, "tp_twoaxis.importance.registry.accumulate_gradients"
+    calibrate, gradients = context.calibrate, "tp_twoaxis.importance.baseline_registry.accumulate_gradients"
     monkeypatch.setattr(context, "calibrate", lambda *a, **o: calls.append("stats") or calibrate(*a, **o))
     from tp_twoaxis.statistics.gradients import accumulate_gradients
 
@@ -74,6 +76,21 @@ def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write
     assert shared.network.model.conv1.weight.grad is None
     assert models[4].conv1.weight.grad is None
     assert set(shared.prepare(find_criterion("taylor"))[2]) == {"gradients"}
+
+
+def test_what_images_tell_is_gathered_once(folders, monkeypatch):
+    shared = Shared(LoadedNetwork(tiny_config(folders), "net", "cpu"), 42)
+    gather, calls = activation_baselines.gather_reader_inputs, []
+    monkeypatch.setattr(
+        activation_baselines, "gather_reader_inputs", lambda *a, **o: calls.append("images") or gather(*a, **o)
+    )
+    (model, importance, seconds), (other, second, _) = (shared.prepare(find_criterion("vbp")) for _ in range(2))
+    assert calls == ["images"]
+    assert set(seconds) == {"activations"}
+    assert importance.statistics.num_images == 24
+    assert model is not other
+    group = full_group(other, "conv1")
+    assert torch.equal(second(group), importance(group))
 
 
 def test_what_is_evaluated(folders):

@@ -20,7 +20,10 @@ from tp_twoaxis.benchmark.methods import (
     cross,
     find_criterion,
 )
-from tp_twoaxis.importance.registry import IMPORTANCES, ImportanceEntry, RandomImportance, make_importance
+from tp_twoaxis.importance.baseline_registry import ImportanceEntry
+from tp_twoaxis.importance.registry import IMPORTANCES, make_importance
+from tp_twoaxis.importance.weight_baselines import RandomImportance
+from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,12 @@ def test_entry_points_register_factories_and_entries(monkeypatch, stats):
     assert find_criterion("l2").build(stats=None, model=None, loader=None, seed=3).p == 2  # ours, not the plugin's
     with pytest.raises(TwoAxisError, match=r"lost.*does not load"):
         find_criterion("lost")
-    entry = ImportanceEntry("labels", "gradients", tp.importance.TaylorImportance)
+
+    def taylor(model, loader, **options):
+        accumulate_gradients(model, loader, **options)
+        return tp.importance.TaylorImportance()
+
+    entry = ImportanceEntry("labels", "gradients", taylor)
     monkeypatch.setattr(methods, "_plugins", lambda: {"plug": EntryPoint("plug", "bench_cases:ENTRY", "")})
     monkeypatch.setattr("bench_cases.ENTRY", entry, raising=False)
     net = conv_net()

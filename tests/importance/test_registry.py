@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
-from tp_twoaxis.importance.registry import IMPORTANCES, RandomImportance, find_importance, make_importance
+from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
+from tp_twoaxis.importance.weight_baselines import RandomImportance
 from tp_twoaxis.scores.registry import SCORES
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
@@ -30,7 +31,11 @@ def group_of(net, layer="conv1"):
 def test_every_name_prunes(name, stats):
     net = conv_net()
     importance = make_importance(name, stats=stats, model=net, loader=batches(), progress=False)
-    report = prune_to_flops(net, torch.zeros(1, 3, 8, 8), importance, flops=0.6, repair=(), progress=False)
+    # a convolution without a BatchNorm, and behind it a flattening layer that the host's class stumbles over
+    unfit = ["reduce"] if name in ("network-slimming", "host-activation") else []
+    report = prune_to_flops(
+        net, torch.zeros(1, 3, 8, 8), importance, flops=0.6, repair=(), ignored_layers=unfit, progress=False
+    )
     assert report.achieved == pytest.approx(0.6, rel=0.1)
     assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
 
@@ -66,7 +71,7 @@ def test_what_is_missing_is_said(name):
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(TwoAxisError, match=r"capture.*lamp, got 'tailor'; did you mean taylor"):
+    with pytest.raises(TwoAxisError, match=r"capture.*lamp.*, got 'tailor'; did you mean taylor"):
         make_importance("tailor")
 
 

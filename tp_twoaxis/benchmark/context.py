@@ -23,7 +23,7 @@ from tp_twoaxis.benchmark.methods import Criterion
 from tp_twoaxis.data import ArrayDataset, ImageDataset, open_dataset
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
-from tp_twoaxis.importance.registry import Importance
+from tp_twoaxis.importance.baseline_registry import Importance
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.pruning.macs import count_macs, host_macs, thop_macs
 from tp_twoaxis.ranks import rank, ranks, total
@@ -233,7 +233,7 @@ class Shared:
     def prepare(self, criterion: Criterion) -> tuple[nn.Module, Importance, dict[str, float]]:
         """Copy the dense network and build an importance for the copy.
 
-        Statistics, and the gradients of criteria that need labels, are gathered once and shared.
+        Statistics, and what criteria gather from images or labels, are made once and shared.
 
         Returns:
             The copy, the importance, and seconds by phase; those of shared work are what it took once.
@@ -243,7 +243,7 @@ class Shared:
         if criterion.needs == "stats":
             options["stats"] = self.statistics
             seconds["statistics"] = self.seconds["statistics"]
-        if criterion.needs == "labels":
+        if criterion.needs in ("labels", "images"):
             if criterion.name not in self._prepared:
                 start = time.perf_counter()
                 template = copy.deepcopy(self.network.model)
@@ -255,7 +255,8 @@ class Shared:
             model, importance = copy.deepcopy((template, importance))
             for parameter, source in zip(model.parameters(), template.parameters(), strict=True):
                 parameter.grad = None if source.grad is None else source.grad.clone()
-            return model, importance, {"gradients": self.seconds[criterion.name]}
+            phase = "gradients" if criterion.needs == "labels" else "activations"
+            return model, importance, {phase: self.seconds[criterion.name]}
         model = copy.deepcopy(self.network.model)
         start = time.perf_counter()
         importance = criterion.build(model=model, **options)

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.registry import IMPORTANCES, Importance, ImportanceEntry, make_importance
+from tp_twoaxis.importance.baseline_registry import Importance, ImportanceEntry
+from tp_twoaxis.importance.registry import IMPORTANCES, make_importance
 from tp_twoaxis.pruning.repair import REPAIRS
-from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 ENTRY_POINTS = "tp_twoaxis.importances"
 ALIASES = {"local": "capture", "target": "task-mi"}
@@ -138,13 +138,14 @@ class Criterion:
 
     Attributes:
         name: as in the table.
-        needs: ``"stats"``, ``"labels"`` (gradients that it leaves on the model) or ``"none"``.
+        needs: ``"stats"``, ``"labels"`` or ``"images"`` (both prepared once and shared; gradients may stay on the
+            model), or ``"none"``.
         build: keywords ``stats``, ``model``, ``loader``, ``seed`` -> importance. ``model`` is the copy that will
             be pruned, ``loader`` yields the calibration images with labels.
     """
 
     name: str
-    needs: Literal["stats", "labels", "none"]
+    needs: Literal["stats", "labels", "images", "none"]
     build: Callable[..., Importance]
 
 
@@ -172,7 +173,7 @@ def find_criterion(name: str) -> Criterion:
     """
     name = ALIASES.get(name, name)
     if name in IMPORTANCES:
-        return Criterion(name, IMPORTANCES[name].needs, partial(make_importance, name, progress=False))
+        return Criterion(name, IMPORTANCES[name].needs, partial(make_importance, name, max_images=None, progress=False))
     plugins = _plugins()
     if name in plugins:
         try:
@@ -220,8 +221,8 @@ def _call_factory(name: str, factory: Callable[..., Any], takes: frozenset[str],
 def _build_entry(entry: ImportanceEntry, *, stats: Any, model: nn.Module, loader: Any, seed: int) -> Importance:
     if entry.needs == "stats":
         return entry.build(stats)
-    if entry.needs == "labels":
-        accumulate_gradients(model, loader, max_images=None, progress=False)
+    if entry.needs in ("labels", "images"):
+        return entry.build(model, loader, max_images=None, progress=False)
     return entry.build()
 
 

@@ -111,3 +111,22 @@ def reduce_members(parts: list[tuple[Tensor, Tensor]], size: int, reduction: str
         return torch.full((size,), -torch.inf, dtype=torch.float64).scatter_reduce(0, roots, values, "amax")
     total = torch.zeros(size, dtype=torch.float64).index_add_(0, roots, values)
     return total if reduction == "sum" else total / count
+
+
+def merge_repeats(scores: Tensor, roots: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Merge the scores that one layer gives the same root channel, as behind a flattening layer or in fused qkv.
+
+    Args:
+        scores: [n].
+        roots: [n] root positions, some perhaps repeated.
+        reduction: ``mean``, ``sum`` or ``max``.
+
+    Returns:
+        Scores [m] float64 and their root positions [m], each once and ascending.
+
+    Example:
+        >>> merge_repeats(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 2, 0]), "mean")
+        (tensor([5., 2.], dtype=torch.float64), tensor([0, 2]))
+    """
+    present, place = torch.unique(roots, return_inverse=True)
+    return reduce_members([(scores, place)], len(present), reduction), present

@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.baselines import FPGMImportance
-from tp_twoaxis.importance.groups import root_size
+from tp_twoaxis.importance.baseline_registry import BASELINES, Importance, ImportanceEntry
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
+from tp_twoaxis.importance.weight_baselines import RandomImportance
 from tp_twoaxis.scores.registry import SCORES
 from tp_twoaxis.statistics.calibration import calibrate
-from tp_twoaxis.statistics.gradients import accumulate_gradients
 from tp_twoaxis.statistics.store import CalibrationStatistics
-
-Importance = Callable[[Any], Tensor]
-
-
-class RandomImportance(tp.importance.Importance):  # type: ignore[misc]
-    """Uniform scores in [0, 1) from a generator of its own; the host's class draws from the global one.
-
-    Scores depend on the seed and on the group alone, not on which groups were asked for before.
-
-    Args:
-        seed: equal seeds give equal scores.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
-        >>> graph = tp.DependencyGraph().build_dependency(net, torch.randn(1, 3, 8, 8))
-        >>> group = graph.get_pruning_group(net[0], tp.prune_conv_out_channels, list(range(8)))
-        >>> torch.equal(RandomImportance(seed=1)(group), RandomImportance(seed=1)(group))
-        True
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-
-    def __call__(self, group: Any) -> Tensor:
-        """Draw one number a root channel; [len(group[0].idxs)] float32 on the CPU."""
-        # the numbers of the channels are part of the name: a layer that is narrower in a later step is drawn anew
-        name = f"{self.seed} {group[0].dep.target.name} {list(map(int, group[0].idxs))}"
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
-        return torch.rand(root_size(group), generator=torch.Generator().manual_seed(key))
-
-
-@dataclass(frozen=True)
-class ImportanceEntry:
-    """A named criterion.
-
-    Attributes:
-        needs: ``"stats"``: calibration statistics (or a model and a loader to make them); ``"labels"``: a model
-            and a loader with labels, for a backward pass; ``"none"``: weights alone.
-        summary: what it is, in one line.
-        build: makes the importance; of ``"stats"`` entries from the statistics, of ``random`` from the seed.
-    """
-
-    needs: Literal["stats", "labels", "none"]
-    summary: str
-    build: Callable[..., Importance]
 
 
 def _ours(name: str) -> ImportanceEntry:
@@ -75,21 +25,7 @@ def _ours(name: str) -> ImportanceEntry:
     return ImportanceEntry("stats", f"{SCORES[name].summary} ({SCORES[name].axis} axis)", build)
 
 
-IMPORTANCES: dict[str, ImportanceEntry] = {name: _ours(name) for name in SCORES} | {
-    "l1": ImportanceEntry("none", "L1 norm of the group's weights", partial(tp.importance.MagnitudeImportance, p=1)),
-    "l2": ImportanceEntry(
-        "none", "squared L2 norm of the group's weights", partial(tp.importance.MagnitudeImportance, p=2)
-    ),
-    "taylor": ImportanceEntry("labels", "first-order Taylor expansion of the loss", tp.importance.TaylorImportance),
-    "fpgm": ImportanceEntry("none", "summed distance to the layer's other filters (He et al. 2019)", FPGMImportance),
-    "random": ImportanceEntry("none", "uniform random numbers, fixed by the seed", RandomImportance),
-    "bn-scale": ImportanceEntry(
-        "none", "BatchNorm's scale (Liu et al. 2017); groups without one stay whole", tp.importance.BNScaleImportance
-    ),
-    "lamp": ImportanceEntry(
-        "none", "layer-adaptive magnitude (Lee et al. 2021), by channel", tp.importance.LAMPImportance
-    ),
-}
+IMPORTANCES: dict[str, ImportanceEntry] = {name: _ours(name) for name in SCORES} | BASELINES
 
 
 def find_importance(name: str) -> ImportanceEntry:
@@ -119,20 +55,23 @@ def make_importance(
     model: nn.Module | None = None,
     loader: Iterable[Any] | None = None,
     seed: int = 0,
+    max_images: int | None = 5000,
     progress: bool = True,
 ) -> Importance:
     """Build any criterion, ready to be handed to Torch-Pruning or :func:`~tp_twoaxis.prune_to_flops`.
 
-    ``taylor`` runs a backward pass over the loader and **leaves the gradients on the model**, where the host
-    reads them at every call; call ``model.zero_grad()`` once the model is pruned.
+    ``taylor``, ``taylor-bn`` and ``host-hessian`` run a backward pass and **leave gradients on the model**, where
+    they are read at every call; call ``model.zero_grad()`` once the model is pruned. What else looks at the
+    model's activations or gradients leaves it as it was.
 
     Args:
         name: one of :data:`IMPORTANCES`.
         stats: calibration statistics, for entries that need them; without, they are gathered here from
-            ``model`` and ``loader`` (at most 5,000 images).
+            ``model`` and ``loader``.
         model: the model to prune.
-        loader: yields ``(images, labels)``.
+        loader: yields ``(images, labels)``; labels are not used by entries that need ``"images"``.
         seed: of ``random``; the others do not use it.
+        max_images: gather from at most this many images; None reads the loader to its end.
         progress: show progress bars on stderr.
 
     Returns:
@@ -144,6 +83,7 @@ def make_importance(
     Example:
         >>> type(make_importance("l1")).__name__
         'MagnitudeImportance'
+        >>> import torch
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> make_importance("capture", model=net, loader=[torch.randn(64, 8)], progress=False)
         TwoAxisImportance(score='capture', normalizer='mean')
@@ -154,11 +94,12 @@ def make_importance(
             network, images = _required(
                 name, model, loader, "stats=calibrate(model, loader), or model=... and loader=..."
             )
-            stats = calibrate(network, images, progress=progress)
+            stats = calibrate(network, images, max_images=max_images, progress=progress)
         return entry.build(stats)
-    if entry.needs == "labels":
-        network, images = _required(name, model, loader, "model=... and loader=... with labels")
-        accumulate_gradients(network, images, progress=progress)
+    if entry.needs in ("labels", "images"):
+        what = "model=... and loader=..." + (" with labels" if entry.needs == "labels" else "")
+        network, images = _required(name, model, loader, what)
+        return entry.build(network, images, max_images=max_images, progress=progress)
     return entry.build(seed=seed) if entry.build is RandomImportance else entry.build()
 
 

@@ -76,7 +76,7 @@ def prune_to_flops(
         min_keep: share of every group's channels that always stays.
         round_to: keep multiples of this many channels in every group that is cut.
         tolerance: accepted relative distance to the target.
-        max_images: at most this many images for repair and for calibration.
+        max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report the host's and thop's MACs; in a sweep over small networks they take most of
             the time.
         latency: also measure milliseconds at batch 1 and batch 64, before and after.
@@ -262,7 +262,10 @@ def _resolve(
     if isinstance(importance, str):
         if stats is None and loader is not None and find_importance(importance).needs == "stats":
             stats = calibrate(network, loader, max_images=max_images, progress=progress)
-        return make_importance(importance, stats=stats, model=network, loader=loader, progress=progress), importance
+        made = make_importance(
+            importance, stats=stats, model=network, loader=loader, max_images=max_images, progress=progress
+        )
+        return made, importance
     if not callable(importance):
         raise TwoAxisError(
             f"importance: expected a Torch-Pruning importance or a name, got {type(importance).__name__}; "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.batches import expected_images, image_batches
-from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
+from tp_twoaxis.borrow import eager, evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.statistics.layers import channel_layers
 from tp_twoaxis.statistics.moments import CoMoments
@@ -83,7 +83,7 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(evaluating(network))
-        stack.enter_context(_eager(network))
+        stack.enter_context(eager(network))
         run_device = stack.enter_context(_placed(network, parameter.device, device))
         batches = stack.enter_context(
             image_batches(
@@ -139,17 +139,6 @@ def _placed(network: nn.Module, home: torch.device, device: torch.device | str |
         yield torch.device(device)
     finally:
         network.to(home)
-
-
-@contextmanager
-def _eager(network: nn.Module) -> Iterator[None]:
-    """Run what was compiled inside the network as it was written: code traced without hooks never calls them."""
-    modules = list(network.modules())
-    if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
 
 
 def _forward(network: nn.Module, images: Tensor, index: int) -> Tensor:
