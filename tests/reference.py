@@ -45,6 +45,26 @@ def emitted(model: nn.Module, images: list[torch.Tensor], layers: dict[str, nn.M
     return {name: np.concatenate(parts) for name, parts in caught.items()}
 
 
+def received(model: nn.Module, images: list[torch.Tensor], layers: dict[str, nn.Module]) -> dict[str, np.ndarray]:
+    """Rows that each layer reads, without the zeros of padding."""
+    caught: dict[str, list[np.ndarray]] = {name: [] for name in layers}
+
+    def catch(name):
+        def hook(layer, inputs, named):
+            value = (inputs or tuple(named.values()))[0]
+            caught[name].append(rows_of(value.detach().cpu().double().numpy(), layer))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(catch(name), with_kwargs=True) for name, layer in layers.items()]
+    with torch.no_grad():
+        for batch in images:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: np.concatenate(parts) for name, parts in caught.items()}
+
+
 def flat(rows: np.ndarray) -> np.ndarray:
     """``[images, positions, C]`` to ``[images * positions, C]``."""
     return rows.reshape(-1, rows.shape[-1])

@@ -41,7 +41,7 @@ def main(rank, world, folder):
     groups = {size: dist.new_group(list(range(size))) for size in CUTS}
     for size, group in groups.items():
         if rank < size:
-            stats = calibrated(shard(rank, size))
+            stats = calibrated(shard(rank, size), consumers=True)
             assert stats.all_reduce(group) is stats
             stats.save(folder / f"{size}-{rank}.safetensors")
 

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_ends_with_the_statistics_of_one_process(folder, size):
     loader = [(x.double(), y) for x, y in batches(44, 11)]
-    single = calibrate(conv_net().double(), loader, positions=5, progress=False)
+    single = calibrate(conv_net().double(), loader, positions=5, consumers=True, progress=False)
     for rank in range(size):
         stats = CalibrationStatistics.load(folder / f"{size}-{rank}.safetensors")
         assert stats.num_images == 44

@@ -28,6 +28,7 @@ def calibrate(
     device: torch.device | str | None = None,
     max_images: int | None = 5000,
     positions: Positions = "auto",
+    consumers: bool = False,
     progress: bool = True,
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass without gradients.
@@ -51,6 +52,10 @@ def calibrate(
         max_images: stop after this many; None reads the loader to its end.
         positions: ``"auto"``, ``"all"`` or a number: positions of each image that enter the row
             covariance; see :class:`~tp_twoaxis.statistics.recorder.Recorder`. Means and pooled values use all.
+        consumers: also record mean and covariance of what each layer reads, for repair:
+            ``LayerStatistics.input_mean`` and ``input_covariance``, of input positions without padding. They
+            need one more product of rows a layer; ``nn.MultiheadAttention`` and inputs of more than 8,192 numbers
+            are left out.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -94,7 +99,7 @@ def calibrate(
         for index, images, labels in batches:
             if recorder is None:
                 expected = expected_images(loader, len(images), max_images)
-                recorder = Recorder(recorded, positions=positions, expected_images=expected)
+                recorder = Recorder(recorded, positions=positions, expected_images=expected, consumers=consumers)
                 stack.enter_context(recorder)
             recorder.begin(len(images))
             logits = _forward(network, images.to(run_device, parameter.dtype, non_blocking=True), index)

@@ -30,6 +30,8 @@ class LayerStatistics:
         task: moments of the task variables, shared by all layers, or None.
         columns: task variable -> its columns ``(start, stop)``.
         target: the default task variable, or None.
+        inputs: moments of the (image, position) rows that the layer reads, C_in wide, or None: of positions of
+            the input as it is given, without the zeros of padding. See ``calibrate(consumers=True)``.
 
     Example:
         >>> from torch import nn
@@ -51,6 +53,7 @@ class LayerStatistics:
     task: CoMoments | None = None
     columns: dict[str, tuple[int, int]] = field(default_factory=dict)
     target: str | None = None
+    inputs: CoMoments | None = None
 
     @property
     def num_channels(self) -> int:
@@ -91,6 +94,37 @@ class LayerStatistics:
     def pooled_correlation(self) -> Tensor:
         """Correlation of the pooled outputs over images, [C, C], diagonal 1."""
         return _correlation(self.pooled.covariance, _variance(self.pooled))
+
+    @property
+    def num_input_rows(self) -> int:
+        """(image, position) rows behind the input's covariance."""
+        return self._read().count
+
+    @property
+    def input_mean(self) -> Tensor:
+        """Mean of each channel that the layer reads, [C_in].
+
+        Raises:
+            TwoAxisError: inputs were not recorded.
+        """
+        return self._read().mean
+
+    @property
+    def input_covariance(self) -> Tensor:
+        """Covariance of the channels that the layer reads, [C_in, C_in].
+
+        Raises:
+            TwoAxisError: inputs were not recorded.
+        """
+        return self._read().covariance
+
+    def _read(self) -> CoMoments:
+        if self.inputs is None:
+            raise TwoAxisError(
+                f"{self.name}: what the layer reads was not recorded; call calibrate(consumers=True) (it leaves out "
+                "nn.MultiheadAttention and inputs of more than 8192 numbers)"
+            )
+        return self.inputs
 
     def target_correlation(self, name: str | None = None) -> Tensor:
         """Correlation of each pooled channel with a task variable.

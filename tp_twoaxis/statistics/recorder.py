@@ -22,6 +22,8 @@ ROWS_PER_CHANNEL = 32
 MINIMUM_ROWS = 2**14
 # pooled rows are few and wide: they wait until this many make one matrix product worth its overhead
 PENDING_IMAGES = 512
+# the moments of an input as wide as this take 512 MiB; a flattened map of VGG-16 (25,088 numbers) would take 4.7 GiB
+WIDEST_INPUT = 2**13
 
 
 class LayerRecord:
@@ -31,12 +33,14 @@ class LayerRecord:
         rows: moments of (image, position) rows, C wide; of the sampled positions only.
         pooled: moments of the outputs averaged over all positions, one row an image.
         cross: moments of pooled outputs with the task variables, or None without them.
+        inputs: moments of the rows that the layer reads, C_in wide, or None when they were not asked for.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.rows = CoMoments(width, device=device)
         self.pooled = CoMoments(width, device=device)
         self.cross: CoMoments | None = None
+        self.inputs: CoMoments | None = None
 
 
 class Recorder:
@@ -54,6 +58,10 @@ class Recorder:
             every image, one from each of equally long stretches, so the rows do not depend on batch size,
             order or rank. Pooled values always use every position.
         expected_images: images in the whole set, over all ranks; ``"auto"`` without it means ``"all"``.
+        consumers: also record what the layers read. Rows are positions of the input as the layer is given it,
+            without the zeros that its padding adds, sampled by the same rule as outputs with C_in in the place
+            of C. Left out are ``nn.MultiheadAttention``, whose projections run as functions so that the value
+            channels cannot be seen, and inputs of more than 8,192 numbers.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -66,13 +74,19 @@ class Recorder:
     """
 
     def __init__(
-        self, layers: dict[str, nn.Module], *, positions: Positions = "auto", expected_images: int | None = None
+        self,
+        layers: dict[str, nn.Module],
+        *,
+        positions: Positions = "auto",
+        expected_images: int | None = None,
+        consumers: bool = False,
     ) -> None:
         if positions not in ("auto", "all") and not (isinstance(positions, int) and positions > 0):
             raise TwoAxisError(f"positions: expected 'auto', 'all' or a positive number, got {positions!r}")
         self.layers = layers
         self.positions = positions
         self.expected_images = expected_images
+        self.consumers = consumers
         self.records: dict[str, LayerRecord] = {}
         self._handles: list[RemovableHandle] = []
         self._batch_size = 0
@@ -87,6 +101,13 @@ class Recorder:
         self._handles = [
             layer.register_forward_hook(self._hook(name), always_call=False) for name, layer in self.layers.items()
         ]
+        if self.consumers:
+            # behind the others, so that each layer has its record; by keyword too, as some models pass their input
+            self._handles += [
+                layer.register_forward_hook(self._input_hook(name), with_kwargs=True)
+                for name, layer in self.layers.items()
+                if not isinstance(layer, nn.MultiheadAttention)
+            ]
         return self
 
     def __exit__(
@@ -155,6 +176,25 @@ class Recorder:
                 self._take(name, layer, y.detach())
 
         return hook
+
+    def _input_hook(self, name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            x = (inputs or tuple(named.values()))[0]
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self._take_input(name, layer, x.detach())
+
+        return hook
+
+    def _take_input(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        view = channels_last_view(x, layer, self._batch_size, name)
+        width = view.shape[-1]
+        if width > WIDEST_INPUT:
+            return
+        record = self.records[name]
+        if record.inputs is None:
+            record.inputs = CoMoments(width, device=record.rows.mean.device)
+        sample = self._sample(view.shape[1], width, view.device)
+        record.inputs.update(view if sample is None else _select(view, sample))
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = channels_last_view(y, layer, self._batch_size, name)

@@ -20,7 +20,7 @@ from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import LayerRecord
 
 FORMAT = "tp-twoaxis/statistics"
-VERSION = 1
+VERSION = 2
 
 
 class CalibrationStatistics:
@@ -83,10 +83,11 @@ class CalibrationStatistics:
             if name not in records:
                 continue
             record = records[name]
-            for moments in (record.rows, record.pooled, record.cross):
-                if moments is not None and not bool(torch.isfinite(moments.to("cpu").mirror().scatter).all()):
+            moments = {"outputs": (record.rows, record.pooled, record.cross), "inputs": (record.inputs,)}
+            for what, part in ((what, part) for what, parts in moments.items() for part in parts):
+                if part is not None and not bool(torch.isfinite(part.to("cpu").mirror().scatter).all()):
                     raise TwoAxisError(
-                        f"{name}: the layer's outputs are not finite on finite images; check its weights and dtype"
+                        f"{name}: the layer's {what} are not finite on finite images; check its weights and dtype"
                     )
             statistics[name] = LayerStatistics(
                 name,
@@ -100,6 +101,7 @@ class CalibrationStatistics:
                 task,
                 columns,
                 target,
+                record.inputs,
             )
         return cls(statistics, task=task, columns=columns, target=target, num_images=num_images)
 
@@ -117,6 +119,11 @@ class CalibrationStatistics:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def consumers(self) -> bool:
+        """Whether the inputs of layers were recorded too."""
+        return any(entry.inputs is not None for entry in self.layers.values())
 
     def __repr__(self) -> str:
         return f"CalibrationStatistics({len(self)} layers, {self.num_images} images, target={self.target!r})"
@@ -257,6 +264,7 @@ class CalibrationStatistics:
                     task,
                     columns,
                     header["target"],
+                    _unpack(f"{name}/inputs", tensors, counts),
                 )
             return cls(
                 layers, task=task, columns=columns, target=header["target"], num_images=int(header["num_images"])
@@ -272,6 +280,7 @@ class CalibrationStatistics:
             "task variables": list(self._columns.items()),
             "layers": [(s.name, s.shape) for s in self.layers.values()],
             "weights": [s.fingerprint for s in self.layers.values()],
+            "recorded inputs": [s.name for s in self.layers.values() if s.inputs is not None],
         }
 
     def _named_moments(self) -> Iterator[tuple[str, CoMoments]]:
@@ -282,6 +291,8 @@ class CalibrationStatistics:
             yield f"{name}/pooled", entry.pooled
             if entry.cross is not None:
                 yield f"{name}/cross", entry.cross
+            if entry.inputs is not None:
+                yield f"{name}/inputs", entry.inputs
 
     def _moments(self) -> Iterator[CoMoments]:
         return (moments for _, moments in self._named_moments())
