@@ -87,7 +87,7 @@ def test_prediction_equals_the_counter(name, flops):
     cost = cost_model(groups, net, dense)
     assert cost.dense == pytest.approx(dense.total)
     rng = np.random.default_rng(1)
-    scored = [ScoredGroup(group_key(g), rng.random(len(g.channels)), g.blocks, g.multiple) for g in groups]
+    scored = [ScoredGroup(group_key(g), rng.random(len(g.channels)), g.blocks, g.multiple, g.run) for g in groups]
     plan = make_plan(scored, cost, flops=flops, tolerance=0.3)
     remove(graph, groups, plan)
     refresh_widths(net)
@@ -144,10 +144,13 @@ def test_blocks_of_grouped_layers():
     assert net_blocks == {"Conv2d8": 1, "Conv2d12": 1, "Conv2d16": 4, "Conv2d24": 4, "ConvTranspose2d10": 1}
 
 
-def test_attention_is_kept_whole_or_divisible():
+def test_attention_loses_whole_heads_or_stays_divisible():
     _, _, _, groups, notes = traced("deit")
-    assert not any("qkv" in name for name in names_of(groups))
-    assert "attention keeps the width of its heads (blocks" in notes[0]
+    assert notes == []
+    assert {g.name: (g.run, len(g.channels)) for g in groups if g.run > 1} == {
+        "blocks.0.attn": (8, 24),
+        "blocks.1.attn": (8, 24),
+    }
     _, _, _, groups, notes = traced("vit")
     assert notes == []
     assert sorted(group.multiple for group in groups) == [1, 1, 4]

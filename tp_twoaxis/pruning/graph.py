@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from tp_twoaxis.borrow import kept_modes
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.importance.groups import Member, members
+from tp_twoaxis.pruning.attention import Attention, attention_owners, enclosing_attention, read_attention
 from tp_twoaxis.pruning.cost import CostModel, Side, Term
 from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount
 from tp_twoaxis.statistics.layers import channel_layers
@@ -27,20 +28,29 @@ class PrunableGroup:
     """Coupled channels that can leave together.
 
     Attributes:
-        name: the root layer's name.
+        name: the root layer's name, or the attention module's.
         group: the host's group over all channels of the root layer.
         channels: [size] the root layer's channels that belong to this group (all, as a rule).
         parts: the layers that take part, restricted to these channels.
         blocks: see :class:`~tp_twoaxis.pruning.plan.ScoredGroup`.
         multiple: likewise.
+        run: likewise.
+        attention: where the channels are those of an attention module's heads.
     """
 
     name: str
     group: Any
     channels: list[int]
     parts: list[Member]
-    blocks: int
-    multiple: int
+    blocks: int = 1
+    multiple: int = 1
+    run: int = 1
+    attention: Attention | None = None
+
+    @property
+    def scored(self) -> Any:
+        """The host's group as an importance sees it; its root channels are those of :attr:`group`."""
+        return self.group if self.attention is None else self.attention.value
 
 
 def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -79,8 +89,8 @@ def prunable_groups(
 ) -> tuple[list[PrunableGroup], list[str]]:
     """List the groups that may be pruned.
 
-    Left out are groups with an ignored layer, groups that nobody reads (they are the model's outputs), and
-    the inner width of attention that is built from separate linear layers (its reshapes hold the width).
+    Left out are groups with an ignored layer, and groups that nobody reads (they are the model's outputs).
+    Attention that is built from linear layers loses whole heads, or nothing where its heads are not understood.
     Channels of a layer that the host's own listing passes by, because another group covers only part of the
     layer, come as a group of their own.
 
@@ -89,10 +99,10 @@ def prunable_groups(
     """
     ignored = {module for layer in ignored_layers for module in layer.modules()}
     names = {module: name for name, module in model.named_modules()}
-    owners = _attention_owners(model)
+    owners = attention_owners(model)
     covered: dict[nn.Module, set[int]] = {}
     found: list[PrunableGroup] = []
-    kept_whole: list[str] = []
+    kept_whole: dict[str, None] = {}
 
     def take(group: Any, channels: list[int] | None = None) -> None:
         parts = list(members(group))
@@ -110,8 +120,22 @@ def prunable_groups(
         if not fresh or not readers or any(part.module in ignored for part in parts if part.writes):
             return
         name = names[group[0].dep.target.module]
-        if _inside_attention(parts, owners):
-            kept_whole.append(name)
+        if (owner := enclosing_attention(parts, owners)) is not None:
+            attention = read_attention(graph, owner, parts, owners)
+            if attention is None:
+                kept_whole[names[owner]] = None
+                return
+            places = list(range(attention.width))
+            found.append(
+                PrunableGroup(
+                    names[owner],
+                    attention.group,
+                    places,
+                    attention.parts,
+                    run=attention.head_width,
+                    attention=attention,
+                )
+            )
             return
         size = len(group[0].idxs) if channels is None else len(channels)
         found.append(
@@ -134,13 +158,14 @@ def prunable_groups(
             if missing:
                 everything = list(range(pruner.get_out_channels(layer)))
                 take(graph.get_pruning_group(layer, pruner.prune_out_channels, everything), missing)
-    notes = [f"attention keeps the width of its heads ({listing(kept_whole, 3)})"] if kept_whole else []
+    notes = [f"attention keeps its heads and their width ({listing(kept_whole, 3)})"] if kept_whole else []
     return found, notes
 
 
 def cost_model(groups: list[PrunableGroup], model: nn.Module, count: MacsCount) -> CostModel:
     """Express the network's MACs through what each group keeps; see :class:`CostModel`."""
     sides: dict[tuple[nn.Module, bool], Side] = {}
+    names = {module: name for name, module in model.named_modules()}
     layers = {module: name for name, module in channel_layers(model).items() if count.by_module.get(name)}
     for group in groups:
         for part in group.parts:
@@ -160,6 +185,13 @@ def cost_model(groups: list[PrunableGroup], model: nn.Module, count: MacsCount) 
             terms += [Term(square, own * 2), Term(macs - square, own)]
         else:
             terms.append(Term(macs, own))
+    for group in groups:
+        if group.attention is not None:
+            # its two products run in the module itself, not in one of its layers
+            owner, width = group.attention.module, group.attention.width
+            inside = sum(count.by_module[layers[layer]] for layer in owner.modules() if layer in layers)
+            products = count.by_module[names[owner]] - inside
+            terms.append(Term(float(products), (Side(width, {group_key(group): np.ones(width)}),)))
     terms.append(Term(count.total - sum(term.macs for term in terms), ()))
     return CostModel(terms)
 
@@ -202,23 +234,3 @@ def _blocks(parts: list[Member]) -> int:
         elif isinstance(module, nn.GroupNorm):
             counts.append(module.num_groups)
     return math.lcm(*counts)
-
-
-def _attention_owners(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, int]]:
-    """Map linear children of hand-written attention modules to their owner and their place in it."""
-    owners: dict[nn.Module, tuple[nn.Module, int]] = {}
-    for module in model.modules():
-        heads = any(hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads", "heads"))
-        if heads and not isinstance(module, nn.MultiheadAttention):
-            for index, child in enumerate(module.children()):
-                if isinstance(child, nn.Linear):
-                    owners[child] = (module, index)
-    return owners
-
-
-def _inside_attention(parts: list[Member], owners: dict[nn.Module, tuple[nn.Module, int]]) -> bool:
-    """Whether channels run between an attention module's own layers: query to key, or value to projection."""
-    writers = [owners[part.module] for part in parts if part.writes and part.module in owners]
-    readers = [owners[part.module] for part in parts if part.reads and not part.writes and part.module in owners]
-    pairs = any(first[0] is second[0] for i, first in enumerate(writers) for second in writers[i + 1 :])
-    return pairs or any(w[0] is r[0] and w[1] < r[1] for w in writers for r in readers)

@@ -89,6 +89,9 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
             stack.enter_context(preserved_rng())
             stack.enter_context(evaluating(model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for parameter in model.parameters():
+                # the counter's module tracker fails on a parameter handed to a module while gradients are off
+                parameter.requires_grad_(False)
             counter = stack.enter_context(FlopCounterMode(display=False))
             stack.enter_context(_attributing(counter, names, flops))
             call(model, example_inputs)

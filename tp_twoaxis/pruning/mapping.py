@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, evaluating, preserved_rng
 from tp_twoaxis.errors import listing
-from tp_twoaxis.pruning.graph import PrunableGroup, group_key, prunable_groups
+from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, group_key, prunable_groups
 from tp_twoaxis.pruning.macs import ExampleInputs, call
+from tp_twoaxis.pruning.removal import take_out
 from tp_twoaxis.statistics.layers import channel_layers
 
 # norms that mix channels: a mark would spread over all of them, though removal treats each channel alone
@@ -37,6 +38,12 @@ def sound_groups(
         The groups, and notes on what stays whole or may break.
     """
     groups, notes = prunable_groups(graph, model, ignored_layers)
+    if any(group.attention for group in groups):
+        stuck = fixed_heads(model, example_inputs, ignored_layers)
+        groups = [group for group in groups if group_key(group) not in stuck]
+        if stuck:
+            reason = next(iter(stuck.values()))
+            notes.append(f"{listing(stuck, 3)}: keeps its heads, its code does not run with one less ({reason})")
     wrong = wrongly_mapped(groups, model, example_inputs)
     notes += [
         f"{name}: stays whole, because Torch-Pruning maps it to the wrong inputs of {listing(readers)}"
@@ -47,12 +54,42 @@ def sound_groups(
     return [group for group in groups if group_key(group) not in wrong], notes
 
 
+def fixed_heads(model: nn.Module, example_inputs: ExampleInputs, ignored_layers: list[nn.Module]) -> dict[str, str]:
+    """Find attention modules whose code holds a width that it does not keep in a known attribute: by trying.
+
+    One head of every module of a class is removed, the model runs, and everything is put back.
+
+    Returns:
+        Group key -> what running raised.
+
+    Example:
+        >>> fixed_heads(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(1, 4), [])
+        {}
+    """
+    graph = build_graph(model, example_inputs)  # of its own, because removal leaves its mark on a graph
+    groups = [group for group in prunable_groups(graph, model, ignored_layers)[0] if group.attention]
+    snapshot = ModelSnapshot(model)
+    stuck: dict[str, str] = {}
+    for kind in dict.fromkeys(type(group.attention.module) for group in groups if group.attention):
+        alike = [group for group in groups if group.attention and type(group.attention.module) is kind]
+        try:
+            with preserved_rng(), evaluating(model):
+                for group in alike:
+                    take_out(graph, group, list(range(group.run)))
+                call(model, example_inputs)
+        except Exception as error:
+            stuck |= {group_key(group): f"{type(error).__name__}: {error}" for group in alike}
+        finally:
+            snapshot.restore()
+    return stuck
+
+
 def wrongly_mapped(
     groups: list[PrunableGroup], model: nn.Module, example_inputs: ExampleInputs
 ) -> dict[str, list[str]]:
     """Find groups whose channels reach other inputs of a layer than the host would remove.
 
-    The first third of each group's channels (of each block) is set to NaN where it is written; every layer
+    The first third of each group's channels (of each block; of the heads) is set to NaN where it is written; every layer
     that reads compares the NaN channels it receives with those the host would remove, and goes on with
     zeros instead. A layer that receives none or nothing but NaN says nothing: some operation swallowed the
     marks or spread them.
@@ -75,8 +112,9 @@ def wrongly_mapped(
     written: dict[nn.Module, set[int]] = {}
     read: dict[nn.Module, set[int]] = {}
     for group in groups:
-        size = len(group.channels)
-        marked = torch.arange(size) % (size // group.blocks) < max(1, size // group.blocks // 3)
+        units = len(group.channels) // group.blocks // group.run
+        unit = torch.arange(len(group.channels)) // group.run % units
+        marked = unit < max(1, units // 3)
         for part in group.parts:
             channels = part.channels[marked[part.roots]].tolist()
             if part.writes:

@@ -27,12 +27,15 @@ class ScoredGroup:
         blocks: channels come in this many equally long blocks that must stay equally long (grouped
             convolutions, GroupNorm): channel i of every block leaves together, ranked by their mean score.
         multiple: the number kept must be divisible by this.
+        run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
+            their mean score.
     """
 
     name: str
     scores: npt.NDArray[np.float64]
     blocks: int = 1
     multiple: int = 1
+    run: int = 1
 
 
 @dataclass(frozen=True)
@@ -184,19 +187,21 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
     """Order all admissible cuts by the score at which they happen."""
     events = []
     for index, group in enumerate(groups):
-        size, blocks = len(group.scores), group.blocks
-        if size % blocks:
-            raise TwoAxisError(f"{group.name}: {size} channels do not split into {blocks} blocks")
-        by_unit = group.scores.reshape(blocks, -1)
-        unit_scores = by_unit.mean(0)
+        size, together = len(group.scores), group.blocks * group.run
+        if size % together:
+            raise TwoAxisError(
+                f"{group.name}: {size} channels do not split into {group.blocks} blocks of runs of {group.run}"
+            )
+        shape = (group.blocks, -1, group.run)
+        unit_scores = group.scores.reshape(shape).mean((0, 2))
         order = np.argsort(unit_scores, kind="stable")
-        members = np.arange(size).reshape(blocks, -1)
+        members = np.arange(size).reshape(shape)
         multiple = math.lcm(group.multiple, round_to)
         floor = max(1, math.ceil(min_keep * size))
         removed_units = 0
-        for kept in range(size - blocks, floor - 1, -blocks):
+        for kept in range(size - together, floor - 1, -together):
             if kept % multiple == 0 and kept > 0:
-                units = (size - kept) // blocks
+                units = (size - kept) // together
                 cut = order[removed_units:units]
                 events.append(_Event(float(unit_scores[cut[-1]]), index, units, np.sort(members[:, cut].reshape(-1))))
                 removed_units = units

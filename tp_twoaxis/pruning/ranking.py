@@ -26,7 +26,7 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
     scored, notes = [], []
     for group in groups:
         try:
-            scores = importance(group.group)
+            scores = importance(group.scored)
         except TwoAxisError:
             raise
         except Exception as error:
@@ -52,5 +52,5 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
             )
         place = {channel: position for position, channel in enumerate(group.group[0].idxs)}
         chosen = values[[place[channel] for channel in group.channels]]
-        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.multiple))
+        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.multiple, group.run))
     return scored, notes

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.pruning.attention import without
 from tp_twoaxis.pruning.graph import PrunableGroup, group_key
 from tp_twoaxis.pruning.plan import PruningPlan
 from tp_twoaxis.pruning.report import GroupReport
@@ -26,26 +27,34 @@ def remove(graph: Any, groups: list[PrunableGroup], plan: PruningPlan) -> None:
     Raises:
         TwoAxisError: the host failed; the model may be half pruned and is the caller's to restore.
     """
-    gone: dict[nn.Module, list[int]] = {}
+    gone: dict[tuple[nn.Module, bool], list[int]] = {}
     for group in groups:
         mask = _mask(group, plan)
         if not mask.any():
             continue
         root, handler = group.group[0].dep.target.module, group.group[0].dep.handler
-        earlier = np.array(gone.get(root, []), dtype=np.int64)
+        earlier = np.array(gone.get((root, graph.is_out_channel_pruning_fn(handler)), []), dtype=np.int64)
         leaving = [group.channels[i] for i in np.flatnonzero(mask)]
-        now = [channel - int((earlier < channel).sum()) for channel in leaving]
         try:
-            graph.get_pruning_group(root, handler, now).prune()
+            take_out(graph, group, [channel - int((earlier < channel).sum()) for channel in leaving])
         except Exception as error:
             raise TwoAxisError(
                 f"Torch-Pruning could not remove channels of {group.name} ({type(error).__name__}: {error}); put its "
                 "layers into ignored_layers; the model is as it was"
             ) from error
         for part in group.parts:
-            if part.writes:
-                lost = part.channels[torch.from_numpy(mask)[part.roots]].tolist()
-                gone.setdefault(part.module, []).extend(lost)
+            lost = part.channels[torch.from_numpy(mask)[part.roots]].tolist()
+            gone.setdefault((part.module, part.writes), []).extend(lost)
+
+
+def take_out(graph: Any, group: PrunableGroup, channels: list[int]) -> None:
+    """Remove channels of a group's root layer, as numbered now, from all its layers; of attention, whole heads."""
+    leaving = graph.get_pruning_group(group.group[0].dep.target.module, group.group[0].dep.handler, channels)
+    if group.attention is None:
+        leaving.prune()
+    else:
+        without(leaving, group.attention.spared).prune()
+        group.attention.keep(group.attention.heads - len(channels) // group.run)
 
 
 def refresh_widths(network: nn.Module) -> None:
