@@ -45,10 +45,10 @@ def nuclear_norm_drops(maps: Tensor) -> Tensor:
         share = vectors.square()
         left = torch.zeros(share.shape[:-1], dtype=share.dtype, device=share.device)
     else:
-        power, vectors = torch.linalg.eigh(maps.mT @ maps)
-        noise = power[..., -1:] * channels * torch.finfo(power.dtype).eps
-        known = (power > noise)[..., None, :]
-        share = torch.where(known, (maps @ vectors).square() / power.clamp_min(1e-300)[..., None, :], 0.0)
+        # a basis of the column space first: vectors from the small Gram matrix alone would lose their right angles
+        basis, triangle = torch.linalg.qr(maps)
+        power, turned = torch.linalg.eigh(triangle @ triangle.mT)
+        share = (basis @ turned).square()
         left = (1.0 - share.sum(-1)).clamp_min(0.0)
     power = power.clamp_min(0.0)
     scale = power[..., -1:].clamp_min(1e-300).sqrt()
