@@ -79,7 +79,7 @@ def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write
 
 
 def test_what_images_tell_is_gathered_once(folders, monkeypatch):
-    shared = Shared(LoadedNetwork(tiny_config(folders), "net", "cpu"), 42)
+    shared = Shared(LoadedNetwork(tiny_config(folders), "net", 42, "cpu"), 42)
     gather, calls = activation_baselines.gather_reader_inputs, []
     monkeypatch.setattr(
         activation_baselines, "gather_reader_inputs", lambda *a, **o: calls.append("images") or gather(*a, **o)
@@ -126,8 +126,9 @@ def test_large_images_are_read_lazily(folders):
 
 
 def test_inputs_are_checked_before_any_work(folders, tmp_path):
-    def network(**options):
-        return tiny_config(folders, networks=(NetworkConfig("net", **options),))
+    def check(**options):
+        config = tiny_config(folders, networks=(NetworkConfig("net", **options),))
+        check_inputs(config, config.cells())
 
     flat = tmp_path / "flat"
     (flat / "train").mkdir(parents=True)
@@ -143,8 +144,8 @@ def test_inputs_are_checked_before_any_work(folders, tmp_path):
         ({"model": "cases:conv_net", "data": str(flat)}, "expected labels"),
     ]:
         with pytest.raises(TwoAxisError, match=message):
-            check_inputs(network(**options))
+            check(**options)
     shards = write_parquet(tmp_path / "shards")
     with pytest.raises(TwoAxisError, match="apart from the training images"):
-        check_inputs(network(model="cases:conv_net", data=str(shards / "*.parquet")))
-    check_inputs(network(model="cases:conv_net", data=str(shards / "train*"), test_data=str(shards / "test*")))
+        check(model="cases:conv_net", data=str(shards / "*.parquet"))
+    check(model="cases:conv_net", data=str(shards / "train*"), test_data=str(shards / "test*"))

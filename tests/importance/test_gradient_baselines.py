@@ -66,8 +66,7 @@ def test_sums_over_grouped_and_transposed_weights(layer):
     net = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Conv2d(6, 2, 1))
     element = torch.rand_like(layer.weight)
     # [in, out / 2, 3, 3] to the layout of a convolution, [out, in / 2, 3, 3]
-    turned = torch.cat([element[:2].transpose(0, 1), element[2:].transpose(0, 1)])
-    plain = turned if layer.transposed else element
+    plain = torch.cat([part.transpose(0, 1) for part in element.split(2)]) if layer.transposed else element
     for name, reads in (("1", False), ("0", True)):
         sums = layer_saliencies(
             full_group(net, name), lambda module, p: element if module is layer and p == "weight" else None

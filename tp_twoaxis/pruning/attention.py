@@ -104,7 +104,11 @@ def read_attention(
             taking += [part] if part.module is projection else []
         elif isinstance(part.module, nn.Linear):
             times = torch.bincount(part.roots, minlength=width)
-            if part.module not in owners or len(part.channels) != part.module.out_features or times.unique().numel() > 1:
+            if (
+                part.module not in owners
+                or len(part.channels) != part.module.out_features
+                or times.unique().numel() > 1
+            ):
                 return None
             taking.append(part)
         elif size == width:
