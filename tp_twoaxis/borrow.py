@@ -11,15 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from tp_twoaxis.errors import TwoAxisError
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Strip ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers, however nested.
+
+    Raises:
+        TwoAxisError: the model is TorchScript.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> unwrap(DataParallel(DataParallel(net))) is net
         True
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TwoAxisError(
+            f"model: expected an eager module, got TorchScript ({model.original_name}), whose layers cannot be "
+            "changed; pass the module that it was scripted or traced from"
+        )
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module

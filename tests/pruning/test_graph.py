@@ -9,6 +9,7 @@ from cases import conv_net
 from torch import nn
 
 from tp_twoaxis import TwoAxisError
+from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.models import cifar_resnet20_conv_shortcut, cifar_resnet20_option_a
 from tp_twoaxis.pruning.graph import build_graph, cost_model, group_key, prunable_groups
 from tp_twoaxis.pruning.macs import count_macs
@@ -163,7 +164,37 @@ def test_tracing_restores_flags_modes_and_says_why_it_failed():
     flags, modes = [p.requires_grad for p in net.parameters()], [m.training for m in net.modules()]
     with torch.no_grad():
         build_graph(net, torch.randn(1, 3, 8, 8))
-    with pytest.raises(TwoAxisError, match=r"could not trace ConvNet: RuntimeError.*check example_inputs"):
+    with pytest.raises(
+        TwoAxisError, match=r"could not trace ConvNet in conv1 \(Conv2d\): Runtime.*check example_inputs"
+    ):
         build_graph(net, torch.randn(1, 4, 8, 8))
     assert [p.requires_grad for p in net.parameters()] == flags
     assert [m.training for m in net.modules()] == modes
+
+
+class Named(nn.Module):
+    """Returns a word beside its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return {"logits": self.fc(self.conv(x).mean((2, 3))), "name": "net"}
+
+
+def test_what_the_host_cannot_follow_is_told_with_its_reason():
+    with pytest.raises(TwoAxisError, match=r"could not trace Named: AttributeError: 'str'.*returns tensors"):
+        build_graph(Named(), torch.randn(1, 3, 8, 8))
+    with pytest.raises(TwoAxisError, match=r"could not trace ShuffleNetV2 in \S+ \(.*ZeroDivisionError"):
+        build_graph(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))
+    with pytest.raises(TwoAxisError, match="eager module, got TorchScript"):
+        unwrap(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)))
+
+
+def test_a_group_with_channels_that_do_not_exist_stays_whole():
+    torch.manual_seed(0)
+    net = timm.models.mlp_mixer.MlpMixer(num_classes=5, img_size=32, patch_size=8, embed_dim=24, num_blocks=2).eval()
+    groups, notes = prunable_groups(build_graph(net, torch.randn(1, 3, 32, 32)), net, [])
+    assert any("counts more channels than there are in blocks.1.mlp_tokens.fc2" in note for note in notes)
+    assert names_of(groups) >= {"blocks.0.mlp_channels.fc1"}

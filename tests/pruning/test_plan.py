@@ -152,6 +152,18 @@ def test_blocks_lose_the_same_places():
         make_plan(*problem([scores], blocks=[5]), flops=0.5)
 
 
+def test_runs_of_neighbours_leave_together():
+    scores = np.array([9, 1, 2, 2, 8, 1, 3, 3, 5, 5, 5, 5], dtype=float)  # 6 runs of 2
+    _, cost = problem([scores])
+    mask = make_plan([ScoredGroup("g0", scores, run=2)], cost, flops=0.7, tolerance=0.2).removed["g0"].reshape(6, 2)
+    assert (mask[:, 0] == mask[:, 1]).all()
+    assert mask[:, 0].tolist() == [False, True, False, True, False, False]  # means 5, 2, 4.5, 3, 5, 5
+    mask = make_plan([ScoredGroup("g0", scores, blocks=3, run=2)], cost, flops=0.6, tolerance=0.3).removed["g0"]
+    assert mask.reshape(3, 2, 2).tolist() == [[[False, False], [True, True]]] * 3
+    with pytest.raises(TwoAxisError, match="12 channels do not split into 1 blocks of runs of 5"):
+        make_plan([ScoredGroup("g0", scores, run=5)], cost, flops=0.5)
+
+
 def test_unreachable_target_gives_the_range():
     groups, cost = random_problem(0)
     with pytest.raises(UnreachableTargetError, match=r"between 0\.(\d+) and 1.*min_keep=0.9") as info:

@@ -17,7 +17,16 @@ from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_im
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.pruning.cost import CostModel, channel_count
 from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key
-from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount, count_macs, host_macs, measure_latency, thop_macs
+from tp_twoaxis.pruning.macs import (
+    ExampleInputs,
+    MacsCount,
+    count_macs,
+    host_macs,
+    inside,
+    measure_latency,
+    running_layers,
+    thop_macs,
+)
 from tp_twoaxis.pruning.mapping import sound_groups
 from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
 from tp_twoaxis.pruning.ranking import score_groups
@@ -275,25 +284,29 @@ def _resolve(
 
 
 def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
-    try:
-        return count_macs(network, inputs)
-    except TwoAxisError:
-        raise
-    except Exception as error:
-        raise TwoAxisError(
-            f"{type(network).__name__} does not run on example_inputs ({type(error).__name__}: {error}); "
-            "give it what its forward takes, for example torch.randn(1, 3, 224, 224)"
-        ) from error
+    with running_layers(network) as running:
+        try:
+            return count_macs(network, inputs)
+        except TwoAxisError:
+            raise
+        except Exception as error:
+            raise TwoAxisError(
+                f"{type(network).__name__} does not run on example_inputs{inside(running, network)} "
+                f"({type(error).__name__}: {error}); "
+                "give it what its forward takes, for example torch.randn(1, 3, 224, 224)"
+            ) from error
 
 
 def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
-    try:
-        return count_macs(network, inputs)
-    except Exception as error:
-        raise TwoAxisError(
-            f"{type(network).__name__} does not run after removal ({type(error).__name__}: {error}); its code holds a "
-            "width that the host cannot see - put the layers concerned into ignored_layers; the model is as it was"
-        ) from error
+    with running_layers(network) as running:
+        try:
+            return count_macs(network, inputs)
+        except Exception as error:
+            raise TwoAxisError(
+                f"{type(network).__name__} does not run after removal{inside(running, network)} "
+                f"({type(error).__name__}: {error}); its code holds a width that the host cannot see - put the layers "
+                "concerned into ignored_layers; the model is as it was"
+            ) from error
 
 
 def _size(network: nn.Module, inputs: ExampleInputs, count: MacsCount, other_counters: bool) -> Size:

@@ -107,7 +107,7 @@ def read_attention(
             if (
                 part.module not in owners
                 or len(part.channels) != part.module.out_features
-                or times.unique().numel() > 1
+                or len(set(times.tolist())) > 1
             ):
                 return None
             taking.append(part)
@@ -146,7 +146,7 @@ def _value_path(
         if earlier + per_root >= 3:
             order = part.channels.argsort()
             third = order[(2 - earlier) * width : (3 - earlier) * width]
-            if part.roots[third].unique().numel() < width:
+            if len(set(part.roots[third].tolist())) < width:
                 return None
             return _cut_down(group, part.module, part.channels[third].tolist(), part.roots[third].tolist())
         earlier += per_root

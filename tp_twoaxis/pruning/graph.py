@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.importance.groups import Member, members
 from tp_twoaxis.pruning.attention import Attention, attention_owners, enclosing_attention, read_attention
 from tp_twoaxis.pruning.cost import CostModel, Side, Term
-from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount
-from tp_twoaxis.statistics.layers import channel_layers
+from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount, inside, running_layers
+from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,36 @@ def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Trace a model with the host.
 
     Raises:
-        TwoAxisError: the host cannot trace it; the message holds the host's reason.
+        TwoAxisError: the host cannot trace it; the message holds the host's reason and, where one can be told,
+            the layer.
     """
-    try:
-        with torch.enable_grad(), tracing_allowed(model):
-            # verbose would warn of every bare parameter
-            return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, verbose=False)
-    except Exception as error:
-        raise TwoAxisError(
-            f"Torch-Pruning could not trace {type(model).__name__}: {type(error).__name__}: {error}; "
-            "check example_inputs, or leave the part out that it cannot follow"
-        ) from error
+    with running_layers(model) as running:
+        try:
+            with torch.enable_grad(), tracing_allowed(model):
+                # verbose would warn of every bare parameter
+                return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, verbose=False)
+        except Exception as error:
+            # outside a forward pass it is the host's own reading that failed
+            where = inside(running or _layer_in_question(error, model), model)
+            raise TwoAxisError(
+                f"Torch-Pruning could not trace {type(model).__name__}{where}: "
+                f"{type(error).__name__}: {error}; check example_inputs, and that the forward returns tensors (in "
+                "tuples, lists or dicts), or prune a part of the model that it can follow"
+            ) from error
+
+
+def _layer_in_question(error: Exception, model: nn.Module) -> list[str]:
+    """Find the layer that the host was looking at when it failed, or the one before the operation it was looking at."""
+    names = {module: name for name, module in model.named_modules() if name}
+    found: list[str] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            while isinstance(value, tp.dependency.Node) and value.module not in names and value.inputs:
+                value = value.inputs[0]
+            module = value.module if isinstance(value, tp.dependency.Node) else value
+            if isinstance(module, nn.Module) and module in names:
+                found.append(names[module])
+    return found[-1:]
 
 
 @contextmanager
@@ -103,6 +123,7 @@ def prunable_groups(
     covered: dict[nn.Module, set[int]] = {}
     found: list[PrunableGroup] = []
     kept_whole: dict[str, None] = {}
+    miscounted: list[str] = []
 
     def take(group: Any, channels: list[int] | None = None) -> None:
         parts = list(members(group))
@@ -137,6 +158,11 @@ def prunable_groups(
                 )
             )
             return
+        if overfull := [names[part.module] for part in parts if _overfull(part)]:
+            miscounted.append(
+                f"{name}: stays whole, because Torch-Pruning counts more channels than there are in {listing(overfull)}"
+            )
+            return
         size = len(group[0].idxs) if channels is None else len(channels)
         found.append(
             PrunableGroup(
@@ -159,7 +185,7 @@ def prunable_groups(
                 everything = list(range(pruner.get_out_channels(layer)))
                 take(graph.get_pruning_group(layer, pruner.prune_out_channels, everything), missing)
     notes = [f"attention keeps its heads and their width ({listing(kept_whole, 3)})"] if kept_whole else []
-    return found, notes
+    return found, notes + miscounted
 
 
 def cost_model(groups: list[PrunableGroup], model: nn.Module, count: MacsCount) -> CostModel:
@@ -207,6 +233,15 @@ def _restricted(part: Member, channels: list[int]) -> Member:
     inside = torch.tensor([root in place for root in part.roots.tolist()], dtype=torch.bool)
     roots = torch.tensor([place[root] for root in part.roots[inside].tolist()], dtype=torch.int64)
     return Member(part.module, part.channels[inside], roots, part.writes, part.reads)
+
+
+def _overfull(part: Member) -> bool:
+    """Whether a part holds channels that its layer does not have, as the host's reading of some reshapes gives."""
+    if isinstance(part.module, CHANNEL_LAYERS):
+        width = _width(part.module, part.writes)
+    else:  # a norm has a weight for each channel
+        width = next((len(parameter) for parameter in part.module.parameters(recurse=False)), 0)
+    return bool(width) and bool((part.channels >= width).any())
 
 
 def _width(layer: nn.Module, writes: bool) -> int:

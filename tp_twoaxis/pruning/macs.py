@@ -114,6 +114,54 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
 
 
 @contextmanager
+def running_layers(model: nn.Module) -> Iterator[list[str]]:
+    """Follow which modules run inside the block, so that an error can say where it happened.
+
+    Yields:
+        Names of the modules that are running, outermost first and without the model itself; after an exception
+        in a forward pass, of those it left.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(2, 2)))
+        >>> with running_layers(net) as running:
+        ...     try:
+        ...         net(torch.zeros(1, 4))
+        ...     except RuntimeError:
+        ...         running
+        ['1', '1.0']
+    """
+    names = {module: name for name, module in model.named_modules()}
+    running: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if module is model:
+            running.clear()  # a new attempt after one that failed
+        elif module in names:
+            running.append(names[module])
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if module is not model and module in names:
+            running.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def inside(running: list[str], model: nn.Module) -> str:
+    """Say in which layer something happened, to follow the model's name: "" or " in layer1.0.conv1 (Conv2d)".
+
+    Example:
+        >>> inside(["0"], nn.Sequential(nn.ReLU()))
+        ' in 0 (ReLU)'
+    """
+    return f" in {running[-1]} ({type(model.get_submodule(running[-1])).__name__})" if running else ""
+
+
+@contextmanager
 def _attributing(counter: FlopCounterMode, names: Mapping[nn.Module, str], flops: dict[str, int]) -> Iterator[None]:
     """Add to ``flops`` what the counter gained while each module ran.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
@@ -50,7 +51,10 @@ def sound_groups(
         for name, readers in wrong.items()
     ]
     if idle := [name for name, layer in channel_layers(model).items() if layer not in graph.module2node]:
-        notes.append(f"{listing(idle)} did not run on example_inputs and may no longer fit what they read")
+        notes.append(
+            f"{listing(idle)} did not run on example_inputs, or without gradients, where Torch-Pruning cannot follow; "
+            "they may no longer fit what they read"
+        )
     return [group for group in groups if group_key(group) not in wrong], notes
 
 
@@ -89,10 +93,11 @@ def wrongly_mapped(
 ) -> dict[str, list[str]]:
     """Find groups whose channels reach other inputs of a layer than the host would remove.
 
-    The first third of each group's channels (of each block; of the heads) is set to NaN where it is written; every layer
-    that reads compares the NaN channels it receives with those the host would remove, and goes on with
-    zeros instead. A layer that receives none or nothing but NaN says nothing: some operation swallowed the
-    marks or spread them.
+    The first third of each group's channels (of each block; of the heads) is set to NaN where it is written;
+    every layer that reads compares the NaN channels it receives with those the host would remove, and goes on
+    with zeros instead. A layer that receives none or nothing but NaN says nothing: some operation swallowed the
+    marks or spread them. Not so the projection of an attention module: where channels make up heads as supposed,
+    it receives those of the marked heads and no others.
 
     Args:
         groups: the prunable groups.
@@ -122,13 +127,15 @@ def wrongly_mapped(
             if part.reads:
                 read.setdefault(part.module, set()).update(channels)
     layers = {module: name for name, module in channel_layers(model).items()}
+    projections = {group.group[0].dep.target.module for group in groups if group.attention}
     disagree: set[nn.Module] = set()
 
     def receive(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
         if layer in read and inputs and isinstance(inputs[0], Tensor):
             nan = _channels_last(inputs[0], layer).isnan()
             got = nan.reshape(-1, nan.shape[-1]).any(0)
-            if 0 < int(got.sum()) < len(got) and set(got.nonzero()[:, 0].tolist()) != read[layer]:
+            telling = layer in projections or 0 < int(got.sum()) < len(got)
+            if telling and set(got.nonzero()[:, 0].tolist()) != read[layer]:
                 disagree.add(layer)
         return tree_map(lambda x: x.nan_to_num(0.0) if _is_float(x) else x, inputs)
 
@@ -151,6 +158,7 @@ def wrongly_mapped(
         with ExitStack() as stack:
             stack.enter_context(preserved_rng())
             stack.enter_context(evaluating(model))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have ways of their own with NaN
             for layer in layers:
                 stack.callback(layer.register_forward_pre_hook(receive).remove)
                 if written.get(layer):
