@@ -104,3 +104,51 @@ def greedy_hull(rho, k, active, pool=32, max_size=10, epsilon=0.1, ridge=1e-6):
     whole = max([whole, *path[-1:]])
     size = next((i + 1 for i, value in enumerate(path) if value >= (1.0 - epsilon) * whole), len(path))
     return chosen, path, whole, size
+
+
+def z(values, active):
+    """(x - mean) / deviation over the active ones; 0 elsewhere and where all are alike."""
+    chosen = [v for v, on in zip(values, active, strict=True) if on]
+    mean = sum(chosen) / max(len(chosen), 1)
+    deviation = np.sqrt(sum((v - mean) ** 2 for v in chosen) / max(len(chosen), 1))
+    return np.array(
+        [(v - mean) / deviation if on and deviation > 0 else 0.0 for v, on in zip(values, active, strict=True)]
+    )
+
+
+def compact_support(rho, active):
+    """K_k = E_k(H_k) / |H_k|, with E of the hull alone."""
+    out = np.zeros(len(rho))
+    for k in range(len(rho)):
+        _, path, _, size = greedy_hull(rho, k, active)
+        out[k] = path[size - 1] / size if path else 0.0
+    return out
+
+
+def hand_out(values, ranking):
+    """The i-th smallest value to the i-th lowest ranked."""
+    out = np.zeros(len(values))
+    for value, k in zip(sorted(values), sorted(range(len(values)), key=lambda k: (ranking[k], values[k])), strict=True):
+        out[k] = value
+    return out
+
+
+def annealed(early, late, removed=0.0):
+    """Take out the lowest of (1 - t) early + t late, one after the other."""
+    left, out, count = list(range(len(early))), np.zeros(len(early)), len(early)
+    while left:
+        t = removed + (1 - removed) * (count - len(left)) / count
+        lowest = min(left, key=lambda k: (1 - t) * early[k] + t * late[k])
+        left.remove(lowest)
+        out[lowest] = 1 - len(left) / count
+    return out
+
+
+def cluster_quantiles(scores, clusters):
+    """Share of the own cluster that scores no higher."""
+    return np.array(
+        [
+            np.mean([other <= score for other, c in zip(scores, clusters, strict=True) if c == own])
+            for score, own in zip(scores, clusters, strict=True)
+        ]
+    )

@@ -68,7 +68,15 @@ def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write
     monkeypatch.setattr(gradients, lambda *a, **o: calls.append("labels") or accumulate_gradients(*a, **o))
     models = [shared.prepare(find_criterion(name))[0] for name in ("capture", "hull", "taylor", "taylor", "l2")]
     assert calls == ["stats", "labels"]
-    assert shared.statistics.num_images == 24
+    for name in ("cap-qgw", "hybrid", "cap-qgw", "hybrid"):
+        _, importance, seconds = shared.prepare(find_criterion(name))
+        assert importance.stats is shared.statistics(gradients=name == "cap-qgw")
+    assert set(seconds) == {"statistics", "gradients"}
+    assert calls == ["stats", "labels", "stats", "labels"]
+    assert shared.statistics(gradients=True).has_gradients
+    assert not shared.statistics().has_gradients
+    assert shared.statistics().num_images == 24
+    assert calls == ["stats", "labels", "stats", "labels"]
     assert len({id(model) for model in models}) == 5
     first, second = models[2].conv1.weight.grad, models[3].conv1.weight.grad
     assert first is not second

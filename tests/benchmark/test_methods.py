@@ -20,7 +20,7 @@ from tp_twoaxis.benchmark.methods import (
     cross,
     find_criterion,
 )
-from tp_twoaxis.importance.baseline_registry import ImportanceEntry
+from tp_twoaxis.importance.entry import ImportanceEntry
 from tp_twoaxis.importance.registry import IMPORTANCES, make_importance
 from tp_twoaxis.importance.weight_baselines import RandomImportance
 from tp_twoaxis.statistics.gradients import accumulate_gradients

@@ -55,9 +55,20 @@ def test_order_is_kept_but_by_lamp_only_up_to_ties(name):
 
 @pytest.mark.parametrize("name", ["mean", "sum", "max", "lamp", "sentinel_0.5"])
 def test_negative_scores_need_a_signed_normalizer(name):
-    with pytest.raises(TwoAxisError, match=r"at least 0, got -1; use 'standarization', 'gaussian' or None"):
+    with pytest.raises(TwoAxisError, match=r"at least 0, got -1; use 'softmax', 'standarization', 'gaussian' or None"):
         normalize(torch.tensor([2.0, -1.0]), name)
     assert normalize(torch.tensor([2.0, -1.0]), "standarization").tolist() == pytest.approx([1.0, 0.0])
+
+
+@given(values=st.lists(st.floats(-50, 50), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None)
+def test_softmax_is_positive_of_mean_1_and_knows_no_shift(values):
+    scores = torch.tensor(values, dtype=torch.float64)
+    got = normalize(scores, "softmax")
+    assert (got > 0).all()
+    assert got.mean().item() == pytest.approx(1.0)
+    torch.testing.assert_close(got, torch.exp(scores) / torch.exp(scores).mean())
+    torch.testing.assert_close(normalize(scores + 400.0, "softmax"), got)
 
 
 @pytest.mark.parametrize("name", ["best", "sentinel_", "sentinel_1", "sentinel_x", "sentinel_-0.1"])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
+from tp_twoaxis.importance.entry import requires
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.importance.weight_baselines import RandomImportance
 from tp_twoaxis.scores.registry import SCORES
@@ -18,7 +19,7 @@ from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 @pytest.fixture(scope="module")
 def stats():
-    return calibrate(conv_net(), batches(), progress=False)
+    return calibrate(conv_net(), batches(), gradients=True, progress=False)
 
 
 def group_of(net, layer="conv1"):
@@ -44,6 +45,47 @@ def test_names_cover_all_scores():
     assert set(SCORES) < set(IMPORTANCES)
     assert {name for name, entry in IMPORTANCES.items() if entry.needs == "stats"} == set(SCORES)
     assert find_importance("taylor").needs == "labels"
+
+
+def test_needs_come_alone_or_together():
+    with_statistics = {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "stats")}
+    assert with_statistics == {*SCORES, "cap-qgw", "hybrid"}
+    assert {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "gradient-stats")} == {"cap-qgw"}
+    assert {"taylor", "hybrid"} <= {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "labels")}
+
+
+@pytest.mark.parametrize("name", ["cap-qgw", "hybrid"])
+def test_everything_needed_is_gathered(name):
+    net = conv_net()
+    made = make_importance(name, model=net, loader=batches(), progress=False)
+    assert made.stats.num_images == 48
+    assert made.stats.has_gradients == (name == "cap-qgw")
+    assert (net.conv1.weight.grad is not None) == (name == "hybrid")
+    report = prune_to_flops(
+        conv_net(), torch.zeros(1, 3, 8, 8), name, flops=0.6, loader=batches(), repair=(), progress=False
+    )
+    assert report.achieved == pytest.approx(0.6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("cap-qgw", {}, r"gradients=True\), or model=... and loader=... with labels, got neither"),
+        ("hybrid", {"stats": True}, "expected model=... and loader=... with labels"),
+        (
+            "cap-qgw",
+            {"stats": True},
+            r"with gradients, got some without; gather them with calibrate\(model, loa",
+        ),
+        ("cap-qgw", {"model": conv_net(), "loader": [batches()[0][0]]}, "needs labels and batch 0 has none"),
+        ("hybrid", {"model": conv_net(), "loader": [batches()[0][0]]}, "need labels, batch 0 has none"),
+    ],
+)
+def test_what_a_criterion_needs_is_said(name, given, message):
+    if "stats" in given:
+        given = given | {"stats": calibrate(conv_net(), batches(), progress=False)}
+    with pytest.raises(TwoAxisError, match=message):
+        make_importance(name, progress=False, **given)
 
 
 def test_scores_are_the_two_axis_importances(stats):

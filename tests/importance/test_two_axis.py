@@ -290,7 +290,7 @@ def test_some_calibrated_writers_are_enough():
         (lambda s: TwoAxisImportance(s, group_reduction="prod"), "group_reduction.*got 'prod'"),
         (lambda s: TwoAxisImportance(s, normalizer="best"), "normalizer.*got 'best'"),
         (lambda s: TwoAxisImportance(s, normalizer=lambda v: v[:2]), r"finite scores, got shape \[2\]"),
-        (lambda s: TwoAxisImportance(s, score="low-overlap"), "at least 0.*use 'standarization'"),
+        (lambda s: TwoAxisImportance(s, "low-overlap", normalizer="mean"), "at least 0.*use 'softmax', 'stan"),
     ],
 )
 def test_refusals(importance, message):

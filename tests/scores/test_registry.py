@@ -8,9 +8,18 @@ from torch import nn
 
 from tp_twoaxis import TwoAxisError, calibrate
 from tp_twoaxis.scores import SCORES, find_score
+from tp_twoaxis.scores.cluster import spectral_clusters
 from tp_twoaxis.scores.registry import evaluate, hull_refined
 
-CORRELATION_ONLY = ("low-overlap", "task-mi", "target-redundancy", "target-excess")
+CORRELATION_ONLY = (
+    "low-overlap",
+    "task-mi",
+    "target-redundancy",
+    "target-excess",
+    "composite-pid",
+    "pid-no-red",
+    "spectral-pid-rs",
+)
 
 
 def layer_of(scale=None, order=None, weight=None, images=200):
@@ -34,20 +43,47 @@ def arrays(layer):
     return layer.variance.numpy(), layer.correlation.numpy(), layer.pooled_correlation.numpy()
 
 
+def slow_scores(variance, norm, rho, pooled, r):
+    """Every score of channels that all vary, from the formulas."""
+    active = np.ones(len(variance), dtype=bool)
+    hulls = [twin.greedy_hull(rho, k, active, max_size=8)[1][-1] for k in range(len(variance))]
+    capture, overlap, information = twin.capture(variance), twin.peer_overlap(rho, active), twin.task_information(r)
+    excess, redundancy = twin.target_excess(r, pooled), twin.target_redundancy(information)
+
+    def z(values):
+        return twin.z(values, active)
+
+    pid = z(information) + z(excess)
+    # which clusters there are is k-means' business, what is made of them is not
+    pairs = [[0.0 if k == j else twin.info(rho[k, j] ** 2) for j in range(len(r))] for k in range(len(r))]
+    local = spectral_clusters(torch.tensor(pairs, dtype=torch.float64))
+    atoms = np.minimum(information[:, None], information) + twin.pair_excess(r, pooled)
+    target = spectral_clusters(torch.from_numpy(atoms))
+    return {
+        "capture": capture,
+        "variance": variance / variance.mean(),
+        "low-overlap": -overlap,
+        "composite-local": z(capture) - 0.3 * z(overlap),
+        "norm-local": z(np.log(norm)) + z(capture) - 0.3 * z(overlap),
+        "hull": variance / variance.mean() * (1 - 0.5 * np.array(hulls)),
+        "compact-hull": z(capture) - z(twin.compact_support(rho, active)),
+        "cap-a": twin.hand_out(capture, twin.annealed(-z(overlap), z(capture))),
+        "spectral-rs": twin.hand_out(capture, twin.cluster_quantiles(capture, local.tolist())),
+        "task-mi": information,
+        "target-redundancy": redundancy,
+        "target-excess": excess,
+        "composite-pid": pid - z(redundancy),
+        "pid-no-red": pid,
+        "spectral-pid-rs": twin.hand_out(np.exp(pid), twin.cluster_quantiles(pid, target.tolist())),
+    }
+
+
 def test_twins_end_to_end():
     layer = layer_of()
     variance, rho, pooled = arrays(layer)
-    r, active = layer.target_correlation("margin").numpy(), np.ones(12, dtype=bool)
-    hulls = [twin.greedy_hull(rho, k, active, max_size=8)[1][-1] for k in range(12)]
-    slow = {
-        "capture": twin.capture(variance),
-        "variance": variance / variance.mean(),
-        "low-overlap": -twin.peer_overlap(rho, active),
-        "hull": variance / variance.mean() * (1 - 0.5 * np.array(hulls)),
-        "task-mi": twin.task_information(r),
-        "target-redundancy": twin.target_redundancy(twin.task_information(r)),
-        "target-excess": twin.target_excess(r, pooled),
-    }
+    norm = layer.weight_power.sqrt().numpy()
+    slow = slow_scores(variance, norm, rho, pooled, layer.target_correlation("margin").numpy())
+    assert set(slow) == set(SCORES)
     for name in SCORES:
         np.testing.assert_allclose(evaluate(find_score(name), layer).numpy(), slow[name], rtol=1e-5, atol=1e-9)
 
@@ -81,20 +117,8 @@ def test_constant_channels_are_lowest_and_do_not_move_the_others(name):
     keep = np.flatnonzero(active.numpy())
     r = layer.target_correlation().numpy()[keep]
     rho, pooled, variance = rho[np.ix_(keep, keep)], pooled[np.ix_(keep, keep)], variance[keep]
-    everyone = np.ones(len(keep), dtype=bool)
-    alone = {
-        "capture": lambda: twin.capture(variance),
-        "variance": lambda: variance / variance.mean(),
-        "low-overlap": lambda: -twin.peer_overlap(rho, everyone),
-        "hull": lambda: (
-            variance
-            / variance.mean()
-            * (1 - 0.5 * np.array([twin.greedy_hull(rho, k, everyone, max_size=8)[1][-1] for k in range(len(keep))]))
-        ),
-        "task-mi": lambda: twin.task_information(r),
-        "target-redundancy": lambda: twin.target_redundancy(twin.task_information(r)),
-        "target-excess": lambda: twin.target_excess(r, pooled),
-    }[name]()
+    norm = layer.weight_power.sqrt().numpy()[keep]
+    alone = slow_scores(variance, norm, rho, pooled, r)[name]
     np.testing.assert_allclose(scores[active].numpy(), alone, rtol=1e-5, atol=1e-9)
 
 
@@ -135,7 +159,7 @@ def test_hull_strength():
 def test_names_and_axes():
     with pytest.raises(TwoAxisError, match=r"capture.*did you mean 'capture'"):
         find_score("captur")
-    with pytest.raises(TwoAxisError, match=r"task-mi, target-redundancy, target-excess \(target axis\), got 'capture'"):
+    with pytest.raises(TwoAxisError, match=r"task-mi, .*pid-no-red.* \(target axis\), got 'capture'"):
         find_score("capture", axis="target")
     assert {entry.axis for entry in SCORES.values()} == {"local", "target"}
 

@@ -23,7 +23,8 @@ def shard(rank, world):
 
 
 def calibrated(loader, **options):
-    return calibrate(conv_net().double(), loader, positions=5, progress=False, **options)
+    options = {"positions": 5, "gradients": True, **options}
+    return calibrate(conv_net().double(), loader, progress=False, **options)
 
 
 def refused(action):
@@ -59,8 +60,9 @@ def main(rank, world, folder):
     torch.testing.assert_close(moments.other_mean, single.other_mean, rtol=1e-14, atol=0)
 
     layers = calibrated(shard(rank, world), layers=["conv1", "fc"] if rank == 1 else None)
-    labels = calibrated(shard(rank, world) if rank else [x for x, _ in shard(rank, world)])
-    for name, stats in {"layers": layers, "labels": labels}.items():
+    labels = calibrated(shard(rank, world) if rank else [x for x, _ in shard(rank, world)], gradients=False)
+    gradients = calibrated(shard(rank, world), gradients=rank == 1)
+    for name, stats in {"layers": layers, "labels": labels, "gradients": gradients}.items():
         (folder / f"{name}-{rank}.txt").write_text(refused(stats.all_reduce))
     dist.destroy_process_group()
 

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_ends_with_the_statistics_of_one_process(folder, size):
     loader = [(x.double(), y) for x, y in batches(44, 11)]
-    single = calibrate(conv_net().double(), loader, positions=5, consumers=True, progress=False)
+    single = calibrate(conv_net().double(), loader, positions=5, consumers=True, gradients=True, progress=False)
     for rank in range(size):
         stats = CalibrationStatistics.load(folder / f"{size}-{rank}.safetensors")
         assert stats.num_images == 44
@@ -67,7 +67,7 @@ def test_the_ranks_agree_to_the_last_bit(folder, size):
             assert torch.equal(mine.scatter, theirs.scatter)
 
 
-@pytest.mark.parametrize("what", ["layers", "labels"])
+@pytest.mark.parametrize("what", ["layers", "labels", "gradients"])
 def test_ranks_that_differ_raise_on_every_rank(folder, what):
     for rank in range(WORLD):
         message = (folder / f"{what}-{rank}.txt").read_text()

@@ -9,7 +9,8 @@ import pandas as pd
 
 from tp_twoaxis.benchmark.protocol import paired_interval
 from tp_twoaxis.benchmark.tables import Areas, AucResult
-from tp_twoaxis.scores.registry import SCORES
+from tp_twoaxis.importance.registry import IMPORTANCES
+from tp_twoaxis.importance.spec import parse_spec
 
 MAGNITUDES = ("l1", "l2")
 COMPARISONS = ["network", "treatment", "comparison", "first", "second", "points", "low", "high", "seeds"]
@@ -22,7 +23,8 @@ def axis_of(criterion: str) -> str:
         >>> axis_of("capture"), axis_of("task-mi"), axis_of("taylor")
         ('local', 'target', 'baseline')
     """
-    return SCORES[criterion].axis if criterion in SCORES else "baseline"
+    plain = parse_spec(criterion)[0]
+    return IMPORTANCES[plain].axis if plain in IMPORTANCES else "baseline"
 
 
 def axis_table(auc: AucResult, cells: pd.DataFrame) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from tp_twoaxis.benchmark.methods import Criterion
 from tp_twoaxis.data import ArrayDataset, ImageDataset, open_dataset
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
-from tp_twoaxis.importance.baseline_registry import Importance
+from tp_twoaxis.importance.entry import Importance, Need, requires
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.pruning.macs import count_macs, host_macs, thop_macs
 from tp_twoaxis.ranks import rank, ranks, total
@@ -32,6 +32,8 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # the selection images are the same for all seeds, and no seed of the protocol
 SELECTION_SEED = 20_000
+# what calibration gathers only where a criterion asks for it
+RICHER: dict[str, Need] = {"gradients": "gradient-stats", "consumers": "consumer-stats"}
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ class Shared:
         self.network = network
         self.seed = seed
         self.seconds: dict[str, float] = {}
+        self._statistics: dict[str, CalibrationStatistics] = {}
         self._prepared: dict[str, tuple[nn.Module, Importance]] = {}
 
     @cached_property
@@ -205,15 +208,19 @@ class Shared:
         data = self.network.config.data
         return _loader(self.network.images.train, data.batch_size, self.rows[0], data)
 
-    @cached_property
-    def statistics(self) -> CalibrationStatistics:
-        """Calibration statistics of the dense network, each rank's share of the images merged."""
-        data = self.network.config.data
-        start = time.perf_counter()
-        images = _loader(self.network.images.train, data.batch_size, _share(self.rows[0]), data)
-        stats = calibrate(self.network.model, images, max_images=None, progress=False).all_reduce()
-        self.seconds["statistics"] = time.perf_counter() - start
-        return stats
+    def statistics(self, *, gradients: bool = False, consumers: bool = False) -> CalibrationStatistics:
+        """Calibration statistics of the dense network, each rank's share of the images merged; gathered once."""
+        what = _kind(gradients, consumers)
+        if what not in self._statistics:
+            data = self.network.config.data
+            start = time.perf_counter()
+            images = _loader(self.network.images.train, data.batch_size, _share(self.rows[0]), data)
+            stats = calibrate(
+                self.network.model, images, max_images=None, gradients=gradients, consumers=consumers, progress=False
+            )
+            self._statistics[what] = stats.all_reduce()
+            self.seconds[what] = time.perf_counter() - start
+        return self._statistics[what]
 
     def training_loader(self) -> Any:
         """Make a loader of fresh order: shuffled, small images cropped and mirrored at random.
@@ -240,10 +247,11 @@ class Shared:
         """
         seconds: dict[str, float] = {}
         options: dict[str, Any] = {"stats": None, "loader": self.calibration, "seed": self.seed}
-        if criterion.needs == "stats":
-            options["stats"] = self.statistics
-            seconds["statistics"] = self.seconds["statistics"]
-        if criterion.needs in ("labels", "images"):
+        if requires(criterion.needs, "stats"):
+            more = {what: requires(criterion.needs, need) for what, need in RICHER.items()}
+            options["stats"] = self.statistics(**more)
+            seconds["statistics"] = self.seconds[_kind(**more)]
+        if requires(criterion.needs, "labels") or requires(criterion.needs, "images"):
             if criterion.name not in self._prepared:
                 start = time.perf_counter()
                 template = copy.deepcopy(self.network.model)
@@ -251,17 +259,23 @@ class Shared:
                 self._prepared[criterion.name] = template, importance
                 self.seconds[criterion.name] = time.perf_counter() - start
             template, importance = self._prepared[criterion.name]
-            # together, so that an importance that refers to the model's tensors refers to the copy's
-            model, importance = copy.deepcopy((template, importance))
+            # together, so that an importance that refers to the model's tensors refers to the copy's; statistics are
+            # only read, so they stay shared
+            shared = {} if options["stats"] is None else {id(options["stats"]): options["stats"]}
+            model, importance = copy.deepcopy((template, importance), shared)
             for parameter, source in zip(model.parameters(), template.parameters(), strict=True):
                 parameter.grad = None if source.grad is None else source.grad.clone()
-            phase = "gradients" if criterion.needs == "labels" else "activations"
-            return model, importance, {phase: self.seconds[criterion.name]}
+            phase = "gradients" if requires(criterion.needs, "labels") else "activations"
+            return model, importance, seconds | {phase: self.seconds[criterion.name]}
         model = copy.deepcopy(self.network.model)
         start = time.perf_counter()
         importance = criterion.build(model=model, **options)
         seconds["importance"] = time.perf_counter() - start
         return model, importance, seconds
+
+
+def _kind(gradients: bool, consumers: bool) -> str:
+    return " ".join(["gradient"] * gradients + ["consumer"] * consumers + ["statistics"])
 
 
 def _share(rows: Tensor) -> Tensor:

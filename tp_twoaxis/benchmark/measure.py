@@ -24,7 +24,7 @@ from tp_twoaxis.benchmark.context import Shared, Sizes, measure_sizes
 from tp_twoaxis.benchmark.methods import ALLOCATIONS, find_criterion
 from tp_twoaxis.borrow import preserved_rng
 from tp_twoaxis.files import Json
-from tp_twoaxis.importance.baseline_registry import Importance
+from tp_twoaxis.importance.entry import Importance
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.ranks import from_leader, ranks, share_state
 

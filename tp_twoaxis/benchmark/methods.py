@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.baseline_registry import Importance, ImportanceEntry
-from tp_twoaxis.importance.registry import IMPORTANCES, make_importance
+from tp_twoaxis.importance.entry import Importance, ImportanceEntry, Needs
+from tp_twoaxis.importance.registry import IMPORTANCES, build_importance, find_importance
+from tp_twoaxis.importance.spec import parse_spec
 from tp_twoaxis.pruning.repair import REPAIRS
 
 ENTRY_POINTS = "tp_twoaxis.importances"
@@ -103,7 +104,7 @@ class Method:
             >>> Method("local").checked().criterion
             'capture'
         """
-        criterion = ALIASES.get(self.criterion, self.criterion)
+        criterion = unaliased(self.criterion)
         find_criterion(criterion)
         _choose("allocation", self.allocation, ALLOCATIONS)
         for name in self.repair:
@@ -138,14 +139,14 @@ class Criterion:
 
     Attributes:
         name: as in the table.
-        needs: ``"stats"``, ``"labels"`` or ``"images"`` (both prepared once and shared; gradients may stay on the
-            model), or ``"none"``.
+        needs: as of :class:`~tp_twoaxis.importance.entry.ImportanceEntry`; what labels and images tell is gathered once
+            and shared.
         build: keywords ``stats``, ``model``, ``loader``, ``seed`` -> importance. ``model`` is the copy that will
             be pruned, ``loader`` yields the calibration images with labels.
     """
 
     name: str
-    needs: Literal["stats", "labels", "images", "none"]
+    needs: Needs
     build: Callable[..., Importance]
 
 
@@ -155,12 +156,12 @@ def criterion_names() -> list[str]:
 
 
 def find_criterion(name: str) -> Criterion:
-    """Look a criterion up by name, entry point or ``module:factory``.
+    """Look a criterion up by name, entry point or ``module:factory``, each perhaps with options.
 
     A factory is called with those of the keywords ``stats``, ``model``, ``loader`` and ``seed`` that it has, and
     returns an importance; statistics are gathered only for those that ask. An entry point of the group
-    ``tp_twoaxis.importances`` is such a factory or an :class:`~tp_twoaxis.importance.registry.ImportanceEntry`.
-    The package's own names cannot be replaced.
+    ``tp_twoaxis.importances`` is such a factory or an :class:`~tp_twoaxis.importance.entry.ImportanceEntry`.
+    The package's own names cannot be replaced. Options are written as in a call: ``hull(strength=1.0)``.
 
     Raises:
         TwoAxisError: there is no such criterion; the message lists the valid names.
@@ -171,40 +172,57 @@ def find_criterion(name: str) -> Criterion:
         >>> find_criterion("torch_pruning.pruner.importance:RandomImportance").needs
         'none'
     """
-    name = ALIASES.get(name, name)
-    if name in IMPORTANCES:
-        return Criterion(name, IMPORTANCES[name].needs, partial(make_importance, name, max_images=None, progress=False))
+    name = unaliased(name)
+    plain, options = parse_spec(name)
+    if plain in IMPORTANCES:
+        return _of(name, find_importance(name), {})
     plugins = _plugins()
-    if name in plugins:
+    if plain in plugins:
         try:
-            loaded = plugins[name].load()
+            loaded = plugins[plain].load()
         except Exception as error:  # another package's import may raise anything
             raise TwoAxisError(
-                f"criterion {name!r}: its entry point {plugins[name].value} does not load "
+                f"criterion {name!r}: its entry point {plugins[plain].value} does not load "
                 f"({type(error).__name__}: {error}); repair or uninstall that package"
             ) from error
-        return _of(name, loaded)
-    if ":" in name:
-        return _of(name, _load(name))
-    _choose("criterion", name, [*criterion_names(), *ALIASES], " or module:factory")
+        return _of(name, loaded, options)
+    if ":" in plain:
+        return _of(name, _load(plain), options)
+    _choose("criterion", plain, [*criterion_names(), *ALIASES], " or module:factory")
     raise AssertionError(name)
+
+
+def unaliased(name: str) -> str:
+    """Replace an alias, with or without options behind it.
+
+    Example:
+        >>> unaliased("local(normalizer='max')")
+        "capture(normalizer='max')"
+    """
+    plain, bracket, rest = name.partition("(")
+    return f"{ALIASES.get(plain, plain)}{bracket}{rest}"
 
 
 def _plugins() -> dict[str, Any]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
-def _of(name: str, loaded: Any) -> Criterion:
+def _of(name: str, loaded: Any, options: dict[str, Any]) -> Criterion:
     if isinstance(loaded, ImportanceEntry):
-        return Criterion(name, loaded.needs, partial(_build_entry, loaded))
+        loaded = loaded.configured(name, options)
+        # the loader yields the calibration images and no others, so all of them are read
+        build = partial(build_importance, name, loaded, max_images=None, progress=False)
+        return Criterion(name, loaded.needs, build)
     if not callable(loaded):
         raise TwoAxisError(f"criterion {name!r}: expected a function that makes an importance, got {loaded!r}")
+    factory = partial(loaded, **options) if options else loaded
     parameters = inspect.signature(loaded).parameters.values()
     takes = {p.name for p in parameters}
     if any(p.kind is p.VAR_KEYWORD for p in parameters) and not isinstance(loaded, type):
         takes |= {"stats", "model", "loader", "seed"}
-    needs: Literal["stats", "none"] = "stats" if "stats" in takes else "none"
-    return Criterion(name, needs, partial(_call_factory, name, loaded, frozenset(takes)))
+    return Criterion(
+        name, "stats" if "stats" in takes else "none", partial(_call_factory, name, factory, frozenset(takes))
+    )
 
 
 def _call_factory(name: str, factory: Callable[..., Any], takes: frozenset[str], **given: Any) -> Importance:
@@ -216,14 +234,6 @@ def _call_factory(name: str, factory: Callable[..., Any], takes: frozenset[str],
         )
     made: Importance = importance
     return made
-
-
-def _build_entry(entry: ImportanceEntry, *, stats: Any, model: nn.Module, loader: Any, seed: int) -> Importance:
-    if entry.needs == "stats":
-        return entry.build(stats)
-    if entry.needs in ("labels", "images"):
-        return entry.build(model, loader, max_images=None, progress=False)
-    return entry.build()
 
 
 def _load(spec: str) -> Any:

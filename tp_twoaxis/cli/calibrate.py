@@ -37,6 +37,12 @@ def calibrate_command(
     target: opt.Target = "margin",
     layers: opt.Layers = None,
     positions: opt.Positions = "auto",
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients", help="Also gather gradients, for cap-qgw; needs labels.", rich_help_panel="Statistics"
+        ),
+    ] = False,
     json_output: opt.Json = False,
     force: opt.Force = False,
 ) -> None:
@@ -54,6 +60,7 @@ def calibrate_command(
         target=None if target == "none" else target,
         layers=names(layers),
         positions=where,
+        gradients=gradients,
     )
     stats.save(out)
     seconds = time.perf_counter() - start

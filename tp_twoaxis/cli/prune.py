@@ -23,6 +23,7 @@ from tp_twoaxis.cli.inputs import (
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.files import write_bytes
+from tp_twoaxis.importance.entry import requires
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.pruning.checkpoint import save_pruned
@@ -109,13 +110,19 @@ def prune_command(
     model_options = ModelOptions(model, checkpoint, num_classes, pretrained, device)
     progress = show_progress(json_output)
     network = model_options.build()
-    loaded = None if stats is None or entry.needs != "stats" else CalibrationStatistics.load(stats)
+    needed = requires(entry.needs, "stats")
+    loaded = CalibrationStatistics.load(stats) if stats is not None and needed else None
     if loaded is not None:
         loaded.verify(network)
     loader = source.loader()
-    if entry.needs == "stats" and loaded is None:
+    if needed and loaded is None:
         loaded = calibrate(
-            network, loader, target=None if target == "none" else target, max_images=None, progress=progress
+            network,
+            loader,
+            target=None if target == "none" else target,
+            max_images=None,
+            gradients=requires(entry.needs, "gradient-stats"),
+            progress=progress,
         )
     test = None if evaluation is None else evaluation.loader()
     before = None if test is None else accuracy(network, test, progress=progress)

@@ -27,6 +27,7 @@ from tp_twoaxis.demo.result import DemoResult, Dense, Group, Measurement, summar
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.files import write_bytes
+from tp_twoaxis.importance.entry import requires
 from tp_twoaxis.importance.registry import find_importance, make_importance
 from tp_twoaxis.pruning import PruningReport, prune_to_flops
 from tp_twoaxis.pruning.macs import count_macs
@@ -179,7 +180,7 @@ def _prune_all(
                 method.name, stats=stats, model=pruned, loader=loader, seed=seed, progress=False
             )
             prepared = time.perf_counter() - start
-            if find_importance(method.name).needs == "stats":
+            if requires(find_importance(method.name).needs, "stats"):
                 prepared += calibration
             report = prune_to_flops(
                 pruned, EXAMPLE, importance, flops=target, loader=loader, other_counters=False, progress=False

@@ -1,5 +1,7 @@
 """Scores as Torch-Pruning importances."""
 
+from tp_twoaxis.importance.cap import CapQGWImportance
+from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.two_axis import (
     HullImportance,
     LocalImportance,
@@ -7,4 +9,11 @@ from tp_twoaxis.importance.two_axis import (
     TwoAxisImportance,
 )
 
-__all__ = ["HullImportance", "LocalImportance", "TargetImportance", "TwoAxisImportance"]
+__all__ = [
+    "CapQGWImportance",
+    "HullImportance",
+    "HybridImportance",
+    "LocalImportance",
+    "TargetImportance",
+    "TwoAxisImportance",
+]

@@ -11,7 +11,7 @@ from tp_twoaxis.errors import TwoAxisError
 
 Normalizer = str | Callable[[Tensor], Tensor] | None
 
-_SIGNED = "'standarization', 'gaussian' or None"
+_SIGNED = "'softmax', 'standarization', 'gaussian' or None"
 
 
 def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
@@ -22,10 +22,11 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
         normalizer: Torch-Pruning's values: ``"mean"``, ``"sum"``, ``"max"`` (divide by it), ``"lamp"`` (Lee
             et al. 2021: by the sum of the scores not smaller), ``"sentinel_q"`` (by the score at share q of
             the sorted ones), ``"standarization"`` (to [0, 1]), ``"gaussian"`` (mean 0, deviation 1),
-            ``None``, or a function.
+            ``None``, or a function. ``"softmax"``, ours:
+            ``e^x`` over its mean.
 
     Returns:
-        [n] finite. Scores that are all 0 stay 0.
+        [n] finite. Scores that are all 0 stay 0, but for ``"softmax"``, which makes them 1.
 
     Raises:
         TwoAxisError: the name is unknown, scores below 0 came to a normaliser that divides, or a function gave
@@ -41,6 +42,8 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
         return _checked(normalizer(scores), scores)
     if normalizer == "standarization":
         return (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
+    if normalizer == "softmax":  # of mean 1 instead of sum 1: wide groups do not lose by their width
+        return scores.softmax(0) * len(scores)
     if normalizer == "gaussian":
         spread = scores.std() if len(scores) > 1 else torch.zeros((), dtype=scores.dtype)
         return (scores - scores.mean()) / (spread + 1e-8)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch_pruning as tp
@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, listing
 from tp_twoaxis.importance.groups import members, model_of, reduce_members, root_size
 from tp_twoaxis.importance.normalize import Normalizer, normalize
-from tp_twoaxis.scores.registry import Score, evaluate, find_score, hull_refined
+from tp_twoaxis.scores.registry import SCORES, Score, evaluate, find_score, hull_refined
 from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers, num_channels
 from tp_twoaxis.statistics.store import CalibrationStatistics
+
+
+class Producer(NamedTuple):
+    """A calibrated layer that writes channels of a group: its name, its channels [n] and their root positions [n]."""
+
+    name: str
+    channels: Tensor
+    roots: Tensor
 
 
 class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -35,7 +44,8 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         stats: from :func:`~tp_twoaxis.calibrate`.
         score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps.
         group_reduction: over the layers that write a channel: ``mean``, ``sum``, ``max`` or ``first``.
-        normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`.
+        normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
+            in ``SCORES``, with which the score was measured best, and ``"mean"`` for functions.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 
     Raises:
@@ -61,7 +71,7 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         score: str | Score = "capture",
         *,
         group_reduction: str = "mean",
-        normalizer: Normalizer = "mean",
+        normalizer: Normalizer = "auto",
         loader: Iterable[Any] | None = None,
     ) -> None:
         self.stats = stats
@@ -75,7 +85,7 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     def __repr__(self) -> str:
         score = getattr(self.score, "func", self.score)
         name = score if isinstance(score, str) else getattr(score, "__name__", "function")
-        return f"{type(self).__name__}(score={name!r}, normalizer={self.normalizer!r})"
+        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r})"
 
     def layer_scores(self, name: str) -> Tensor:
         """Score one layer's channels, before reduction and normalisation.
@@ -98,6 +108,11 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         Returns:
             [len(group[0].idxs)] float32 on the CPU, finite.
         """
+        size = root_size(group)
+        return normalize(self._root_scores(self._producers(group), size), self._normalizer).float()
+
+    def _producers(self, group: Any) -> list[Producer]:
+        """Find the calibrated layers that write a group's channels; the statistics are then not stale."""
         model = model_of(group)
         names = {layer: name for name, layer in channel_layers(model).items()}
         producers = [m for m in members(group) if m.writes and isinstance(m.module, CHANNEL_LAYERS)]
@@ -109,9 +124,24 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
                 "calibrate with them in layers=, or put them into ignored_layers"
             )
         self._check(model, [names[m.module] for m in known])
-        parts = [(self.layer_scores(names[m.module])[m.channels], m.roots) for m in known]
-        reduced = reduce_members(parts, root_size(group), self.group_reduction)
-        return normalize(reduced, self.normalizer).float()
+        return [Producer(names[m.module], m.channels, m.roots) for m in known]
+
+    def _root_scores(self, producers: list[Producer], size: int) -> Tensor:
+        """Reduce the scores of a group's producers, [size] float64, before normalisation."""
+        parts = [(self.layer_scores(p.name)[p.channels], p.roots) for p in producers]
+        return reduce_members(parts, size, self.group_reduction)
+
+    def _reduced(self, producers: list[Producer], size: int, quantity: Callable[[LayerStatistics], Tensor]) -> Tensor:
+        """Reduce another quantity of the producers as scores are, [size] float64."""
+        parts = [(quantity(self.stats[p.name])[p.channels], p.roots) for p in producers]
+        return reduce_members(parts, size, self.group_reduction)
+
+    @property
+    def _normalizer(self) -> Normalizer:
+        if self.normalizer != "auto":
+            return self.normalizer
+        known = isinstance(self.score, str) and self.score in SCORES
+        return SCORES[str(self.score)].normalizer if known else "mean"
 
     def _find(self, name: str) -> Score:
         return find_score(name)
@@ -124,7 +154,14 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
                 raise StaleStatisticsError(
                     f"{error}, or build the importance with loader=... to recalibrate between steps"
                 ) from None
-            self.stats = calibrate(model, self.loader, target=self.stats.target, layers=self.stats, progress=False)
+            self.stats = calibrate(
+                model,
+                self.loader,
+                target=self.stats.target,
+                layers=self.stats,
+                gradients=self.stats.has_gradients,
+                progress=False,
+            )
             self._scores, self._verified = {}, {}
             self._verify(model, own)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, unwrap
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
-from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
+from tp_twoaxis.importance.registry import IMPORTANCES, build_importance, find_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.pruning.cost import CostModel, channel_count
 from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key
@@ -33,7 +33,6 @@ from tp_twoaxis.pruning.ranking import score_groups
 from tp_twoaxis.pruning.removal import group_report, refresh_widths, remove, removed_channels
 from tp_twoaxis.pruning.repair import check_repair, reestimate_batch_norm
 from tp_twoaxis.pruning.report import GroupReport, PruningReport, Size
-from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # the cost model is exact but for exotic graphs; each further try corrects it by what was measured
@@ -269,12 +268,11 @@ def _resolve(
 ) -> tuple[Callable[[Any], Tensor], str]:
     """Find what ranks the channels, and its name for the report."""
     if isinstance(importance, str):
-        if stats is None and loader is not None and find_importance(importance).needs == "stats":
-            stats = calibrate(network, loader, max_images=max_images, progress=progress)
-        made = make_importance(
-            importance, stats=stats, model=network, loader=loader, max_images=max_images, progress=progress
+        entry = find_importance(importance)
+        ranking = build_importance(
+            importance, entry, stats=stats, model=network, loader=loader, max_images=max_images, progress=progress
         )
-        return made, importance
+        return ranking, importance
     if not callable(importance):
         raise TwoAxisError(
             f"importance: expected a Torch-Pruning importance or a name, got {type(importance).__name__}; "

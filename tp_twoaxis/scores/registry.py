@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.scores import hull, local, target
+from tp_twoaxis.scores import composite, hull, local, spectral, target
+from tp_twoaxis.scores.ranks import annealed_quantiles, hand_out
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 Score = Callable[[LayerStatistics], Tensor]
@@ -19,11 +20,19 @@ Score = Callable[[LayerStatistics], Tensor]
 
 @dataclass(frozen=True)
 class ScoreEntry:
-    """A named score: its function, its axis, and one line that says what it is."""
+    """A named score.
+
+    Attributes:
+        function: statistics of a layer -> [C], larger keeps.
+        axis: what it looks at.
+        summary: what it is, in one line.
+        normalizer: makes groups comparable unless another is asked for; signed scores need one that does not divide.
+    """
 
     function: Score
     axis: Literal["local", "target"]
     summary: str
+    normalizer: str = "mean"
 
 
 def capture(layer: LayerStatistics) -> Tensor:
@@ -54,6 +63,25 @@ def hull_refined(layer: LayerStatistics, strength: float = 0.5, peers: int = 8) 
     return relative_variance(layer) * (1.0 - strength * explained)
 
 
+def cap_a(layer: LayerStatistics, removed: float = 0.0) -> Tensor:
+    """Capture, handed out in an order annealed from overlap-led to capture-led, ``(1 - t)(-z(R)) + t z(I)``; ours.
+
+    With iterative pruning t is the share removed so far. In one shot nothing is removed when the scores are asked for,
+    so the layer is emptied in thought, and t follows each channel's own place in that order
+    (:func:`~tp_twoaxis.scores.ranks.annealed_quantiles`).
+
+    Args:
+        layer: statistics.
+        removed: share of the layer's channels that earlier steps removed, in [0, 1).
+    """
+    active = layer.variance > 0
+    capture, overlap = local.input_capture(layer.variance), local.peer_overlap(layer.correlation, active)
+    quantiles = annealed_quantiles(
+        -composite.z_scores(overlap[active]), composite.z_scores(capture[active]), removed=removed
+    )
+    return torch.zeros_like(capture).masked_scatter(active, hand_out(capture[active], quantiles))
+
+
 def task_mi(layer: LayerStatistics) -> Tensor:
     """Task information ``M_k`` in nats about the calibration's target (equation 3)."""
     return target.task_information(layer.target_correlation())
@@ -76,11 +104,23 @@ def target_excess(layer: LayerStatistics) -> Tensor:
 SCORES: dict[str, ScoreEntry] = {
     "capture": ScoreEntry(capture, "local", "input capture I_k"),
     "variance": ScoreEntry(relative_variance, "local", "output variance over its layer mean"),
-    "low-overlap": ScoreEntry(low_overlap, "local", "minus the mean peer overlap R_k"),
+    "low-overlap": ScoreEntry(low_overlap, "local", "minus the mean peer overlap R_k", "standarization"),
+    "composite-local": ScoreEntry(composite.composite_local, "local", "capture less overlap", "softmax"),
+    "norm-local": ScoreEntry(composite.norm_local, "local", "weight norm and capture less overlap", "softmax"),
     "hull": ScoreEntry(hull_refined, "local", "variance less what the best 8 peers can supply"),
+    "compact-hull": ScoreEntry(composite.compact_hull, "local", "capture less compact peer support", "softmax"),
+    "cap-a": ScoreEntry(cap_a, "local", "capture, in an order annealed from overlap to capture"),
+    "spectral-rs": ScoreEntry(spectral.spectral_rs, "local", "capture, by rank in spectral clusters of R"),
     "task-mi": ScoreEntry(task_mi, "target", "task information M_k"),
     "target-redundancy": ScoreEntry(target_redundancy, "target", "Gaussian MMI redundancy"),
     "target-excess": ScoreEntry(target_excess, "target", "pairwise target excess X_k"),
+    "composite-pid": ScoreEntry(
+        composite.composite_pid, "target", "task information and excess less redundancy", "softmax"
+    ),
+    "pid-no-red": ScoreEntry(composite.pid_no_red, "target", "task information and excess", "softmax"),
+    "spectral-pid-rs": ScoreEntry(
+        spectral.spectral_pid_rs, "target", "task information and excess, by rank in spectral clusters"
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tp_twoaxis.batches import expected_images, image_batches
 from tp_twoaxis.borrow import eager, evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.statistics.gradients import OutputSaliency
 from tp_twoaxis.statistics.layers import channel_layers
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import Positions, Recorder
@@ -28,10 +29,11 @@ def calibrate(
     device: torch.device | str | None = None,
     max_images: int | None = 5000,
     positions: Positions = "auto",
+    gradients: bool = False,
     consumers: bool = False,
     progress: bool = True,
 ) -> CalibrationStatistics:
-    """Gather every statistic that the scores need, in one forward pass without gradients.
+    """Gather every statistic that the scores need, in one forward pass; without gradients unless asked for.
 
     The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
     torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
@@ -52,6 +54,9 @@ def calibrate(
         max_images: stop after this many; None reads the loader to its end.
         positions: ``"auto"``, ``"all"`` or a number: positions of each image that enter the row
             covariance; see :class:`~tp_twoaxis.statistics.recorder.Recorder`. Means and pooled values use all.
+        gradients: also run the backward pass of the cross-entropy, and keep each channel's first-order Taylor
+            saliency (:class:`~tp_twoaxis.statistics.gradients.OutputSaliency`); needs labels. No parameter's
+            ``grad`` is touched, and frozen parameters may stay frozen.
         consumers: also record mean and covariance of what each layer reads, for repair:
             ``LayerStatistics.input_mean`` and ``input_covariance``, of input positions without padding. They
             need one more product of rows a layer; ``nn.MultiheadAttention`` and inputs of more than 8,192 numbers
@@ -62,8 +67,8 @@ def calibrate(
         Statistics by layer name.
 
     Raises:
-        TwoAxisError: no images came; images are not finite floats; labels are missing for a target that
-            needs them, or out of range; a layer does not exist or gives non-finite values; the model or
+        TwoAxisError: no images came; images are not finite floats; labels are missing for a target or for
+            gradients that need them, or out of range; a layer does not exist or gives non-finite values; the model or
             the loader raised.
 
     Example:
@@ -89,10 +94,15 @@ def calibrate(
         stack.enter_context(preserved_rng())
         stack.enter_context(evaluating(network))
         stack.enter_context(eager(network))
+        saliency = OutputSaliency(recorded) if gradients else None
         run_device = stack.enter_context(_placed(network, parameter.device, device))
         batches = stack.enter_context(
             image_batches(
-                loader, max_images=max_images, labels=target is not None, description="calibrate", progress=progress
+                loader,
+                max_images=max_images,
+                labels=target is not None or gradients,
+                description="calibrate",
+                progress=progress,
             )
         )
         recorder: Recorder | None = None
@@ -101,7 +111,12 @@ def calibrate(
                 expected = expected_images(loader, len(images), max_images)
                 recorder = Recorder(recorded, positions=positions, expected_images=expected, consumers=consumers)
                 stack.enter_context(recorder)
+                if saliency is not None:  # after the recorder, whose hooks then see the outputs first
+                    stack.enter_context(saliency)
+                    stack.enter_context(torch.enable_grad())
             recorder.begin(len(images))
+            if saliency is not None:
+                saliency.begin(len(images))
             logits = _forward(network, images.to(run_device, parameter.dtype, non_blocking=True), index)
             values = None
             if target is not None:
@@ -118,6 +133,8 @@ def calibrate(
                 values = torch.cat(list(variables.values()), dim=1)
                 if task is not None:
                     task.update(values)
+            if saliency is not None:
+                _backward(saliency, logits, labels, index)
             recorder.finish(values)
             images_seen += len(images)
     if recorder is None:
@@ -129,7 +146,14 @@ def calibrate(
         )
     resolved = target if target in columns else ("predicted_margin" if target else None)
     return CalibrationStatistics.from_records(
-        recorded, recorder.records, task, columns, target=resolved, num_images=images_seen, explicit=layers is not None
+        recorded,
+        recorder.records,
+        task,
+        columns,
+        None if saliency is None else saliency.records,
+        target=resolved,
+        num_images=images_seen,
+        explicit=layers is not None,
     )
 
 
@@ -183,6 +207,21 @@ def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int, i
         return task_variables(logits if logits.device.type != "mps" else logits.cpu(), labels)
     except TwoAxisError as error:
         raise TwoAxisError(f"batch {index}: {error}") from error
+
+
+def _backward(saliency: OutputSaliency, logits: Tensor, labels: Tensor | None, index: int) -> None:
+    if labels is None:
+        raise TwoAxisError(
+            f"gradients=True needs labels and batch {index} has none; yield (images, labels), or leave gradients out"
+        )
+    try:
+        saliency.finish(logits, labels)
+    except TwoAxisError as error:
+        raise TwoAxisError(f"batch {index}: {error}") from error
+    except Exception as error:  # a model's own autograd function may raise anything
+        raise TwoAxisError(
+            f"the backward pass of batch {index} raised {type(error).__name__}: {error}; the model is as it was"
+        ) from error
 
 
 def _columns(variables: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -32,6 +32,7 @@ class LayerStatistics:
         target: the default task variable, or None.
         inputs: moments of the (image, position) rows that the layer reads, C_in wide, or None: of positions of
             the input as it is given, without the zeros of padding. See ``calibrate(consumers=True)``.
+        gradients: moments of first-order saliencies, one row an image, or None without ``gradients=True``.
 
     Example:
         >>> from torch import nn
@@ -54,6 +55,7 @@ class LayerStatistics:
     columns: dict[str, tuple[int, int]] = field(default_factory=dict)
     target: str | None = None
     inputs: CoMoments | None = None
+    gradients: CoMoments | None = None
 
     @property
     def num_channels(self) -> int:
@@ -125,6 +127,22 @@ class LayerStatistics:
                 "nn.MultiheadAttention and inputs of more than 8192 numbers)"
             )
         return self.inputs
+
+    @property
+    def saliency(self) -> Tensor:
+        """First-order Taylor saliency of each channel's output, mean over images, [C] in nats, not negative.
+
+        ``mean_i |sum_p a_ip dL_i/da_ip|``; see :class:`~tp_twoaxis.statistics.gradients.OutputSaliency`.
+
+        Raises:
+            TwoAxisError: no gradients were gathered.
+        """
+        if self.gradients is None:
+            raise TwoAxisError(
+                f"{self.name}: expected statistics with gradients, got some without; "
+                "gather them with calibrate(gradients=True), which needs labels"
+            )
+        return self.gradients.mean
 
     def target_correlation(self, name: str | None = None) -> Tensor:
         """Correlation of each pooled channel with a task variable.

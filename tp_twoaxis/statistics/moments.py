@@ -21,7 +21,7 @@ class CoMoments:
 
     Args:
         width: D, numbers in a row.
-        other_width: E, numbers in the paired row, or None for the rows themselves.
+        other_width: E, numbers in the paired row, or None for the rows themselves; 0 keeps count and mean alone.
         device: where the accumulators live; needs float64.
 
     Attributes:
@@ -175,7 +175,7 @@ class CoMoments:
     def _float64(self, rows: Tensor) -> Tensor:
         """Give a fresh float64 copy [n, width] on the accumulators' device: the caller's rows stay as they are."""
         fresh = rows.to(self.mean.device, torch.float64, copy=True, memory_format=torch.contiguous_format)
-        return fresh.reshape(-1, rows.shape[-1])
+        return fresh.flatten(0, -2)
 
     def _shift(self, count: int, mean: Tensor, other_mean: Tensor) -> None:
         """Account for the distance between the means of two parts whose scatters were added."""

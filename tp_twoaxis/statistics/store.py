@@ -20,7 +20,7 @@ from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import LayerRecord
 
 FORMAT = "tp-twoaxis/statistics"
-VERSION = 2
+VERSION = 2  # 1 had neither inputs nor gradients; its files are read as they are
 
 
 class CalibrationStatistics:
@@ -65,6 +65,7 @@ class CalibrationStatistics:
         records: dict[str, LayerRecord],
         task: CoMoments | None,
         columns: dict[str, tuple[int, int]],
+        saliency: dict[str, CoMoments] | None = None,
         *,
         target: str | None,
         num_images: int,
@@ -89,6 +90,11 @@ class CalibrationStatistics:
                     raise TwoAxisError(
                         f"{name}: the layer's {what} are not finite on finite images; check its weights and dtype"
                     )
+            gradients = None if saliency is None else saliency[name].to("cpu")
+            if gradients is not None and not bool(torch.isfinite(gradients.mean).all()):
+                raise TwoAxisError(
+                    f"{name}: the loss's gradients are not finite on finite images; check the model's weights and dtype"
+                )
             statistics[name] = LayerStatistics(
                 name,
                 type(layer).__name__,
@@ -102,8 +108,14 @@ class CalibrationStatistics:
                 columns,
                 target,
                 record.inputs,
+                gradients,
             )
         return cls(statistics, task=task, columns=columns, target=target, num_images=num_images)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether they were gathered with ``calibrate(gradients=True)``."""
+        return any(entry.gradients is not None for entry in self.layers.values())
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """Statistics of a layer; a TwoAxisError names the layers there are."""
@@ -265,6 +277,7 @@ class CalibrationStatistics:
                     columns,
                     header["target"],
                     _unpack(f"{name}/inputs", tensors, counts),
+                    _unpack(f"{name}/gradients", tensors, counts),
                 )
             return cls(
                 layers, task=task, columns=columns, target=header["target"], num_images=int(header["num_images"])
@@ -278,6 +291,7 @@ class CalibrationStatistics:
         return {
             "target": self.target,
             "task variables": list(self._columns.items()),
+            "gradients": self.has_gradients,
             "layers": [(s.name, s.shape) for s in self.layers.values()],
             "weights": [s.fingerprint for s in self.layers.values()],
             "recorded inputs": [s.name for s in self.layers.values() if s.inputs is not None],
@@ -293,6 +307,8 @@ class CalibrationStatistics:
                 yield f"{name}/cross", entry.cross
             if entry.inputs is not None:
                 yield f"{name}/inputs", entry.inputs
+            if entry.gradients is not None:
+                yield f"{name}/gradients", entry.gradients
 
     def _moments(self) -> Iterator[CoMoments]:
         return (moments for _, moments in self._named_moments())

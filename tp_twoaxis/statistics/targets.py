@@ -43,7 +43,7 @@ def task_variables(logits: Tensor, labels: Tensor | None = None) -> dict[str, Te
     variables = {"predicted_margin": top[:, :1] - top[:, 1:], "predicted_logit": top[:, :1]}
     if labels is None:
         return variables
-    y = _class_indices(labels, z)[:, None]
+    y = class_indices(labels, z)[:, None]
     correct = z.gather(1, y)
     variables["margin"] = correct - z.scatter(1, y, -torch.inf).max(1, keepdim=True).values
     variables["correct_logit"] = correct
@@ -52,7 +52,16 @@ def task_variables(logits: Tensor, labels: Tensor | None = None) -> dict[str, Te
     return variables
 
 
-def _class_indices(labels: Tensor, logits: Tensor) -> Tensor:
+def class_indices(labels: Tensor, logits: Tensor) -> Tensor:
+    """Check labels against logits [n, K]; int64 [n] on the logits' device.
+
+    Raises:
+        TwoAxisError: they are not class indices of that length and range.
+
+    Example:
+        >>> class_indices(torch.tensor([1, 0], dtype=torch.uint8), torch.zeros(2, 3))
+        tensor([1, 0])
+    """
     n, classes = logits.shape
     if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex():
         raise TwoAxisError(

@@ -1,0 +1,104 @@
+"""Two importances in one: the first says how many channels each group loses, the second which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance.groups import root_size
+from tp_twoaxis.importance.two_axis import TwoAxisImportance
+from tp_twoaxis.scores.ranks import hand_out
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+Importance = Callable[[Any], Tensor]
+
+
+class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
+    """The allocation of one importance with the ranking of another.
+
+    Inside each group the sorted values of the allocation are handed out in the order of the ranking: the group's
+    largest value goes to its highest ranked channel. A global threshold then removes as many channels of every group
+    as the allocation alone would, and those that the ranking puts last (the paper's hybrid: Taylor decides how
+    many, the local axis which). Equal ranks go by the allocation's own value.
+
+    The exact numbers hold for groups whose channels leave one by one. Where they leave in blocks (grouped
+    convolutions, ``round_to``), the planner averages over a block after the values were handed out.
+
+    Args:
+        allocation: an importance, ours or the host's, or a name in ``tp_twoaxis.importance.registry.IMPORTANCES``.
+            Its normalisation is the hybrid's.
+        ranking: likewise; only its order counts, so its normalisation does not.
+        stats: for names that need statistics.
+        model: for names that need gradients: they are gathered here and **stay on the model**, as with
+            :func:`~tp_twoaxis.importance.registry.make_importance`.
+        loader: yields ``(images, labels)``; for names, with ``model``.
+
+    Raises:
+        TwoAxisError: here, a name is unknown or lacks what it needs; on a call, one of the two gave something else
+            than one finite number a channel.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+        >>> graph = tp.DependencyGraph().build_dependency(net, torch.randn(1, 3, 8, 8))
+        >>> group = graph.get_pruning_group(net[0], tp.prune_conv_out_channels, [0, 1, 2, 3])
+        >>> ranking = lambda group: torch.tensor([3.0, 1.0, 2.0, 0.0])
+        >>> HybridImportance("l2", ranking)(group).argsort().tolist()
+        [3, 1, 2, 0]
+    """
+
+    def __init__(
+        self,
+        allocation: str | Importance = "taylor",
+        ranking: str | Importance = "capture",
+        *,
+        stats: CalibrationStatistics | None = None,
+        model: nn.Module | None = None,
+        loader: Iterable[Any] | None = None,
+    ) -> None:
+        # the registry offers this class by name, so it cannot be imported from there while that module loads
+        from tp_twoaxis.importance.registry import make_importance
+
+        def build(what: str | Importance) -> Importance:
+            if not isinstance(what, str):
+                return what
+            return make_importance(what, stats=stats, model=model, loader=loader, progress=False)
+
+        self.allocation = build(allocation)
+        self.ranking = build(ranking)
+
+    def __repr__(self) -> str:
+        return f"HybridImportance(allocation={_name(self.allocation)}, ranking={_name(self.ranking)})"
+
+    @property
+    def stats(self) -> CalibrationStatistics | None:
+        """Statistics that the ranking, or else the allocation, was built from, if any."""
+        ours = (getattr(part, "stats", None) for part in (self.ranking, self.allocation))
+        return next((stats for stats in ours if stats is not None), None)
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Rank a group; [len(group[0].idxs)] float32 on the CPU, or None where either importance declines."""
+        values: Tensor | None = self.allocation(group)
+        ranking: Tensor | None = self.ranking(group)
+        if values is None or ranking is None:
+            return None
+        for role, what, scores in (("allocation", self.allocation, values), ("ranking", self.ranking, ranking)):
+            if scores.shape != (root_size(group),) or not bool(torch.isfinite(scores).all()):
+                shape = list(scores.shape)
+                got = f"shape {shape}" if shape != [root_size(group)] else "values that are not finite"
+                raise TwoAxisError(
+                    f"{role} {_name(what)}: expected {root_size(group)} finite scores for the group of "
+                    f"{group[0].dep.target.name}, got {got}"
+                )
+        return hand_out(values.detach().double().cpu(), ranking.detach().double().cpu()).float()
+
+
+def _name(importance: Importance) -> str:
+    if isinstance(importance, (TwoAxisImportance, HybridImportance)):
+        return repr(importance)
+    return str(getattr(importance, "__name__", type(importance).__name__))

@@ -1,0 +1,105 @@
+"""Scores that weigh several quantities of one axis against each other, each standardised within its layer.
+
+Every function takes a layer's statistics and gives [C] signed numbers, larger keeps. A weighted sum of z-scores has
+no common zero, so two layers' values compare only through a normaliser that suits signed scores; the one that each
+score was measured best with stands beside it in :data:`~tp_twoaxis.scores.registry.SCORES`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tp_twoaxis.scores import hull, local, target
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
+
+
+def z_scores(values: Tensor, active: Tensor | None = None) -> Tensor:
+    """Standardise a quantity within a layer, ``z(x) = (x - mean) / deviation`` over the channels that vary.
+
+    Args:
+        values: [C].
+        active: [C] bool, channels that vary; the others do not count and get 0. Default all.
+
+    Returns:
+        [C], mean 0 and deviation 1 over the active channels; 0 where they are all alike up to rounding.
+
+    Example:
+        >>> z_scores(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False])).tolist()
+        [-1.0, 1.0, 0.0]
+    """
+    active = torch.ones(len(values), dtype=torch.bool, device=values.device) if active is None else active
+    chosen = values[active]
+    out = torch.zeros_like(values)
+    if len(chosen) < 2:
+        return out
+    spread = chosen.std(correction=0)
+    # values that differ by rounding alone must not be blown up to a deviation of 1
+    if spread > 1e-9 * chosen.abs().max():
+        out[active] = (chosen - chosen.mean()) / spread
+    return out
+
+
+def composite_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3) -> Tensor:
+    """Capture against overlap, ``a z(I_k) - b z(R_k)``.
+
+    Args:
+        layer: statistics.
+        capture: a, at least 0.
+        overlap: b, at least 0.
+    """
+    return capture * _capture(layer) - overlap * _overlap(layer)
+
+
+def norm_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3) -> Tensor:
+    """Weight norm, capture and overlap, ``z(ln |w_k|) + b z(I_k) - c z(R_k)``: the mixed-magnitude family.
+
+    Args:
+        layer: statistics.
+        capture: b, at least 0.
+        overlap: c, at least 0.
+    """
+    # a channel that varies has weights, so the logarithm is finite where it counts
+    norm = 0.5 * layer.weight_power.clamp_min(torch.finfo(torch.float64).tiny).log()
+    return z_scores(norm, layer.variance > 0) + composite_local(layer, capture, overlap)
+
+
+def compact_hull(layer: LayerStatistics, support: float = 1.0) -> Tensor:
+    """Capture less compact peer support, ``z(I_k) - c z(K_k)`` with ``K_k = E_k(H_k) / |H_k|``.
+
+    A channel that one peer replaces has K near 1, one that needs ten or cannot be replaced has K below 0.1. The
+    paper's safe-to-remove score is the negative of this at c = 1; K is ours, since its text lost the formula.
+
+    Args:
+        layer: statistics.
+        support: c, at least 0.
+    """
+    active = layer.variance > 0
+    hulls = hull.greedy_hulls(layer.correlation, active=active)
+    # |H| = 0 only where there are no peers, and then E = 0
+    return _capture(layer) - support * z_scores(hulls.explanation / hulls.size.clamp_min(1), active)
+
+
+def composite_pid(layer: LayerStatistics) -> Tensor:
+    """Task information, target excess and target redundancy, ``z(M_k) + z(X_k) - z(Rt_k)``."""
+    active = layer.variance > 0
+    redundancy = target.target_redundancy(target.task_information(layer.target_correlation()[active]))
+    return pid_no_red(layer) - torch.zeros_like(layer.variance).masked_scatter(active, z_scores(redundancy))
+
+
+def pid_no_red(layer: LayerStatistics) -> Tensor:
+    """Task information and target excess, ``z(M_k) + z(X_k)``."""
+    active = layer.variance > 0  # constant channels are nobody's partners
+    correlation = layer.target_correlation()[active]
+    excess = target.target_excess(correlation, layer.pooled_correlation[active][:, active])
+    both = z_scores(target.task_information(correlation)) + z_scores(excess)
+    return torch.zeros_like(layer.variance).masked_scatter(active, both)
+
+
+def _capture(layer: LayerStatistics) -> Tensor:
+    return z_scores(local.input_capture(layer.variance), layer.variance > 0)
+
+
+def _overlap(layer: LayerStatistics) -> Tensor:
+    active = layer.variance > 0
+    return z_scores(local.peer_overlap(layer.correlation, active), active)
