@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.importance.gathered import GatheredImportance
-from tp_twoaxis.importance.groups import Member, members
+from tp_twoaxis.importance.groups import Member, readers
 from tp_twoaxis.scores.adjacent import adjacent_information
 from tp_twoaxis.statistics.adjacent import AdjacentMoments
 from tp_twoaxis.statistics.independence import ChannelIndependence
@@ -31,13 +30,13 @@ class ReaderImportance(GatheredImportance):
     """Base: a score of every channel that a layer reads, from that layer's accumulator."""
 
     def _parts(self, group: Any, names: dict[nn.Module, str]) -> list[tuple[Tensor, Tensor]]:
-        readers = _readers(group)
+        reading = readers(group)
         records = self.statistics.records
-        known = [m for m in readers if names.get(m.module) in records]
-        if readers and not known:
+        known = [m for m in reading if names.get(m.module) in records]
+        if reading and not known:
             raise TwoAxisError(
                 f"group of {group[0].dep.target.name}: none of the layers that read its channels "
-                f"({listing(names[m.module] for m in readers)}) ran on the calibration images; run the whole model, "
+                f"({listing(names[m.module] for m in reading)}) ran on the calibration images; run the whole model, "
                 "or put the layer into ignored_layers"
             )
         return [
@@ -201,9 +200,3 @@ class MIPPImportance(ReaderImportance):
         return adjacent_information(
             moments.input_variance, moments.cross_covariance, moments.output_covariance, noise=self.noise
         )
-
-
-def _readers(group: Any) -> list[Member]:
-    """Layers that read the group's channels; depthwise ones, which pass them on, only where there is no other."""
-    reading = [m for m in members(group) if m.reads and isinstance(m.module, (_ConvNd, nn.Linear))]
-    return [m for m in reading if not m.writes] or reading

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.two_axis import Producer, TwoAxisImportance
+from tp_twoaxis.importance.two_axis import Part, TwoAxisImportance
 from tp_twoaxis.scores import local
 from tp_twoaxis.scores.cluster import cluster_quantiles, feature_clusters, spectral_clusters
 from tp_twoaxis.scores.composite import z_scores
@@ -70,23 +70,23 @@ class CapQGWImportance(TwoAxisImportance):
             raise TwoAxisError(f"clusters: expected 'plane' or 'overlap', got {clusters!r}")
         if not gamma >= 0.0:
             raise TwoAxisError(f"gamma: expected a number of at least 0, got {gamma}")
+        if options.get("site", "producer") != "producer":
+            raise TwoAxisError("site: CapQGWImportance weighs what layers write, expected 'producer'; leave it out")
         super().__init__(stats, score, **{"normalizer": None, **options})
         self.clusters = clusters
         self.gamma = gamma
 
-    def _root_scores(self, producers: list[Producer], size: int) -> Tensor:
+    def _root_scores(self, producers: list[Part], size: int) -> Tensor:
         score = super()._root_scores(producers, size)
         labels = self._clusters(producers, size)
         everywhere = cluster_quantiles(score, torch.zeros(size, dtype=torch.int64))
         quantiles = cluster_quantiles(score, labels) * (1.0 - TIE * (1.0 - everywhere))
         return quantiles * self._weight(producers)
 
-    def _clusters(self, producers: list[Producer], size: int) -> Tensor:
+    def _clusters(self, producers: list[Part], size: int) -> Tensor:
         if self.clusters == "plane":
-            capture = self._reduced(producers, size, lambda layer: local.input_capture(layer.variance))
-            overlap = self._reduced(
-                producers, size, lambda layer: local.peer_overlap(layer.correlation, layer.variance > 0)
-            )
+            capture = self._reduced(producers, size, lambda name: local.input_capture(self.stats[name].variance))
+            overlap = self._reduced(producers, size, self._overlap)
             return feature_clusters(torch.stack([z_scores(capture), z_scores(overlap)], dim=1))
         total = torch.zeros(size, size, dtype=torch.float64)
         count = torch.zeros(size, size, dtype=torch.float64)
@@ -97,7 +97,11 @@ class CapQGWImportance(TwoAxisImportance):
             count.index_put_(place, torch.ones(()).double(), accumulate=True)
         return spectral_clusters(total / count.clamp_min(1.0))
 
-    def _weight(self, producers: list[Producer]) -> float:
+    def _overlap(self, name: str) -> Tensor:
+        layer = self.stats[name]
+        return local.peer_overlap(layer.correlation, layer.variance > 0)
+
+    def _weight(self, producers: list[Part]) -> float:
         """``(g / mean g)^gamma`` of a group."""
         own = torch.cat([self.stats[p.name].saliency[p.channels] for p in producers]).mean()
         mean = torch.stack([layer.saliency.mean() for layer in self.stats.layers.values()]).mean()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.errors import TwoAxisError
@@ -69,6 +70,30 @@ def members(group: Any) -> Iterator[Member]:
             writes=graph.is_out_channel_pruning_fn(handler),
             reads=graph.is_in_channel_pruning_fn(handler),
         )
+
+
+def readers(group: Any) -> list[Member]:
+    """Find the convolutions and linear layers that read a group's channels.
+
+    Depthwise ones, which pass the channels on, count only where there is no other: what an expansion holds is
+    read by its projection.
+
+    Args:
+        group: a ``torch_pruning`` group, full or partial.
+
+    Returns:
+        In the host's order; empty where the channels are the model's outputs.
+
+    Example:
+        >>> import torch_pruning as tp
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+        >>> graph = tp.DependencyGraph().build_dependency(net, torch.randn(1, 3, 8, 8))
+        >>> group = graph.get_pruning_group(net[0], tp.prune_conv_out_channels, list(range(8)))
+        >>> [member.module is net[2] for member in readers(group)]
+        [True]
+    """
+    reading = [m for m in members(group) if m.reads and isinstance(m.module, (_ConvNd, nn.Linear))]
+    return [m for m in reading if not m.writes] or reading
 
 
 def model_of(group: Any) -> nn.Module:

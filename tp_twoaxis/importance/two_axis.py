@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, listing
-from tp_twoaxis.importance.groups import members, model_of, reduce_members, root_size
+from tp_twoaxis.importance.groups import members, merge_repeats, model_of, readers, reduce_members, root_size
 from tp_twoaxis.importance.normalize import Normalizer, normalize
 from tp_twoaxis.scores.registry import SCORES, Score, evaluate, find_score, hull_refined
 from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.input_statistics import InputStatistics
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers, num_channels
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
+Site = Literal["producer", "consumer"]
 
-class Producer(NamedTuple):
-    """A calibrated layer that writes channels of a group: its name, its channels [n] and their root positions [n]."""
+
+class Part(NamedTuple):
+    """A calibrated layer that gives scores to a group: its name, its channels [n] and their root positions [n]."""
 
     name: str
     channels: Tensor
@@ -32,8 +35,16 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     """Any score of either axis as a Torch-Pruning importance.
 
     Drops into ``BasePruner``, ``MetaPruner``, ``GroupNormPruner`` and ``BNScalePruner``, with their
-    ``global_pruning``, ``isomorphic``, ``round_to`` and ``pruning_ratio_dict``. For a group it scores every
-    calibrated layer that writes the group's channels, reduces to the root channels, and normalises.
+    ``global_pruning``, ``isomorphic``, ``round_to`` and ``pruning_ratio_dict``. For a group it scores calibrated
+    layers on the site asked for, reduces to the root channels, and normalises.
+
+    - ``site="producer"``: what every layer that writes the group's channels writes, before BatchNorm, activation
+      and addition. A residual stream has several producers, and none of them sees their sum.
+    - ``site="consumer"``: what the convolutions and linear layers that read the channels are given, after BatchNorm,
+      activation and addition: the tensor that the producers make together. It needs ``calibrate(consumers=True)``,
+      and a score of means, variances and correlations. Features behind a flattening layer are averaged over
+      each channel; around a depthwise convolution the projection reads; in a pre-norm transformer the stream is read
+      behind LayerNorm, so its scale is the norm's. A group that nobody reads is declined: the host leaves it whole.
 
     Statistics describe one state of one model. Each call checks that the model is still in it: the group's
     own layers by their weights, all others by shape and by their parameters' version. So a second iterative
@@ -43,13 +54,15 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
         score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps.
-        group_reduction: over the layers that write a channel: ``mean``, ``sum``, ``max`` or ``first``.
+        group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
         normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
             in ``SCORES``, with which the score was measured best, and ``"mean"`` for functions.
+        site: ``producer`` or ``consumer``: whose view of the channels is scored.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 
     Raises:
-        TwoAxisError: on a call: unknown names; a group without calibrated layers.
+        TwoAxisError: on a call: unknown names; a group without calibrated layers; the site's statistics were not
+            recorded, or the score asks for more than they hold.
         StaleStatisticsError: on a call: the model was pruned or trained after calibration.
 
     Example:
@@ -72,12 +85,14 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         *,
         group_reduction: str = "mean",
         normalizer: Normalizer = "auto",
+        site: Site = "producer",
         loader: Iterable[Any] | None = None,
     ) -> None:
         self.stats = stats
         self.score = score
         self.group_reduction = group_reduction
         self.normalizer = normalizer
+        self.site = site
         self.loader = loader
         self._scores: dict[str, Tensor] = {}
         self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
@@ -85,56 +100,72 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     def __repr__(self) -> str:
         score = getattr(self.score, "func", self.score)
         name = score if isinstance(score, str) else getattr(score, "__name__", "function")
-        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r})"
+        site = "" if self.site == "producer" else f", site={self.site!r}"
+        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r}{site})"
+
+    def layer_statistics(self, name: str) -> LayerStatistics:
+        """Give the statistics that are scored at a layer: of its outputs, or, at the consumer's site, of its inputs."""
+        return self.stats[name] if self.site == "producer" else InputStatistics(self.stats[name])
 
     def layer_scores(self, name: str) -> Tensor:
         """Score one layer's channels, before reduction and normalisation.
 
         Returns:
-            [C] float64 on the CPU.
+            [C] float64 on the CPU; [C_in] at the consumer's site.
         """
         if name not in self._scores:
             score = self._find(self.score) if isinstance(self.score, str) else self.score
-            self._scores[name] = evaluate(score, self.stats[name])
+            self._scores[name] = evaluate(score, self.layer_statistics(name))
         return self._scores[name]
 
     @torch.no_grad()
-    def __call__(self, group: Any) -> Tensor:
+    def __call__(self, group: Any) -> Tensor | None:
         """Rank a group's root channels.
 
         Args:
             group: a ``torch_pruning`` group, full or partial.
 
         Returns:
-            [len(group[0].idxs)] float32 on the CPU, finite.
+            [len(group[0].idxs)] float32 on the CPU, finite; None at the consumer's site for a group without readers.
         """
-        size = root_size(group)
-        return normalize(self._root_scores(self._producers(group), size), self._normalizer).float()
+        size, parts = root_size(group), self._parts(group)
+        return normalize(self._root_scores(parts, size), self._normalizer).float() if parts else None
 
-    def _producers(self, group: Any) -> list[Producer]:
-        """Find the calibrated layers that write a group's channels; the statistics are then not stale."""
+    def _parts(self, group: Any) -> list[Part]:
+        """Find the calibrated layers that give scores to a group; the statistics are then not stale."""
+        if self.site not in ("producer", "consumer"):
+            raise TwoAxisError(f"site: expected 'producer' or 'consumer', got {self.site!r}")
         model = model_of(group)
         names = {layer: name for name, layer in channel_layers(model).items()}
+        written = self._producers(group, names)
+        parts = written if self.site == "producer" else self._consumers(group, names)
+        if parts:
+            self._check(model, list({part.name for part in [*written, *parts]}))
+        return parts
+
+    def _producers(self, group: Any, names: dict[nn.Module, str]) -> list[Part]:
+        """List the calibrated layers that write a group's channels."""
         producers = [m for m in members(group) if m.writes and isinstance(m.module, CHANNEL_LAYERS)]
-        known = [m for m in producers if names.get(m.module) in self.stats]
-        if not known:
+        known = [Part(names[m.module], m.channels, m.roots) for m in producers if names.get(m.module) in self.stats]
+        if not known and self.site == "producer":
             raise TwoAxisError(
                 f"group of {group[0].dep.target.name}: none of the layers that write its channels was calibrated "
                 f"({listing(names[m.module] for m in producers if m.module in names) or 'it has no such layer'}); "
                 "calibrate with them in layers=, or put them into ignored_layers"
             )
-        self._check(model, [names[m.module] for m in known])
-        return [Producer(names[m.module], m.channels, m.roots) for m in known]
+        return known
 
-    def _root_scores(self, producers: list[Producer], size: int) -> Tensor:
-        """Reduce the scores of a group's producers, [size] float64, before normalisation."""
-        parts = [(self.layer_scores(p.name)[p.channels], p.roots) for p in producers]
-        return reduce_members(parts, size, self.group_reduction)
+    def _root_scores(self, parts: list[Part], size: int) -> Tensor:
+        """Reduce the scores of a group's layers, [size] float64, before normalisation."""
+        return self._reduced(parts, size, self.layer_scores)
 
-    def _reduced(self, producers: list[Producer], size: int, quantity: Callable[[LayerStatistics], Tensor]) -> Tensor:
-        """Reduce another quantity of the producers as scores are, [size] float64."""
-        parts = [(quantity(self.stats[p.name])[p.channels], p.roots) for p in producers]
-        return reduce_members(parts, size, self.group_reduction)
+    def _reduced(self, parts: list[Part], size: int, quantity: Callable[[str], Tensor]) -> Tensor:
+        """Reduce a quantity of layers as scores are, [size] float64."""
+        scored = [(quantity(part.name)[part.channels], part.roots) for part in parts]
+        if self.site == "consumer":
+            # as many features as a map has pixels stand for one channel; together they weigh as much as a map
+            scored = [merge_repeats(scores, roots, "mean") for scores, roots in scored]
+        return reduce_members(scored, size, self.group_reduction)
 
     @property
     def _normalizer(self) -> Normalizer:
@@ -142,6 +173,25 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
             return self.normalizer
         known = isinstance(self.score, str) and self.score in SCORES
         return SCORES[str(self.score)].normalizer if known else "mean"
+
+    def _consumers(self, group: Any, names: dict[nn.Module, str]) -> list[Part]:
+        """List the layers that read a group's channels and whose inputs were recorded."""
+        reading = [Part(names[m.module], m.channels, m.roots) for m in readers(group)]
+        known = [p for p in reading if p.name in self.stats and self.stats[p.name].inputs is not None]
+        reached = {int(root) for part in known for root in part.roots}
+        if reading and (missing := root_size(group) - len(reached)):
+            advice = (
+                "record them with layers= (nn.MultiheadAttention and inputs of more than 8192 numbers cannot be), or "
+                "take site='producer' for this model"
+                if self.stats.consumers
+                else "call calibrate(consumers=True)"
+            )
+            raise TwoAxisError(
+                f"group of {group[0].dep.target.name}: site='consumer' expects recorded inputs of the layers that read "
+                f"its channels ({listing(part.name for part in reading)}), got none for {missing} of "
+                f"{root_size(group)} channels; {advice}"
+            )
+        return known
 
     def _find(self, name: str) -> Score:
         return find_score(name)
@@ -160,6 +210,7 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
                 target=self.stats.target,
                 layers=self.stats,
                 gradients=self.stats.has_gradients,
+                consumers=self.stats.consumers,
                 progress=False,
             )
             self._scores, self._verified = {}, {}
