@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +31,15 @@ def show_progress(json: bool) -> bool:
 
 
 def names(text: str | None) -> list[str] | None:
-    """Split ``a,b``; None stays None.
+    """Split ``a,b`` at commas outside parentheses; None stays None.
 
     Example:
-        >>> names("conv1, layer1.0.conv1")
-        ['conv1', 'layer1.0.conv1']
+        >>> names("conv1, layer1.0.conv1"), names("l2,hull(strength=1.0, peers=4)")
+        (['conv1', 'layer1.0.conv1'], ['l2', 'hull(strength=1.0, peers=4)'])
     """
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    if text is None:
+        return None
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:

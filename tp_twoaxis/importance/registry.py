@@ -27,7 +27,8 @@ def _ours(name: str) -> ImportanceEntry:
 
     def build(stats: CalibrationStatistics, **options: Any) -> TwoAxisImportance:
         of_score = {option: options.pop(option) for option in own if option in options}
-        return TwoAxisImportance(stats, partial(score.function, **of_score) if of_score else name, **options)
+        made = partial(score.function, **of_score) if of_score else name
+        return TwoAxisImportance(stats, made, **{"normalizer": score.normalizer, **options})
 
     taken = (*own, *(option for option in option_names(TwoAxisImportance) if option != "score"))
     return ImportanceEntry("stats", f"{score.summary} ({score.axis} axis)", build, score.axis, taken)
