@@ -299,7 +299,7 @@ class LateFailure:
         ({"repair": ("bn",)}, TwoAxisError, "pass loader"),
         ({"repair": ("bn",), "loader": LateFailure(batches())}, TwoAxisError, "batch 1 raised OSError: disk gone"),
         ({"repair": ("bn",), "loader": []}, TwoAxisError, "at least 2 images"),
-        ({"repair": "ridge", "loader": batches()}, TwoAxisError, "repair"),
+        ({"repair": "glue", "loader": batches()}, TwoAxisError, "repair: expected any of"),
         ({"ignored_layers": ["conv9"]}, TwoAxisError, "no layer 'conv9'"),
         ({"ignored_layers": [nn.Conv2d(3, 3, 1)]}, TwoAxisError, "Conv2d is not part of this model"),
         ({"importance": "capture"}, TwoAxisError, r"expected stats=calibrate\(model, loader\)"),

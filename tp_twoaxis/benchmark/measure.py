@@ -73,6 +73,9 @@ def measure_cell(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
 def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
     method, network = cell.method, shared.network
     model, importance, seconds = shared.prepare(find_criterion(method.criterion))
+    # folds ask what layers read; statistics of that are gathered once for all cells
+    folds = [name for name in method.repair if name != "bn"]
+    stats = shared.statistics(consumers=True) if folds else None
     with preserved_rng():
         # an importance of the user's may draw: equal cells then draw equal numbers, in whatever order they run
         torch.manual_seed(cell.seed)
@@ -83,6 +86,7 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
             flops=cell.keep,
             budget=config.grid,
             repair=method.repair,
+            stats=stats,
             loader=shared.calibration,
             min_keep=config.min_keep,
             tolerance=config.tolerance,

@@ -51,7 +51,7 @@ def prune_command(
     ] = None,
     repair: Annotated[
         str,
-        typer.Option(help="bn re-estimates BatchNorm statistics on the images; none.", rich_help_panel=_PRUNING),
+        typer.Option(help="bn, bias, ridge, patch, sequential, or several: ridge+bn; none.", rich_help_panel=_PRUNING),
     ] = "bn",
     min_keep: Annotated[
         float, typer.Option(help="Share of every group's channels that always stays.", rich_help_panel=_PRUNING)
@@ -122,6 +122,7 @@ def prune_command(
             target=None if target == "none" else target,
             max_images=None,
             gradients=requires(entry.needs, "gradient-stats"),
+            consumers=any(name not in ("bn", "none") for name in repair.replace("+", ",").split(",")),
             progress=progress,
         )
     test = None if evaluation is None else evaluation.loader()
@@ -132,7 +133,7 @@ def prune_command(
         split_batch(next(iter(loader)))[0][:1],
         importance,
         flops=flops,
-        repair=() if repair == "none" else (names(repair) or ()),
+        repair=() if repair == "none" else (names(repair.replace("+", ",")) or ()),
         loader=loader,
         ignored_layers=names(ignore) or (),
         min_keep=min_keep,

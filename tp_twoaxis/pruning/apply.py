@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, unwrap
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.importance.entry import requires
 from tp_twoaxis.importance.registry import IMPORTANCES, build_importance, find_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.pruning.cost import CostModel, channel_count
@@ -31,8 +33,9 @@ from tp_twoaxis.pruning.mapping import sound_groups
 from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
 from tp_twoaxis.pruning.ranking import score_groups
 from tp_twoaxis.pruning.removal import group_report, refresh_widths, remove, removed_channels
-from tp_twoaxis.pruning.repair import check_repair, reestimate_batch_norm
+from tp_twoaxis.pruning.repair import REPAIRS, LayerLoss, check_repair, layer_losses, repair_network
 from tp_twoaxis.pruning.report import GroupReport, PruningReport, Size
+from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # the cost model is exact but for exotic graphs; each further try corrects it by what was measured
@@ -77,8 +80,11 @@ def prune_to_flops(
         flops: share of the dense MACs to **keep**, in (0, 1].
         budget: what ``flops`` is a share of: ``macs``, or ``channels``, all groups' root channels together, for
             protocols that remove a share of the channels and take the MACs as they come.
-        repair: ``("bn",)`` re-estimates BatchNorm statistics from ``loader``; ``()`` leaves the cut as it is.
-        stats: calibration statistics for an importance given by name.
+        repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch`` and ``sequential``
+            (let the channels that stay supply what left), from ``loader``; see
+            :func:`~tp_twoaxis.pruning.repair.repair_network`. ``()`` leaves the cut as it is.
+        stats: calibration statistics for an importance given by name; with ``consumers=True`` they serve the
+            repairs as well.
         loader: images for repair (labels are not used there) and, if needed, for calibration.
         ignored_layers: layers or their names that keep their output channels.
         min_keep: share of every group's channels that always stays.
@@ -114,7 +120,8 @@ def prune_to_flops(
         raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
     if budget not in get_args(Budget):
         raise TwoAxisError(f"budget: expected {' or '.join(get_args(Budget))}, got {budget!r}")
-    repairs = check_repair(repair, network, loader)
+    repairs = check_repair(repair, network, loader, stats)
+    folds = any(name in repairs for name in REPAIRS if name != "bn")
     inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
     ignored = _find_layers(network, ignored_layers)
     seconds: dict[str, float] = {}
@@ -123,7 +130,7 @@ def prune_to_flops(
     modes = [(module, module.training) for module in network.modules()]
     try:
         with _timed(seconds, "calibrate"):
-            ranking, label = _resolve(importance, stats, loader, network, max_images, progress)
+            ranking, label, stats = _resolve(importance, stats, loader, network, max_images, folds, progress)
         with _timed(seconds, "count"):
             dense = _count_dense(network, inputs)
             before = _size(network, inputs, dense, other_counters)
@@ -132,11 +139,23 @@ def prune_to_flops(
         def plan_for(groups: list[ScoredGroup], cost: CostModel, share: float) -> PruningPlan:
             return make_plan(groups, cost, flops=share, min_keep=min_keep, round_to=round_to, tolerance=tolerance)
 
+        # the copy reads the network as it is here: statistics and targets of repair are the dense network's
+        original = copy.deepcopy(network).requires_grad_(False) if folds else None
         cut = _cut(network, inputs, ranking, ignored, dense, flops, budget, tolerance, plan_for, seconds)
         notes = cut.notes
         with _timed(seconds, "repair"):
-            if "bn" in repairs and loader is not None:
-                reestimate_batch_norm(network, loader, max_images=max_images, progress=progress)
+            mended = repair_network(
+                network,
+                network if original is None else original,
+                cut.losses,
+                repairs,
+                loader=loader,
+                stats=stats,
+                max_images=max_images,
+                progress=progress,
+            )
+        seconds |= mended.seconds
+        notes += mended.notes
         with _timed(seconds, "count"):
             after = _size(network, inputs, cut.count, other_counters)
             later = _latencies(network, inputs) if latency else {}
@@ -144,7 +163,7 @@ def prune_to_flops(
         snapshot.restore()
         raise
     for name, kept in network.named_parameters():
-        kept.requires_grad_(trained[name])
+        kept.requires_grad_(trained.get(name, kept.requires_grad))  # a bias that repair added has no past
     for module, training in modes:
         module.training = training
     if isinstance(importance, str):
@@ -164,6 +183,7 @@ def prune_to_flops(
         {key: (first, later[key]) for key, first in milliseconds.items()},
         notes,
         budget,
+        mended.consumers,
     )
 
 
@@ -175,6 +195,7 @@ class _Cut:
     achieved: float
     groups: list[GroupReport]
     removed_channels: dict[str, list[int]]
+    losses: dict[str, LayerLoss]
     notes: list[str]
 
 
@@ -205,14 +226,14 @@ def _cut(
             except UnreachableTargetError as error:
                 raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
         with _timed(seconds, "remove"):
-            lost = removed_channels(groups, plan, network)
+            lost, losses = removed_channels(groups, plan, network), layer_losses(groups, plan, network)
             reports = [group_report(group, plan, network) for group in groups]
             remove(graph, groups, plan)
             refresh_widths(network)
         with _timed(seconds, "count"):
             count = _count_pruned(network, inputs)
         if budget == "channels":  # counted, not predicted
-            return _Cut(count, plan.macs / plan.dense, reports, lost, notes + plan.notes + declined)
+            return _Cut(count, plan.macs / plan.dense, reports, lost, losses, notes + plan.notes + declined)
         achieved = count.total / dense.total
         met = abs(achieved - flops) <= tolerance * flops
         as_planned = abs(count.total - plan.macs) < 1.0 or count.total >= dense.total
@@ -227,7 +248,7 @@ def _cut(
             f"kept {achieved:.4f} of the MACs instead of {flops:g}: the model runs operations that the cost model "
             "cannot attribute to a group"
         )
-    return _Cut(count, achieved, reports, lost, notes)
+    return _Cut(count, achieved, reports, lost, losses, notes)
 
 
 def _cost(groups: list[PrunableGroup], network: nn.Module, dense: MacsCount, budget: Budget) -> CostModel:
@@ -264,21 +285,33 @@ def _resolve(
     loader: Iterable[Any] | None,
     network: nn.Module,
     max_images: int | None,
+    consumers: bool,
     progress: bool,
-) -> tuple[Callable[[Any], Tensor], str]:
-    """Find what ranks the channels, and its name for the report."""
+) -> tuple[Callable[[Any], Tensor], str, CalibrationStatistics | None]:
+    """Find what ranks the channels, its name for the report, and what statistics there are."""
     if isinstance(importance, str):
         entry = find_importance(importance)
+        if stats is None and loader is not None and requires(entry.needs, "stats"):
+            stats = calibrate(
+                network,
+                loader,
+                max_images=max_images,
+                gradients=requires(entry.needs, "gradient-stats"),
+                consumers=consumers or requires(entry.needs, "consumer-stats"),
+                progress=progress,
+            )
         ranking = build_importance(
             importance, entry, stats=stats, model=network, loader=loader, max_images=max_images, progress=progress
         )
-        return ranking, importance
+        return ranking, importance, stats
     if not callable(importance):
         raise TwoAxisError(
             f"importance: expected a Torch-Pruning importance or a name, got {type(importance).__name__}; "
             f"names are {', '.join(IMPORTANCES)}"
         )
-    return importance, repr(importance) if isinstance(importance, TwoAxisImportance) else type(importance).__name__
+    if isinstance(importance, TwoAxisImportance):
+        return importance, repr(importance), importance.stats if stats is None else stats
+    return importance, type(importance).__name__, stats
 
 
 def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:

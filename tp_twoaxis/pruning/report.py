@@ -6,6 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from tp_twoaxis.pruning.repair.report import ConsumerRepair, consumer_table
+
 UNITS = {"macs": "MACs", "channels": "channels"}
 
 
@@ -60,6 +62,8 @@ class PruningReport:
         latency_ms: ``"batch 1"`` and ``"batch 64"`` -> (before, after) in milliseconds; empty unless asked for.
         notes: what a reader must know: what was left alone, why a target was missed.
         budget: what the shares are of, ``macs`` or ``channels``.
+        consumers: every layer that read removed channels, what mended it, and how far it is from the dense one;
+            empty when nothing but BatchNorm was repaired.
     """
 
     importance: str
@@ -74,6 +78,7 @@ class PruningReport:
     latency_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     budget: str = "macs"
+    consumers: list[ConsumerRepair] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Serialise everything; one JSON object."""
@@ -100,6 +105,7 @@ class PruningReport:
             size = len(group.kept) + len(group.removed)
             share = len(group.kept) / size
             rows.append(f"{group.name:30.30}{len(group.kept):6} of {size:<6}{'#' * round(20 * share):<20}")
+        rows += consumer_table(self.consumers)
         if self.seconds:
             rows.append("seconds: " + ", ".join(f"{phase} {time:.2f}" for phase, time in self.seconds.items()))
         return "\n".join(rows + [f"note: {note}" for note in self.notes])

@@ -1,4 +1,4 @@
-"""Mend what is left after removal, without labels and without gradients."""
+"""BatchNorm statistics of the pruned network's own activations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tp_twoaxis.batches import image_batches
 from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError
-
-REPAIRS = ("bn",)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -83,27 +81,3 @@ def reestimate_batch_norm(
             "pass repair=()"
         )
     return used
-
-
-def check_repair(repair: Iterable[str], model: nn.Module, loader: Iterable[Any] | None) -> tuple[str, ...]:
-    """Check a repair request before anything is removed.
-
-    Returns:
-        The repairs to run; ``bn`` is dropped for models without BatchNorm.
-
-    Raises:
-        TwoAxisError: an unknown repair, or one that needs a loader and has none.
-
-    Example:
-        >>> check_repair(("bn",), nn.Linear(2, 2), None)
-        ()
-    """
-    wanted = (repair,) if isinstance(repair, str) else tuple(repair)
-    unknown = [name for name in wanted if name not in REPAIRS]
-    if unknown:
-        raise TwoAxisError(f"repair: expected any of {', '.join(REPAIRS)} or (), got {unknown[0]!r}")
-    if "bn" in wanted and not batch_norms(unwrap(model)):
-        return ()
-    if wanted and loader is None:
-        raise TwoAxisError("repair 'bn' needs images: pass loader=..., or repair=() to leave the network as cut")
-    return wanted

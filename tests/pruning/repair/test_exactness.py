@@ -1,0 +1,77 @@
+"""Where removed channels are affine functions of kept ones, repair leaves the network's output as it was."""
+
+import pytest
+import torch
+from repair_cases import CASES, case, cut
+
+from tp_twoaxis.pruning.repair import repair_network
+
+
+@pytest.mark.parametrize("repair", ["ridge", "patch", "sequential"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_output_is_unchanged(name, repair):
+    net, x, removed = case(name)
+    # both halves: the first batch is held out where there are others
+    loader = [x] if repair == "sequential" else [x[:16], x[16:]]
+    dense, losses = cut(net, x[:2], removed)
+    with torch.no_grad():
+        expected, scarred = dense(x), net(x)
+        assert (scarred - expected).abs().max() > 1e-3  # removal alone is felt
+        # the default ridge is larger where rows are few, as behind pooling: here the dependence is known to be exact
+        report = repair_network(net, dense, losses, (repair,), loader=loader, ridge=1e-9, progress=False)
+        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+    for consumer in report.consumers:
+        assert (consumer.repair, consumer.reason) == (repair, "")
+        assert min(c.explained for c in consumer.removed) > 1 - 1e-4
+        assert consumer.predicted < 1e-8
+        assert consumer.measured < 1e-8
+        assert consumer.in_network < 1e-8
+
+
+def test_a_depthwise_layer_passes_on_what_the_projection_is_folded_on():
+    net, x, removed = case("expand-depthwise-project")
+    dense, losses = cut(net, x[:2], removed)
+    report = repair_network(net, dense, losses, ("ridge",), loader=[x], progress=False)
+    assert [c.layer for c in report.consumers] == ["6"]
+    assert report.consumers[0].removed[0].channel == 5
+    assert report.consumers[0].removed[0].peers[0][0] == 0
+    assert torch.equal(net[3].weight, dense[3].weight[:5])
+
+
+def test_attention_uses_both_peers():
+    net, x, removed = case("attention value-proj")
+    dense, losses = cut(net, x[:2], removed)
+    report = repair_network(net, dense, losses, ("ridge",), loader=[x], progress=False)
+    channel = report.consumers[0].removed[0]
+    assert {peer for peer, weight in channel.peers if abs(weight) > 0.01} == {0, 1}
+
+
+def test_flattening_removes_every_position_of_a_channel():
+    net, x, removed = case("flatten-linear")
+    dense, losses = cut(net, x[:2], removed)
+    report = repair_network(net, dense, losses, ("ridge",), loader=[x], progress=False)
+    assert [c.channel for c in report.consumers[0].removed] == [16, 17, 18, 19]
+    assert [c.peers[0][0] for c in report.consumers[0].removed] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("repair", ["ridge", "patch"])
+def test_behind_a_layer_norm_nothing_is_folded_at_once(repair):
+    net, x, _ = case("ConvNeXt")
+    dense, losses = cut(net, x[:2], {"stem": [2]})
+    report = repair_network(net, dense, losses, (repair,), loader=[x], progress=False)
+    skipped = next(c for c in report.consumers if c.layer == "fc1")
+    assert (skipped.repair, skipped.reason[:4]) == ("none", "norm")
+    assert any(note.startswith("fc1: not folded, norm normalises over removed channels") for note in report.notes)
+    assert next(c for c in report.consumers if c.layer == "head").repair == repair
+
+
+def test_sequential_repair_reaches_behind_a_layer_norm():
+    net, x, _ = case("ConvNeXt")
+    dense, losses = cut(net, x[:2], {"stem": [2]})
+    report = repair_network(net, dense, losses, ("sequential",), loader=[x], progress=False)
+    one_shot, _, _ = case("ConvNeXt")
+    dense, losses = cut(one_shot, x[:2], {"stem": [2]})
+    repair_network(one_shot, dense, losses, ("ridge",), loader=[x], progress=False)
+    with torch.no_grad():
+        assert (net(x) - dense(x)).square().mean() < (one_shot(x) - dense(x)).square().mean()
+    assert {c.repair for c in report.consumers} == {"sequential"}

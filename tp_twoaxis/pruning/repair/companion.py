@@ -1,0 +1,113 @@
+"""The dense network, run beside the pruned one and held at each layer until it is asked on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_twoaxis.errors import TwoAxisError
+
+
+class _Stopped(BaseException):
+    """Unwinds a forward that nobody waits for any more."""
+
+
+class Companion:
+    """A forward pass that pauses behind each of some layers and hands over what the layer read and wrote.
+
+    It runs in a thread of its own, but never at the same time as the caller: one waits while the other works.
+    So the dense network's outputs need not be kept for all layers, nor computed again for each.
+
+    Args:
+        model: in eval mode; layers must be called once.
+        layers: name -> layer of it.
+        images: a batch on the model's device.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> with Companion(net, {"0": net[0], "2": net[2]}, torch.zeros(4, 2)) as dense:
+        ...     [tuple(dense.advance(name)[1].shape) for name in ("0", "2")]
+        [(4, 3), (4, 1)]
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> None:
+        self._model, self._layers, self._images = model, layers, images
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._go = threading.Semaphore(0)
+        self._stopped = False
+        kind = images.device.type
+        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Companion:
+        self._handles = [
+            layer.register_forward_hook(self._pause(name), with_kwargs=True) for name, layer in self._layers.items()
+        ]
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped = True
+        self._go.release()
+        self._thread.join()
+        for handle in self._handles:
+            handle.remove()
+
+    def advance(self, name: str) -> tuple[Tensor, Tensor]:
+        """Go on to the next layer.
+
+        Args:
+            name: the layer that must come next.
+
+        Returns:
+            What it read and what it wrote, valid until the next call.
+
+        Raises:
+            TwoAxisError: another layer came, or none.
+        """
+        self._go.release()
+        item = self._items.get()
+        if isinstance(item, Exception):
+            raise item
+        if item is None or item[0] != name:
+            raise TwoAxisError(
+                f"repair 'sequential': expected {name} to run next in the dense network, got "
+                f"{'its end' if item is None else item[0]} - the order of its layers depends on the data; choose "
+                "'patch' or 'ridge'"
+            )
+        return item[1], item[2]
+
+    def _pause(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            x = (inputs or tuple(named.values()))[0]
+            self._items.put((name, x, output[0] if isinstance(output, tuple) else output))
+            self._wait()
+
+        return hook
+
+    def _wait(self) -> None:
+        self._go.acquire()
+        if self._stopped:
+            raise _Stopped
+
+    def _run(self) -> None:
+        # grad mode, autocast and the current device belong to a thread
+        try:
+            self._wait()
+            if self._images.is_cuda:
+                torch.cuda.set_device(self._images.device)
+            kind, dtype, enabled = self._autocast
+            with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+                self._model(self._images)
+            self._items.put(None)
+        except _Stopped:
+            pass
+        except Exception as error:
+            self._items.put(error)
