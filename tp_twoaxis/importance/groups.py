@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.statistics.reader_inputs import num_inputs
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ def readers(group: Any) -> list[Member]:
     Returns:
         In the host's order; empty where the channels are the model's outputs.
 
+    Raises:
+        TwoAxisError: the host maps channels to inputs that a layer does not have, as it can behind a split.
+
     Example:
         >>> import torch_pruning as tp
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
@@ -93,6 +97,13 @@ def readers(group: Any) -> list[Member]:
         [True]
     """
     reading = [m for m in members(group) if m.reads and isinstance(m.module, (_ConvNd, nn.Linear))]
+    for member in reading:
+        if bool((member.channels >= num_inputs(member.module)).any()):
+            raise TwoAxisError(
+                f"group of {group[0].dep.target.name}: expected inputs of {member.module}, got number "
+                f"{int(member.channels.max())} from Torch-Pruning, which takes the parts of a split in the order in "
+                "which it meets them; put the layer into ignored_layers"
+            )
     return [m for m in reading if not m.writes] or reading
 
 

@@ -178,8 +178,8 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         """List the layers that read a group's channels and whose inputs were recorded."""
         reading = [Part(names[m.module], m.channels, m.roots) for m in readers(group)]
         known = [p for p in reading if p.name in self.stats and self.stats[p.name].inputs is not None]
-        reached = {int(root) for part in known for root in part.roots}
-        if reading and (missing := root_size(group) - len(reached)):
+        missing = root_size(group) - len({int(root) for part in known for root in part.roots})
+        if reading and missing:
             advice = (
                 "record them with layers= (nn.MultiheadAttention and inputs of more than 8192 numbers cannot be), or "
                 "take site='producer' for this model"
