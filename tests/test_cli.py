@@ -108,6 +108,19 @@ def test_prune_writes_what_it_prints_and_continues_from_it(folder, tmp_path):
     assert len(shown["channels"]) < 61
 
 
+def test_criteria_that_need_gradients(folder, tmp_path):
+    data = ("--data", folder / "images", "--repair", "none")
+    line = refused("prune", MODEL, *data, "--score", "cap-qgw", "--stats", folder / "stats.safetensors", "--out", "p")
+    assert "expected statistics with gradients" in line
+    assert "tp-twoaxis calibrate --gradients" in line
+    stats = tmp_path / "s.safetensors"
+    succeed("calibrate", MODEL, *data[:2], "--gradients", "--out", stats)
+    succeed("prune", MODEL, *data, "--score", "cap-qgw", "--stats", stats, "--out", tmp_path / "p.safetensors")
+    succeed("prune", MODEL, *data, "--score", "cap-qgw", "--out", tmp_path / "q.safetensors")
+    result = succeed("prune", MODEL, *data, "--score", "hybrid", "--stats", stats, "--out", tmp_path / "r.safetensors")
+    assert "hybrid: kept" in result.stdout
+
+
 def test_plain_weights(folder, tmp_path):
     save_file(conv_net(seed=1).state_dict(), tmp_path / "w.safetensors")
     options = ("--data", folder / "images", "--checkpoint", tmp_path / "w.safetensors")

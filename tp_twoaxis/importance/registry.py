@@ -202,7 +202,8 @@ def _statistics(
     if lacking:
         raise TwoAxisError(
             f"importance {name!r}: expected statistics with {' and '.join(lacking)}, got some without; gather them "
-            f"with calibrate(model, loader{asked})" + (", which needs labels" if gradients else "")
+            f"with calibrate(model, loader{asked})"
+            + (" or tp-twoaxis calibrate --gradients, which need labels" if gradients else "")
         )
     return stats
 
