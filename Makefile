@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint format bench bench-speed dist clean
+.PHONY: help demo examples test coverage lint format bench bench-speed dist clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(VENV)/.all: pyproject.toml | $(VENV)/bin/python
 
 demo: $(VENV)/.cli ## Train, calibrate, prune and compare on real digits (two minutes, no network)
 	$(BIN)/tp-twoaxis demo --out demo-output --force
+
+examples: $(VENV)/.cli ## Run every example with its defaults (two minutes, no network)
+	for script in examples/*.py; do $(BIN)/python $$script || exit 1; done
 
 test: $(VENV)/.all ## Run all tests and docstring examples
 	$(BIN)/python -m pytest

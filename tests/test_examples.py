@@ -1,0 +1,57 @@
+"""Every example runs as it is copied: on bundled images, and on a folder of images."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BACKBONES = ("convnext", "mobilenet", "resnet", "vgg", "vit")
+TINY = ["--size", "32", "--images", "32", "--batches", "1"]
+
+
+def run(script, *arguments):
+    torch.manual_seed(0)
+    before = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        return runpy.run_path(str(EXAMPLES / f"{script}.py"))
+    finally:
+        sys.argv = before
+
+
+def test_all_examples_are_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*BACKBONES, "drop_in"}
+    listed = (EXAMPLES / "README.md").read_text()
+    assert all(f"{name}.py" in listed for name in (*BACKBONES, "drop_in"))
+
+
+@pytest.mark.parametrize("script", BACKBONES)
+def test_backbones(script, tmp_path, capsys):
+    state = run(script, *TINY, "--out", str(tmp_path / "net.safetensors"))
+    assert abs(state["report"].achieved - 0.5) <= (0.01 if script == "mobilenet" else 0.005)
+    assert "loaded again" in capsys.readouterr().out
+    if script == "mobilenet":
+        assert all(len(g.kept) % 8 == 0 for g in state["report"].groups if g.removed)
+
+
+def test_a_folder_of_images(tmp_path):
+    for split in ("train", "val"):
+        for label, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 36), (shade, shade + 5 * i, shade)).save(folder / f"{i}.png")
+    state = run("resnet", *TINY, "--data", str(tmp_path), "--out", str(tmp_path / "net.safetensors"))
+    assert state["model"].fc.out_features == 2
+    assert state["total"] == 8
+
+
+def test_drop_in(capsys):
+    state = run("drop_in", "--images", "32")
+    assert state["model"].conv1.out_channels < 64
+    assert state["after"] < state["before"]
+    assert "MACs" in capsys.readouterr().out
