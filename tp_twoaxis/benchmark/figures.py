@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
@@ -63,20 +60,3 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     figure.suptitle(network, size=11, fontweight="bold")
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
     return figure
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """Render a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def image_element(png: bytes, description: str) -> str:
-    """Make an HTML image that holds its own bytes.
-
-    Example:
-        >>> image_element(b"x", "a curve")
-        '<img alt="a curve" src="data:image/png;base64,eA==">'
-    """
-    return f'<img alt="{description}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -16,24 +16,13 @@ import pandas as pd
 from tp_twoaxis.benchmark import tables
 from tp_twoaxis.benchmark.axes import axis_table, selector_table
 from tp_twoaxis.benchmark.cells import ResultsFolder, open_folder
-from tp_twoaxis.benchmark.figures import curves_figure, image_element, png_bytes
+from tp_twoaxis.benchmark.figures import curves_figure
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.files import write_bytes
+from tp_twoaxis.html_page import image_element, page, png_bytes, table_element
 from tp_twoaxis.pruning.report import UNITS
 
 REPORT = "report"
-CSS = """
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.2rem 4rem; font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-.soft { opacity: .75; font-size: .9rem; max-width: 52rem; }
-.note { border-left: 4px solid #c44500; padding-left: .8rem; }
-.wide { overflow-x: auto; } img { max-width: 100%; background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #8884; white-space: nowrap; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid #8884; font-size: .82rem; }
-"""
 
 
 @dataclass(frozen=True)
@@ -203,7 +192,7 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
     for network, png in figures.items():
         own = report.summary[report.summary.network == network]
         sections.append(f"<h2>{escape(str(network))}: accuracy over MACs</h2>")
-        sections.append(image_element(png, f"accuracy over MACs of {escape(str(network), quote=True)}"))
+        sections.append(image_element(png, f"accuracy over MACs of {network}"))
         sections.append(
             f"<p class='soft'>Accuracy in %, mean ± sample standard deviation over seeds, by share of {unit} kept. "
             f"Dense: {100 * own.dense.mean():.2f} %.</p>" + _table(wide_table(own))
@@ -239,8 +228,7 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
         f"<h2>Provenance</h2><pre>{escape(provenance)}</pre>",
         f"<details><summary>Config {config.digest()}</summary><pre>{escape(settings)}</pre></details>",
     ]
-    head = f"<meta charset='utf-8'><title>tp-twoaxis benchmark</title><style>{CSS}</style>"
-    return f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
+    return page("tp-twoaxis benchmark", sections)
 
 
 def _auc_words(auc: tables.AucResult) -> str:
@@ -259,8 +247,4 @@ def _counters(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table(frame: pd.DataFrame, number: str = "{:.4f}") -> str:
-    if frame.empty:
-        return "<p class='soft'>nothing to show</p>"
-    formats = {name: number.format for name in frame.columns if frame[name].dtype.kind == "f" and name != "keep"}
-    html = frame.to_html(index=False, border=0, na_rep="", formatters=formats)
-    return f"<div class='wide'>{html}</div>"
+    return table_element(frame, number, whole=["keep"])
