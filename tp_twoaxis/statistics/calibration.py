@@ -117,7 +117,7 @@ def calibrate(
             recorder.begin(len(images))
             if saliency is not None:
                 saliency.begin(len(images))
-            logits = _forward(network, images.to(run_device, parameter.dtype, non_blocking=True), index)
+            logits = forward_logits(network, images.to(run_device, parameter.dtype, non_blocking=True), index)
             values = None
             if target is not None:
                 variables = _variables(logits, labels, target, index, len(images))
@@ -170,7 +170,21 @@ def _placed(network: nn.Module, home: torch.device, device: torch.device | str |
         network.to(home)
 
 
-def _forward(network: nn.Module, images: Tensor, index: int) -> Tensor:
+def forward_logits(network: nn.Module, images: Tensor, index: int) -> Tensor:
+    """Run a network and find the logits in what it returns.
+
+    Args:
+        network: its output is logits, a tuple that starts with them, or an object or dict with ``logits``.
+        images: one batch.
+        index: the batch's number, for the message.
+
+    Raises:
+        TwoAxisError: the network raised, or its output holds no logits.
+
+    Example:
+        >>> forward_logits(nn.Linear(4, 2), torch.zeros(3, 4), 0).shape
+        torch.Size([3, 2])
+    """
     try:
         output = network(images)
     except TwoAxisError:
