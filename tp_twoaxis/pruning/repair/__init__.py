@@ -3,7 +3,8 @@
 from tp_twoaxis.pruning.repair.batch_norm import batch_norms, reestimate_batch_norm
 from tp_twoaxis.pruning.repair.losses import LayerLoss, layer_losses
 from tp_twoaxis.pruning.repair.report import ConsumerRepair, RemovedChannel, RepairReport
-from tp_twoaxis.pruning.repair.run import REPAIRS, check_repair, repair_network
+from tp_twoaxis.pruning.repair.request import REPAIRS, check_repair
+from tp_twoaxis.pruning.repair.run import repair_network
 
 __all__ = [
     "REPAIRS",

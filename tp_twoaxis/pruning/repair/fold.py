@@ -137,7 +137,7 @@ def output_error(weight: Tensor, fold: Fold) -> Tensor:
     """Predict the variance of a layer's output error after a fold, [O] float64.
 
     ``sum over taps of w_D R w_D'`` with R the residual: what the taps miss is taken to be uncorrelated between
-    positions. Exact for layers of one tap.
+    positions. Exact for layers of one tap; as neighbours do agree, too small for others.
 
     Args:
         weight: [O, C, taps], of the dense layer.

@@ -19,6 +19,7 @@ from tp_twoaxis.pruning.repair.patch import PatchFit, fits
 from tp_twoaxis.pruning.repair.weights import add_bias, cannot_fold, read_weight, write_weight
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
+BEHIND_NORM = "a norm before it loses channels, so those that stay change too: sequential repair can reach it"
 # the normal equations of the layers that one pass over the images fits
 PASS_BYTES = 2**30
 
@@ -71,7 +72,7 @@ def refuse(layer: nn.Module, loss: LayerLoss, shared: Counter[int]) -> str:
     if shared[id(layer.weight)] > 1:
         return "its weight is shared with another layer"
     if loss.norms:
-        return f"{', '.join(loss.norms)} normalises over removed channels, so those that stay change too"
+        return BEHIND_NORM
     return ""
 
 

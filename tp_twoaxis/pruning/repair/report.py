@@ -42,7 +42,9 @@ class ConsumerRepair:
         rows: (image, position) rows behind the covariance of its inputs; 0 without.
         kept: inputs that stay.
         removed: the others.
-        predicted: error expected from that covariance after ``bias`` or ``ridge``; None without.
+        predicted: error expected from that covariance after ``bias`` or ``ridge``; None without. For kernels of
+            several taps it is too small, as if the errors of neighbouring positions had nothing in common; the
+            later repairs do better than the channel fold that it describes.
         measured: error on held-out images, the layer alone, given the dense network's kept channels.
         in_network: the same inside the pruned and repaired network, where everything before it changed too.
     """

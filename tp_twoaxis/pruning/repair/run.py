@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.pruning.repair.batch_norm import batch_norms, reestimate_batch_norm
+from tp_twoaxis.pruning.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.losses import LayerLoss
 from tp_twoaxis.pruning.repair.measure import layer_errors
@@ -26,63 +26,14 @@ from tp_twoaxis.pruning.repair.one_shot import (
     shared_weights,
 )
 from tp_twoaxis.pruning.repair.report import ConsumerRepair, RemovedChannel, RepairReport, relative, removed_channels_of
+from tp_twoaxis.pruning.repair.request import WEIGHTS, check_repair
 from tp_twoaxis.pruning.repair.sequential import BY_CHANNELS, refit_in_order
 from tp_twoaxis.pruning.repair.weights import cannot_fold
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
-WEIGHTS = ("bias", "ridge", "patch", "sequential")
-REPAIRS = ("bn", *WEIGHTS)
-"""All repairs: ``bn`` re-estimates BatchNorm; of the others each contains the ones before it."""
 # fewer rows than this many an input: the fold leans on its ridge
 FEW_ROWS = 4
-
-
-def check_repair(
-    repair: Iterable[str], model: nn.Module, loader: Iterable[Any] | None, stats: CalibrationStatistics | None = None
-) -> tuple[str, ...]:
-    """Check a repair request before anything is removed.
-
-    Args:
-        repair: names, in any order.
-        model: the dense model.
-        loader: of the images to repair from.
-        stats: statistics of the model, if there are any.
-
-    Returns:
-        The repairs to run; ``bn`` is dropped for models without BatchNorm.
-
-    Raises:
-        TwoAxisError: an unknown repair, or one that needs a loader or statistics of inputs and has none.
-
-    Example:
-        >>> check_repair(("bn",), nn.Linear(2, 2), None)
-        ()
-    """
-    wanted = tuple(dict.fromkeys((repair,) if isinstance(repair, str) else repair))
-    unknown = [name for name in wanted if name not in REPAIRS]
-    if unknown:
-        raise TwoAxisError(f"repair: expected any of {', '.join(REPAIRS)} or (), got {unknown[0]!r}")
-    if not batch_norms(unwrap(model)):
-        wanted = tuple(name for name in wanted if name != "bn")
-    folds = [name for name in wanted if name in WEIGHTS]
-    if loader is None and folds in (["bias"], ["ridge"], ["bias", "ridge"], ["ridge", "bias"]) and "bn" not in wanted:
-        if stats is not None and stats.consumers:
-            return wanted
-        raise TwoAxisError(
-            f"repair {folds[-1]!r} needs to know what each layer reads: pass stats=calibrate(model, loader, "
-            "consumers=True), or loader=..."
-        )
-    if wanted and loader is None:
-        raise TwoAxisError(
-            f"repair {wanted[0]!r} needs images: pass loader=..., or repair=() to leave the network as cut"
-        )
-    if folds and iter(loader) is loader:  # type: ignore[arg-type]
-        raise TwoAxisError(
-            f"repair {folds[0]!r} reads the images more than once: expected a list or a DataLoader, got "
-            f"{type(loader).__name__}; pass list(loader)"
-        )
-    return wanted
 
 
 def repair_network(
@@ -109,12 +60,14 @@ def repair_network(
     A convolution without bias whose BatchNorm alone reads it gets its shift into the running mean; other layers
     without bias get one. Frozen parameters are repaired too and stay frozen. A layer behind a LayerNorm or
     GroupNorm that lost channels is left to ``sequential``, because the norm changes the channels that stay.
+    Ranks of ``torchrun`` must read the same images, or their weights part ways; ``bias`` and ``ridge`` may use
+    statistics that were reduced over all ranks instead.
 
     Args:
         network: after removal; changed in place: parameters and buffers are replaced, never written into.
         dense: a copy of it from before removal.
         losses: from :func:`~tp_twoaxis.pruning.repair.losses.layer_losses`, before removal.
-        repair: names in :data:`REPAIRS`.
+        repair: names in :data:`~tp_twoaxis.pruning.repair.request.REPAIRS`.
         loader: images, re-iterable; labels are not used. Without it ``stats`` must have the inputs.
         stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``.
         max_images: at most so many for each step.
@@ -215,11 +168,15 @@ def _repair_weights(
             reasons[name] = outcome[name]
             by[name] = WEIGHTS[level] if outcome[name] in ("", BY_CHANNELS) else by[name]
     consumers = [_describe(n, by[n], reason, losses[n], done.get(n), stats) for n, reason in reasons.items()]
+    fallen: dict[str, list[str]] = {}
     for consumer in consumers:
-        if consumer.repair == "none":
-            notes.append(f"{consumer.layer}: not folded, {consumer.reason}")
-        elif consumer.repair != WEIGHTS[level] or consumer.reason:
-            notes.append(f"{consumer.layer}: mended by {consumer.repair}, {consumer.reason}")
+        if consumer.reason:
+            how = "not folded" if consumer.repair == "none" else f"mended by {consumer.repair}"
+            fallen.setdefault(f"{how}, {consumer.reason}", []).append(consumer.layer)
+    notes += [f"{listing(names)}: {why}" for why, names in fallen.items()]
+    if norms := dict.fromkeys(norm for name in reasons for norm in losses[name].norms):
+        notes.append(f"{listing(norms)}: mean and variance over fewer channels than before, which no fold can undo")
+    for consumer in consumers:
         if 0 < consumer.rows < FEW_ROWS * consumer.kept:
             notes.append(
                 f"{consumer.layer}: {consumer.rows} rows for {consumer.kept} inputs are few, so the fold is damped; "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.borrow import evaluating, preserved_rng
+from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.pruning.repair.batch_norm import batch_norms
 from tp_twoaxis.pruning.repair.companion import Companion
 from tp_twoaxis.pruning.repair.fold import ridge_for, ridge_regression
@@ -94,10 +95,10 @@ def refit_in_order(
             outcome[name] = reason or ""
 
         def before_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if changed:
-                rows = inputs[0].transpose(0, 1).flatten(1).double()
-                norm.running_mean = rows.mean(1).to(norm.running_mean.dtype)
-                norm.running_var = rows.var(1).to(norm.running_var.dtype)
+            x = inputs[0]
+            if changed and x.numel() > x.shape[1]:  # one row has no variance
+                variance, mean = torch.var_mean(x.to(batch.dtype), [d for d in range(x.ndim) if d != 1])
+                norm.running_mean, norm.running_var = mean, variance
 
         for layer in once.values():
             stack.callback(layer.register_forward_pre_hook(before_layer, with_kwargs=True).remove)
@@ -139,6 +140,8 @@ def _gather(dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages
             if left <= 0:
                 break
             kept.append(batch.images[:left])
+    if not kept:
+        raise TwoAxisError("repair 'sequential': expected images from the loader, got none; check the data path")
     return torch.cat(kept), calls
 
 
