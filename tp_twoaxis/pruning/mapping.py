@@ -22,12 +22,7 @@ from tp_twoaxis.errors import listing
 from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, group_key, prunable_groups
 from tp_twoaxis.pruning.macs import ExampleInputs, call
 from tp_twoaxis.pruning.removal import take_out
-from tp_twoaxis.statistics.layers import channel_layers
-
-# norms that mix channels: a mark would spread over all of them, though removal treats each channel alone
-MIXING_NORMS = tuple(
-    getattr(nn, name) for name in ("LayerNorm", "GroupNorm", "LocalResponseNorm", "RMSNorm") if hasattr(nn, name)
-)
+from tp_twoaxis.statistics.layers import MIXING_NORMS, channel_layers
 
 
 def sound_groups(

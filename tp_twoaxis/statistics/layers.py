@@ -13,6 +13,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tp_twoaxis.errors import TwoAxisError, listing
 
 CHANNEL_LAYERS = (_ConvNd, nn.Linear, nn.MultiheadAttention)
+# norms that mix channels: each output depends on all of the layer's inputs, though removal treats each channel alone
+MIXING_NORMS = tuple(
+    getattr(nn, name) for name in ("LayerNorm", "GroupNorm", "LocalResponseNorm", "RMSNorm") if hasattr(nn, name)
+)
 
 
 def channel_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:

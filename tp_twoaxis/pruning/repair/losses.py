@@ -11,9 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from tp_twoaxis.pruning.graph import PrunableGroup, group_key
-from tp_twoaxis.pruning.mapping import MIXING_NORMS
 from tp_twoaxis.pruning.plan import PruningPlan
-from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers, num_channels
+from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, MIXING_NORMS, channel_layers, num_channels
 
 
 @dataclass(frozen=True)
