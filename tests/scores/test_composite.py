@@ -41,7 +41,7 @@ def test_weights_are_those_of_the_formulas(layer):
     norm = z_scores(layer.weight_power.sqrt().log())
     hulls = hull.greedy_hulls(layer.correlation)
     torch.testing.assert_close(composite_local(layer, 2.0, 0.5), 2 * capture - 0.5 * overlap)
-    torch.testing.assert_close(norm_local(layer, 0.5, 2.0), norm + 0.5 * capture - 2 * overlap)
+    torch.testing.assert_close(norm_local(layer, 0.5, 2.0, 1.5), 1.5 * norm + 0.5 * capture - 2 * overlap)
     torch.testing.assert_close(compact_hull(layer, 3.0), capture - 3 * z_scores(hulls.explanation / hulls.size))
 
 

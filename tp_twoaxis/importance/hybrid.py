@@ -26,6 +26,10 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
     as the allocation alone would, and those that the ranking puts last (the paper's hybrid: Taylor decides how
     many, the local axis which). Equal ranks go by the allocation's own value.
 
+    With the host's Taylor as allocation and capture as ranking, two CIFAR-10 ResNet-20 (conv shortcuts / option A) keep
+    60.1 / 64.4 % at half the MACs where capture alone keeps 58.0 / 65.5 %; protocol:
+    :mod:`~tp_twoaxis.scores.composite`.
+
     The exact numbers hold for groups whose channels leave one by one. Where they leave in blocks (grouped
     convolutions, ``round_to``), the planner averages over a block after the values were handed out.
 

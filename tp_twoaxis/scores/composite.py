@@ -2,7 +2,12 @@
 
 Every function takes a layer's statistics and gives [C] signed numbers, larger keeps. A weighted sum of z-scores has
 no common zero, so two layers' values compare only through a normaliser that suits signed scores; the one that each
-score was measured best with stands beside it in :data:`~tp_twoaxis.scores.registry.SCORES`.
+score is used with stands beside it in :data:`~tp_twoaxis.scores.registry.SCORES`.
+
+Percentages in this package's ``scores`` are accuracies of two CIFAR-10 ResNet-20, conv shortcuts / option A, without
+fine-tuning, on 2,000 training images that are not among the 2,000 that calibrated; one seed, so +-1 point for the
+images alone. Half the MACs are kept, and BatchNorm is re-estimated on 1,000 images unless said otherwise. ``capture``
+has 58.0 / 65.5 %.
 """
 
 from __future__ import annotations
@@ -43,6 +48,10 @@ def z_scores(values: Tensor, active: Tensor | None = None) -> Tensor:
 def composite_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3) -> Tensor:
     """Capture against overlap, ``a z(I_k) - b z(R_k)``.
 
+    Weights and normaliser are ours. With ``softmax`` and a = 1: 54.7 / 67.3 % at b = 0, 59.6 / 66.8 % at b = 0.3. Other
+    normalisers at b = 0.3 (BatchNorm from 2,000 images, where ``softmax`` has 59.7 / 66.9 %): softplus over its
+    mean 52.2 / 63.9 %, rank quantiles 47.4 / 61.4 %, ``standarization`` 48.2 / 44.7 %, ``gaussian`` 60.8 % on option A.
+
     Args:
         layer: statistics.
         capture: a, at least 0.
@@ -51,17 +60,21 @@ def composite_local(layer: LayerStatistics, capture: float = 1.0, overlap: float
     return capture * _capture(layer) - overlap * _overlap(layer)
 
 
-def norm_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3) -> Tensor:
-    """Weight norm, capture and overlap, ``z(ln |w_k|) + b z(I_k) - c z(R_k)``: the mixed-magnitude family.
+def norm_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3, norm: float = 0.3) -> Tensor:
+    """Weight norm, capture and overlap, ``a z(ln |w_k|) + b z(I_k) - c z(R_k)``: the mixed-magnitude family.
+
+    Its weights are ours. Half the MACs kept as in :func:`composite_local`, conv shortcuts and option A: 43.1 and 56.9 %
+    at a = 1, 56.3 and 66.8 % at a = 0.3.
 
     Args:
         layer: statistics.
         capture: b, at least 0.
         overlap: c, at least 0.
+        norm: a, at least 0.
     """
     # a channel that varies has weights, so the logarithm is finite where it counts
-    norm = 0.5 * layer.weight_power.clamp_min(torch.finfo(torch.float64).tiny).log()
-    return z_scores(norm, layer.variance > 0) + composite_local(layer, capture, overlap)
+    log_norm = 0.5 * layer.weight_power.clamp_min(torch.finfo(torch.float64).tiny).log()
+    return norm * z_scores(log_norm, layer.variance > 0) + composite_local(layer, capture, overlap)
 
 
 def compact_hull(layer: LayerStatistics, support: float = 1.0) -> Tensor:
@@ -69,6 +82,7 @@ def compact_hull(layer: LayerStatistics, support: float = 1.0) -> Tensor:
 
     A channel that one peer replaces has K near 1, one that needs ten or cannot be replaced has K below 0.1. The
     paper's safe-to-remove score is the negative of this at c = 1; K is ours, since its text lost the formula.
+    44.5 / 53.5 % with ``softmax``.
 
     Args:
         layer: statistics.
@@ -81,7 +95,10 @@ def compact_hull(layer: LayerStatistics, support: float = 1.0) -> Tensor:
 
 
 def composite_pid(layer: LayerStatistics) -> Tensor:
-    """Task information, target excess and target redundancy, ``z(M_k) + z(X_k) - z(Rt_k)``."""
+    """Task information, target excess and target redundancy, ``z(M_k) + z(X_k) - z(Rt_k)``.
+
+    19.4 / 37.3 % with ``softmax``, 22.9 / 21.6 % with ``gaussian``.
+    """
     active = layer.variance > 0
     redundancy = target.target_redundancy(target.task_information(layer.target_correlation()[active]))
     return pid_no_red(layer) - torch.zeros_like(layer.variance).masked_scatter(active, z_scores(redundancy))
