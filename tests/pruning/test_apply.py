@@ -123,7 +123,7 @@ def count_outputs(net):
     return [m for m in net.modules() if isinstance(m, nn.Linear)][-1].out_features
 
 
-@pytest.mark.parametrize("name", ["conv_net", "option_a", "option_b", "vgg", "resnet18"])
+@pytest.mark.parametrize("name", ["conv_net", "option_a", "option_b", "vgg", "resnet18", "mobilenet_v2"])
 def test_removal_is_silencing(name):
     """A removed channel's consumers get exactly what they would get if it had been 0 there."""
     net, x = build(name)

@@ -109,6 +109,26 @@ def test_a_convnext_block_keeps_what_belongs_to_its_channels():
         assert torch.equal(block.norm.weight, old.norm.weight[kept])
 
 
+def test_hidden_channels_of_a_convnext_leave_as_if_nobody_read_them():
+    torch.manual_seed(0)
+    net = timm.create_model("convnext_atto", num_classes=CLASSES).eval()
+    for module in net.modules():
+        if hasattr(module, "gamma"):
+            nn.init.ones_(module.gamma)  # 1e-6 at birth: the blocks would do nothing
+    dense = copy.deepcopy(net)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    others = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and not n.endswith("fc1")]
+    options = {"ignored_layers": others, "repair": (), "other_counters": False, "progress": False}
+    report = prune_to_flops(net, images[:1], "l2", flops=0.6, **options)
+    assert report.removed_channels
+    for name, removed in report.removed_channels.items():
+        assert name.endswith("mlp.fc1")
+        with torch.no_grad():
+            dense.get_submodule(name.replace("fc1", "fc2")).weight[:, removed] = 0.0
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), dense(images), rtol=1e-4, atol=1e-5)
+
+
 def test_mobilenet_expansions_lose_the_same_channels_in_all_three_layers():
     net, images = build("torchvision mobilenet_v2")
     dense = copy.deepcopy(net)

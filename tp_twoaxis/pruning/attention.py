@@ -100,8 +100,10 @@ def read_attention(
     spared: set[nn.Module] = set()
     for part in members(group):
         size = next((p.shape[-1] for p in part.module.parameters()), None)
-        if size is None or part.module is projection:
-            taking += [part] if part.module is projection else []
+        if size is None:  # an operation between the layers
+            continue
+        if part.module is projection:
+            taking.append(part)
         elif isinstance(part.module, nn.Linear):
             times = torch.bincount(part.roots, minlength=width)
             if (

@@ -215,8 +215,8 @@ def cost_model(groups: list[PrunableGroup], model: nn.Module, count: MacsCount) 
         if group.attention is not None:
             # its two products run in the module itself, not in one of its layers
             owner, width = group.attention.module, group.attention.width
-            inside = sum(count.by_module[layers[layer]] for layer in owner.modules() if layer in layers)
-            products = count.by_module[names[owner]] - inside
+            projections = sum(count.by_module[layers[layer]] for layer in owner.modules() if layer in layers)
+            products = count.by_module[names[owner]] - projections
             terms.append(Term(float(products), (Side(width, {group_key(group): np.ones(width)}),)))
     terms.append(Term(count.total - sum(term.macs for term in terms), ()))
     return CostModel(terms)
