@@ -88,7 +88,7 @@ def test_prediction_equals_the_counter(name, flops):
     cost = cost_model(groups, net, dense)
     assert cost.dense == pytest.approx(dense.total)
     rng = np.random.default_rng(1)
-    scored = [ScoredGroup(group_key(g), rng.random(len(g.channels)), g.blocks, g.multiple, g.run) for g in groups]
+    scored = [ScoredGroup(group_key(g), rng.random(len(g.channels)), g.blocks, g.run) for g in groups]
     plan = make_plan(scored, cost, flops=flops, tolerance=0.3)
     remove(graph, groups, plan)
     refresh_widths(net)
@@ -145,7 +145,7 @@ def test_blocks_of_grouped_layers():
     assert net_blocks == {"Conv2d8": 1, "Conv2d12": 1, "Conv2d16": 4, "Conv2d24": 4, "ConvTranspose2d10": 1}
 
 
-def test_attention_loses_whole_heads_or_stays_divisible():
+def test_attention_loses_whole_heads_or_the_same_share_of_each():
     _, _, _, groups, notes = traced("deit")
     assert notes == []
     assert {g.name: (g.run, len(g.channels)) for g in groups if g.run > 1} == {
@@ -154,7 +154,7 @@ def test_attention_loses_whole_heads_or_stays_divisible():
     }
     _, _, _, groups, notes = traced("vit")
     assert notes == []
-    assert sorted(group.multiple for group in groups) == [1, 1, 4]
+    assert sorted(group.blocks for group in groups) == [1, 1, 4]
 
 
 def test_tracing_restores_flags_modes_and_says_why_it_failed():
@@ -190,6 +190,24 @@ def test_what_the_host_cannot_follow_is_told_with_its_reason():
         build_graph(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))
     with pytest.raises(TwoAxisError, match="eager module, got TorchScript"):
         unwrap(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)))
+
+
+def test_heads_of_multihead_attention_keep_the_channels_they_were_trained_with():
+    net, x, graph, groups, _ = traced("vit")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    stream = next(group for group in groups if group.blocks == 4)
+    size = len(stream.channels)
+    cost = cost_model(groups, net, count_macs(net, x))
+    scored = [ScoredGroup(group_key(stream), np.random.default_rng(0).random(size), stream.blocks)]
+    plan = make_plan(scored, cost, flops=0.6, tolerance=0.5)
+    remove(graph, groups, plan)
+    kept = np.flatnonzero(~plan.removed[group_key(stream)])
+    heads = kept.reshape(4, -1) // (size // 4)
+    assert (heads == np.arange(4)[:, None]).all()  # after the new cut into four, each holds what was its own
+    attention = net.encoder.layers[0].self_attention
+    assert 4 < attention.embed_dim == len(kept) < size
+    queries = before["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"][:size]
+    assert torch.equal(attention.in_proj_weight[: len(kept)], queries[kept][:, kept])
 
 
 def test_a_group_with_channels_that_do_not_exist_stays_whole():

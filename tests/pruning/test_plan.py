@@ -13,15 +13,14 @@ from tp_twoaxis.pruning.cost import CostModel, Side, Term
 from tp_twoaxis.pruning.plan import ScoredGroup, make_plan
 
 
-def problem(scores, blocks=(), multiples=(), seed=0):
+def problem(scores, blocks=(), seed=0):
     """A chain of layers, one a group: layer i reads group i - 1 and writes group i; a fixed head reads the last."""
     rng = np.random.default_rng(seed)
     groups, terms, before = [], [Term(50.0, ())], None
     for i, values in enumerate(scores):
         values = np.asarray(values, dtype=float)
         block = blocks[i] if blocks else 1
-        multiple = multiples[i] if multiples else 1
-        groups.append(ScoredGroup(f"g{i}", values, block, multiple))
+        groups.append(ScoredGroup(f"g{i}", values, block))
         side = Side(len(values), {f"g{i}": np.ones(len(values))})
         macs = float(rng.integers(500, 2000) * len(values))
         terms.append(Term(macs, (side,) if before is None else (before, side)))
@@ -137,8 +136,8 @@ def test_groups_narrower_than_round_to_stay_whole():
     assert kept(make_plan(groups, cost, flops=0.5, round_to=8, tolerance=0.1))["g0"] == 6
 
 
-def test_multiples_and_round_to_combine():
-    groups, cost = problem([np.random.default_rng(1).random(48)], multiples=[6])
+def test_blocks_and_round_to_combine():
+    groups, cost = problem([np.random.default_rng(1).random(48)], blocks=[6])
     assert kept(make_plan(groups, cost, flops=0.5, round_to=4, tolerance=0.5))["g0"] % 12 == 0
 
 

@@ -34,7 +34,6 @@ class PrunableGroup:
         channels: [size] the root layer's channels that belong to this group (all, as a rule).
         parts: the layers that take part, restricted to these channels.
         blocks: see :class:`~tp_twoaxis.pruning.plan.ScoredGroup`.
-        multiple: likewise.
         run: likewise.
         attention: where the channels are those of an attention module's heads.
     """
@@ -44,7 +43,6 @@ class PrunableGroup:
     channels: list[int]
     parts: list[Member]
     blocks: int = 1
-    multiple: int = 1
     run: int = 1
     attention: Attention | None = None
 
@@ -171,7 +169,6 @@ def prunable_groups(
                 list(group[0].idxs) if channels is None else channels,
                 parts,
                 _blocks(parts) if size % _blocks(parts) == 0 else size,
-                math.lcm(*(part.module.num_heads for part in parts if isinstance(part.module, nn.MultiheadAttention))),
             )
         )
 
@@ -260,7 +257,11 @@ def _projection_macs(macs: float, width: int) -> float:
 
 
 def _blocks(parts: list[Member]) -> int:
-    """Equally long blocks that must stay so: grouped convolutions (not depthwise) and GroupNorm."""
+    """Equally long blocks that must stay so: grouped convolutions (not depthwise), GroupNorm, heads.
+
+    The heads are those of ``nn.MultiheadAttention``, which cuts its width anew into as many: were a head to lose
+    more channels than another, all heads behind it would be made of channels that were not trained together.
+    """
     counts = [1]
     for part in parts:
         module = part.module
@@ -268,4 +269,6 @@ def _blocks(parts: list[Member]) -> int:
             counts.append(module.groups)
         elif isinstance(module, nn.GroupNorm):
             counts.append(module.num_groups)
+        elif isinstance(module, nn.MultiheadAttention):
+            counts.append(module.num_heads)
     return math.lcm(*counts)

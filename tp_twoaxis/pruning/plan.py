@@ -25,8 +25,7 @@ class ScoredGroup:
         name: the root layer's name.
         scores: [size] importance, larger keeps; comparable with other groups' (already normalised).
         blocks: channels come in this many equally long blocks that must stay equally long (grouped
-            convolutions, GroupNorm): channel i of every block leaves together, ranked by their mean score.
-        multiple: the number kept must be divisible by this.
+            convolutions, GroupNorm, heads): channel i of every block leaves together, ranked by their mean score.
         run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
             their mean score.
     """
@@ -34,7 +33,6 @@ class ScoredGroup:
     name: str
     scores: npt.NDArray[np.float64]
     blocks: int = 1
-    multiple: int = 1
     run: int = 1
 
 
@@ -86,7 +84,7 @@ def make_plan(
     """Find the global threshold whose removal leaves ``flops`` of the MACs.
 
     All groups' channels are ordered by score (ties: by group, then by channel) and leave in that order,
-    except below a group's floor. A group that must keep a multiple of something loses channels in such
+    except below a group's floor. A group whose channels leave together loses channels in such
     portions, each when its last channel is passed. The cut is the prefix of that order nearest to the
     target. Where one removal is too coarse to come within a quarter of ``tolerance``, cheaper channels
     further up the order fill the gap.
@@ -196,11 +194,10 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
         unit_scores = group.scores.reshape(shape).mean((0, 2))
         order = np.argsort(unit_scores, kind="stable")
         members = np.arange(size).reshape(shape)
-        multiple = math.lcm(group.multiple, round_to)
         floor = max(1, math.ceil(min_keep * size))
         removed_units = 0
         for kept in range(size - together, floor - 1, -together):
-            if kept % multiple == 0 and kept > 0:
+            if kept % round_to == 0 and kept > 0:
                 units = (size - kept) // together
                 cut = order[removed_units:units]
                 events.append(_Event(float(unit_scores[cut[-1]]), index, units, np.sort(members[:, cut].reshape(-1))))

@@ -52,5 +52,5 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
             )
         place = {channel: position for position, channel in enumerate(group.group[0].idxs)}
         chosen = values[[place[channel] for channel in group.channels]]
-        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.multiple, group.run))
+        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.run))
     return scored, notes
