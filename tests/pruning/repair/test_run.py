@@ -16,7 +16,7 @@ from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.pruning.repair import LayerLoss, check_repair, patch, repair_network, sequential
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.run import _readers
-from tp_twoaxis.pruning.repair.weights import cannot_fold
+from tp_twoaxis.pruning.repair.weights import SHARED, cannot_fold
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(7))
 WEIGHTS = ["bias", "ridge", "patch", "sequential"]
@@ -186,8 +186,11 @@ def test_a_weight_of_two_layers_is_left_alone():
     dense, losses = cut(net, X, {"0": [1]})
     twin = nn.Conv2d(5, 4, 1)
     twin.weight = net[2].weight
-    net.add_module("twin", twin)
-    assert _readers(net, dense, losses) == {"2": "its weight is shared with another layer"}
+    net[2].twin = twin
+    assert _readers(net, dense, losses) == {"2": SHARED}
+    outcome, _ = sequential.refit_in_order(net, dense, losses, RepairImages([batches(32, 32)[0][0]], None, False))
+    assert outcome["2"] == SHARED
+    assert net[2].twin.weight is net[2].weight
 
 
 def test_a_reader_of_two_groups_is_folded_on_both():

@@ -16,7 +16,7 @@ from tp_twoaxis.pruning.repair.fold import Fold, affine_fold, fold_weight, outpu
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.losses import LayerLoss
 from tp_twoaxis.pruning.repair.patch import PatchFit, fits
-from tp_twoaxis.pruning.repair.weights import add_bias, cannot_fold, read_weight, write_weight
+from tp_twoaxis.pruning.repair.weights import SHARED, add_bias, cannot_fold, read_weight, write_weight
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 BEHIND_NORM = "a norm before it loses channels, so those that stay change too: sequential repair can reach it"
@@ -70,15 +70,10 @@ def refuse(layer: nn.Module, loss: LayerLoss, shared: Counter[int]) -> str:
     if reason := cannot_fold(layer):
         return reason
     if shared[id(layer.weight)] > 1:
-        return "its weight is shared with another layer"
+        return SHARED
     if loss.norms:
         return BEHIND_NORM
     return ""
-
-
-def shared_weights(network: nn.Module) -> Counter[int]:
-    """Count how many layers hold each parameter, by its id."""
-    return Counter(id(p) for module in network.modules() for p in module._parameters.values() if p is not None)
 
 
 @dataclass(frozen=True)

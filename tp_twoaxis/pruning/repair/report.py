@@ -73,7 +73,8 @@ class RepairReport:
     Attributes:
         repair: the repairs that ran, in their order.
         consumers: every layer that read removed channels, in the model's order.
-        images: held-out images behind the measured errors.
+        images: images behind the measured errors; no fit used them, unless they are in statistics that were handed
+            over, or the loader has a single batch.
         seconds: phase -> wall-clock seconds.
         notes: what a reader must know: layers that were skipped, too few rows, new biases.
     """

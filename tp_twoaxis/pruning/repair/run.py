@@ -23,12 +23,11 @@ from tp_twoaxis.pruning.repair.one_shot import (
     fold_layer,
     mixes,
     refuse,
-    shared_weights,
 )
 from tp_twoaxis.pruning.repair.report import ConsumerRepair, RemovedChannel, RepairReport, relative, removed_channels_of
 from tp_twoaxis.pruning.repair.request import WEIGHTS, check_repair
 from tp_twoaxis.pruning.repair.sequential import BY_CHANNELS, refit_in_order
-from tp_twoaxis.pruning.repair.weights import cannot_fold
+from tp_twoaxis.pruning.repair.weights import cannot_fold, shared_weights
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 

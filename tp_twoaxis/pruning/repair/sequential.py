@@ -15,8 +15,17 @@ from tp_twoaxis.pruning.repair.companion import Companion
 from tp_twoaxis.pruning.repair.fold import ridge_for, ridge_regression
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.losses import LayerLoss
+from tp_twoaxis.pruning.repair.one_shot import keep_channels
 from tp_twoaxis.pruning.repair.patch import FEWEST_ROWS, MOST_ROWS, PatchFit, fits
-from tp_twoaxis.pruning.repair.weights import add_bias, blocks_of, cannot_fold, read_weight, write_weight
+from tp_twoaxis.pruning.repair.weights import (
+    SHARED,
+    add_bias,
+    blocks_of,
+    cannot_fold,
+    read_weight,
+    shared_weights,
+    write_weight,
+)
 from tp_twoaxis.statistics.layers import channel_layers, channels_last_view
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import WIDEST_INPUT, stratified
@@ -59,6 +68,7 @@ def refit_in_order(
     layers, originals = channel_layers(network), channel_layers(dense)
     parameter = next(network.parameters())
     outcome: dict[str, str] = {}
+    shared = shared_weights(network)
     changed = False
 
     with ExitStack() as stack:
@@ -78,12 +88,12 @@ def refit_in_order(
             dense_x, dense_y = companion.advance(name)
             loss = losses[name]
             changed = changed or bool(loss.inputs.any())
-            reason = cannot_fold(layer)
+            reason = cannot_fold(layer) or (SHARED if shared[id(layer.weight)] > 1 else None)
             if changed and reason is None:
                 norm = None if loss.batch_norm is None else network.get_submodule(loss.batch_norm)
                 if fits(layer):
                     fit = PatchFit(layer, images=len(x))
-                    fit.update(x, _kept_outputs(dense_y, layer, loss))
+                    fit.update(x, keep_channels(dense_y, layer, ~loss.outputs))
                     add_bias(layer, fit.solve(), norm)
                     reason = ""
                 elif blocks_of(layer) == 1 and len(loss.inputs) <= WIDEST_INPUT:
@@ -143,13 +153,6 @@ def _gather(dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages
     if not kept:
         raise TwoAxisError("repair 'sequential': expected images from the loader, got none; check the data path")
     return torch.cat(kept), calls
-
-
-def _kept_outputs(y: Tensor, layer: nn.Module, loss: LayerLoss) -> Tensor:
-    if not bool(loss.outputs.any()):
-        return y
-    kept = (~loss.outputs).nonzero()[:, 0].to(y.device)
-    return y.index_select(-1 if isinstance(layer, nn.Linear) else 1, kept)
 
 
 def _refit_channels(layer: nn.Module, dense: nn.Module, x: Tensor, dense_x: Tensor, loss: LayerLoss) -> Tensor:

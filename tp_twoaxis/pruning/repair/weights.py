@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
+
+SHARED = "its weight is shared with another layer"
 
 
 def cannot_fold(layer: nn.Module) -> str | None:
@@ -26,6 +30,11 @@ def cannot_fold(layer: nn.Module) -> str | None:
     if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
         return f"its weight is quantised ({layer.weight.dtype})"
     return None
+
+
+def shared_weights(network: nn.Module) -> Counter[int]:
+    """Count how many layers hold each parameter, by its id."""
+    return Counter(id(p) for module in network.modules() for p in module._parameters.values() if p is not None)
 
 
 def blocks_of(layer: nn.Module) -> int:
