@@ -30,7 +30,7 @@ def process(*arguments, **environment):
 def test_version_and_help():
     assert succeed("--version").stdout.startswith("tp-twoaxis 0.")
     assert "calibrate" in succeed().stdout
-    for command in ("calibrate", "score", "prune", "demo"):
+    for command in ("calibrate", "score", "prune", "explain", "demo"):
         text = succeed(command, "--help").stdout
         assert f"Example: tp-twoaxis {command}" in text
         assert "--json" in text

@@ -38,6 +38,16 @@ def test_layer_plot_shows_every_channel(table):
     assert "1 constant" in axes.get_title(loc="right")
 
 
+def test_marks_are_of_channels_in_the_table(table):
+    part = table[table.layer == "conv1"]
+    points, _, ring, boxes = plot_layer(part, marked=[5], peers=[2, 7]).axes[0].collections
+    assert len(points.get_offsets()) == len(part) - 1
+    assert np.array_equal(ring.get_offsets(), part[["capture", "task_mi"]].to_numpy()[[5]])
+    assert np.array_equal(boxes.get_offsets(), part[["capture", "task_mi"]].to_numpy()[[2, 7]])
+    with pytest.raises(TwoAxisError, match="to mark, got 99"):
+        plot_layer(part, marked=[99])
+
+
 def test_overview_has_a_panel_a_layer(table):
     axes = plot_overview(table).axes
     assert [panel.get_title().split(" ")[0] for panel in axes[:-1]] == list(dict.fromkeys(table.layer))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.files import write_bytes
+from tp_twoaxis.html_page import png_bytes
 
 CAPTURE = "local capture $I_k$ (nats)"
 TASK = "task information $M_k$ (nats)"
@@ -20,21 +24,24 @@ HULL = "hull explanation $E_k$ (share of variance)"
 OVERVIEW = "overview.png"
 DPI = 120
 CONSTANT_COLOUR = "#d62728"
+MARK_COLOUR = "#d55e00"  # vermilion stands out of viridis for every kind of colour vision; shapes differ too
 
 
-def plot_layer(table: pd.DataFrame) -> Figure:
+def plot_layer(table: pd.DataFrame, *, marked: Sequence[int] = (), peers: Sequence[int] = ()) -> Figure:
     """Draw one layer.
 
     Args:
         table: the rows of one layer from :func:`~tp_twoaxis.channel_table.channel_table`.
+        marked: channels to mark with a ring and a bold number.
+        peers: channels to mark with a square and a number, those that can replace the marked one.
 
     Returns:
         A figure: x capture, y task information, colour hull explanation from 0 (nobody replaces the channel)
         to 1 (a few peers do). Constant channels are crosses, dashed lines the medians. Channels at the edges
-        are numbered.
+        are numbered where none is marked.
 
     Raises:
-        TwoAxisError: the table is empty or has no target axis.
+        TwoAxisError: the table is empty or has no target axis, or a marked channel is not in it.
 
     Example:
         >>> table = pd.DataFrame({"layer": "conv1", "channel": [0, 1], "variance": [1.0, 2.0],
@@ -57,7 +64,10 @@ def plot_layer(table: pd.DataFrame) -> Figure:
     axes.set_ylabel(TASK)
     bar = figure.colorbar(points, ax=axes)
     bar.set_label(HULL)
-    _number_extremes(axes, table)
+    if marked or peers:
+        _mark(figure, axes, table, marked, peers)
+    else:
+        _number_extremes(axes, table)
     # medians cut the plane in four: top left holds what a local score alone would remove
     axes.axvline(table.capture.median(), color="0.6", linewidth=0.8, linestyle="--", zorder=1)
     axes.axhline(table.task_mi.median(), color="0.6", linewidth=0.8, linestyle="--", zorder=1)
@@ -184,8 +194,69 @@ def _number_extremes(axes: Any, table: pd.DataFrame, count: int = 3) -> None:
         )
 
 
+def _mark(figure: Figure, axes: Any, table: pd.DataFrame, marked: Sequence[int], peers: Sequence[int]) -> None:
+    """Ring the marked channels, box their peers, number both, and say below what is what."""
+    rows = table.set_index("channel")
+    if absent := [channel for channel in (*marked, *peers) if channel not in rows.index]:
+        raise TwoAxisError(f"plot: expected channels of the table to mark, got {listing(map(str, absent))}")
+    one = len(marked) == 1
+    what = f"channel{'' if one else 's'} {listing(map(str, marked))}", f"{'its' if one else 'their'} peers"
+    shapes = (("o", 190, 2.2, MARK_COLOUR), ("s", 70, 1.4, "black"))
+    for channels, label, (marker, size, width, colour) in zip((marked, peers), what, shapes, strict=True):
+        shown = rows.loc[list(channels)]
+        axes.scatter(
+            shown.capture,
+            shown.task_mi,
+            s=size,
+            marker=marker,
+            facecolors="none",
+            edgecolors=colour,
+            linewidths=width,
+            zorder=3,
+            label=label if channels else None,
+        )
+    axes.margins(0.09)  # room for rings and numbers at the edges
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.draw_without_rendering()  # the layout decides where points lie on the page
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(rows[["capture", "task_mi"]])]
+    for channel in marked:
+        _number(axes, rows.loc[channel], channel, taken, size=11, colour=MARK_COLOUR, fontweight="bold")
+    for channel in peers:
+        _number(axes, rows.loc[channel], channel, taken, size=8, colour="black")
+
+
+def _number(
+    axes: Any, row: pd.Series, channel: int, taken: list[Bbox], *, size: float, colour: str, **font: str
+) -> None:
+    """Write a channel's number beside its point, where it covers least of what is ``taken``, and take that place."""
+    pixel = axes.figure.dpi / 72
+    width, height = 0.65 * size * len(str(channel)), size
+    x, y = axes.transData.transform((row.capture, row.task_mi)) / pixel
+    spots: list[tuple[float, int, float, float, Bbox]] = []
+    for right, up in itertools.product((9, -9 - width, -width / 2), (5, -5 - height, -height / 2)):
+        if up == -height / 2 and right == -width / 2:
+            continue  # on the point itself
+        box = Bbox.from_bounds(*(pixel * n for n in (x + right, y + up, width, height)))
+        inside = Bbox.intersection(axes.bbox, box)
+        covered = sum(b.width * b.height for other in taken if (b := Bbox.intersection(other, box)) is not None)
+        outside = box.width * box.height - (0.0 if inside is None else inside.width * inside.height)
+        spots.append((covered + 10 * outside, len(spots), right, up, box))
+    _, _, right, up, box = min(spots, key=lambda spot: spot[:2])
+    taken.append(box)
+    text = axes.annotate(
+        str(channel),
+        (row.capture, row.task_mi),
+        xytext=(right, up),
+        textcoords="offset points",
+        size=size,
+        color=colour,
+        zorder=4,
+        **font,
+    )
+    # a white edge keeps numbers legible on top of points
+    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
 def _write(figure: Figure, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png_bytes(figure))
     return path

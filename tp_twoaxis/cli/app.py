@@ -12,6 +12,7 @@ from tp_twoaxis.cli import options as opt
 from tp_twoaxis.cli.bench import bench_command, report_command
 from tp_twoaxis.cli.calibrate import calibrate_command
 from tp_twoaxis.cli.errors import TRACEBACK, OneLineErrors
+from tp_twoaxis.cli.explain import explain_command
 from tp_twoaxis.cli.inputs import check_outputs, show_progress
 from tp_twoaxis.cli.prune import prune_command
 from tp_twoaxis.cli.score import score_command
@@ -42,8 +43,11 @@ app.command(
     epilog="Example: tp-twoaxis train cifar_resnet18 --num-classes 100 --data cifar100/ --recipe fast --device cuda "
     "--eval-split test --out resnet18.safetensors",
 )(train_command)
-
-
+app.command(
+    "explain",
+    epilog=f"Example: tp-twoaxis explain {_CIFAR.replace(' ', ' layer2.1.conv1 ', 1)} --data cifar10/ "
+    "--channel 13 --out explain.html",
+)(explain_command)
 app.command(
     "bench",
     epilog="Example: tp-twoaxis bench --model cifar_resnet20_conv_shortcut --checkpoint resnet20.safetensors "
