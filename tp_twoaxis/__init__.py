@@ -9,10 +9,19 @@ from tp_twoaxis.importance import (
     TargetImportance,
     TwoAxisImportance,
 )
-from tp_twoaxis.pruning import PruningReport, load_pruned, prune_to_flops, save_pruned
-from tp_twoaxis.statistics import CalibrationStatistics, LayerStatistics, calibrate
+from tp_twoaxis.pruning import (
+    PruningReport,
+    SelectionResult,
+    load_pruned,
+    prune_to_flops,
+    save_pruned,
+    select_score,
+)
+from tp_twoaxis.scores import LOCAL_FAMILY
+from tp_twoaxis.statistics import CalibrationStatistics, LayerStatistics, calibrate, calibrate_shards
 
 __all__ = [
+    "LOCAL_FAMILY",
     "CalibrationStatistics",
     "CapQGWImportance",
     "HullImportance",
@@ -20,11 +29,14 @@ __all__ = [
     "LayerStatistics",
     "LocalImportance",
     "PruningReport",
+    "SelectionResult",
     "TargetImportance",
     "TwoAxisError",
     "TwoAxisImportance",
     "calibrate",
+    "calibrate_shards",
     "load_pruned",
     "prune_to_flops",
     "save_pruned",
+    "select_score",
 ]

@@ -80,6 +80,80 @@ def image_batches(
         yield batches(bar)
 
 
+def deal(batches: Iterator[Batch], hands: int, seed: int = 0) -> Iterator[tuple[int, Batch]]:
+    """Deal images out like cards, one after the other, and gather each hand's into batches of the usual size.
+
+    Of every ``hands`` images in a row each hand gets one, at random: hands differ by one image at most, and neither
+    an order by class nor a period of the loader ends up in them. Which hand an image goes to does not depend on how
+    the loader cuts its batches.
+
+    Args:
+        batches: of :func:`image_batches`.
+        hands: how many; with 1 the batches pass as they are.
+        seed: of the dealing.
+
+    Yields:
+        The hand, and its next batch: about as many images as the loader's first batch has, fewer at the end.
+
+    Raises:
+        TwoAxisError: while iterating: a batch has not one label for each image, or only some batches have labels.
+
+    Example:
+        >>> batch = Batch(0, torch.zeros(4, 1), torch.arange(4))
+        >>> [(hand, len(own.images)) for hand, own in deal(iter([batch]), 2)]
+        [(0, 2), (1, 2)]
+    """
+    if hands == 1:
+        yield from ((0, batch) for batch in batches)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    held: list[list[Batch]] = [[] for _ in range(hands)]
+    labelled, size = None, 0
+    for number, images, labels in batches:
+        size = size or len(images)
+        labelled = labels is not None if labelled is None else labelled
+        if labelled != (labels is not None):
+            raise TwoAxisError(mixed_labels(number, labels))
+        if labels is not None and labels.shape[:1] != (len(images),):
+            raise TwoAxisError(
+                f"batch {number}: expected a label for each of {len(images)} images, got labels {list(labels.shape)}"
+            )
+        while len(order) < len(images):
+            order = torch.cat([order, torch.randperm(hands, generator=generator)])
+        turns, order = order[: len(images)], order[len(images) :]
+        for hand, kept in enumerate(held):
+            own = (turns == hand).nonzero().ravel()
+            if kept and kept[0].images.shape[1:] != images.shape[1:]:
+                yield hand, _joined(kept)
+                kept.clear()
+            if len(own):
+                mine = own.to(images.device)
+                kept.append(Batch(number, images[mine], None if labels is None else labels[own.to(labels.device)]))
+            if sum(len(part.images) for part in kept) >= size:
+                yield hand, _joined(kept)
+                kept.clear()
+    yield from ((hand, _joined(kept)) for hand, kept in enumerate(held) if kept)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Batch(parts[-1].number, torch.cat([part.images for part in parts]), torch.cat(labels) if labels else None)
+
+
+def mixed_labels(number: int, labels: Tensor | None) -> str:
+    """Say that a loader gives labels now and then.
+
+    Example:
+        >>> mixed_labels(3, None)
+        'loader: batch 3 comes without labels, earlier ones did not agree; yield labels always or never'
+    """
+    return (
+        f"loader: batch {number} comes {'with' if labels is not None else 'without'} labels, "
+        "earlier ones did not agree; yield labels always or never"
+    )
+
+
 def split_batch(batch: Any, index: int = 0, *, labels: bool = True) -> tuple[Tensor, Tensor | None]:
     """Take a loader's batch apart.
 

@@ -137,13 +137,13 @@ def write_plots(table: pd.DataFrame, folder: str | Path) -> list[Path]:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise TwoAxisError(f"{folder}: could not be made a folder ({error}); choose another") from error
-    paths = [_write(overview, folder / OVERVIEW)]
+    paths = [write_figure(overview, folder / OVERVIEW)]
     parts = [(str(name), part) for name, part in table.groupby("layer", sort=False)]
     digits = max(2, len(str(len(parts))))
     for number, (name, part) in enumerate(parts, start=1):
         # a model's own names may hold anything but dots
         safe = re.sub(r"[^\w.-]", "_", name) or "model"
-        paths.append(_write(plot_layer(part), folder / f"{number:0{digits}}_{safe}.png"))
+        paths.append(write_figure(plot_layer(part), folder / f"{number:0{digits}}_{safe}.png"))
     return paths
 
 
@@ -257,6 +257,7 @@ def _number(
     text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
-def _write(figure: Figure, path: Path) -> Path:
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all; returns the path."""
     write_bytes(path, png_bytes(figure))
     return path

@@ -16,6 +16,8 @@ from tp_twoaxis.cli.explain import explain_command
 from tp_twoaxis.cli.inputs import check_outputs, show_progress
 from tp_twoaxis.cli.prune import prune_command
 from tp_twoaxis.cli.score import score_command
+from tp_twoaxis.cli.select import select_command
+from tp_twoaxis.cli.stability import stability_command
 from tp_twoaxis.cli.train import train_command
 
 app = typer.Typer(
@@ -33,6 +35,13 @@ app.command("calibrate", epilog=f"Example: tp-twoaxis calibrate {_CIFAR} --data 
 app.command("score", epilog="Example: tp-twoaxis score --stats stats.safetensors --out channels.csv --plot plots/")(
     score_command
 )
+app.command(
+    "stability",
+    epilog=f"Example: tp-twoaxis stability {_CIFAR} --data cifar10/ --images 1000 --score hull --plot stability.png",
+)(stability_command)
+app.command(
+    "select", epilog=f"Example: tp-twoaxis select {_CIFAR} --data cifar10/ --flops 0.5 --candidates local,l2,taylor"
+)(select_command)
 app.command(
     "prune",
     epilog=f"Example: tp-twoaxis prune {_CIFAR} --data cifar10/ --score hull --flops 0.5 --eval-split test "

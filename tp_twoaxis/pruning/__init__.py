@@ -3,5 +3,7 @@
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.pruning.checkpoint import load_pruned, save_pruned
 from tp_twoaxis.pruning.report import PruningReport
+from tp_twoaxis.pruning.selection import select_score
+from tp_twoaxis.pruning.selection_result import SelectionResult
 
-__all__ = ["PruningReport", "load_pruned", "prune_to_flops", "save_pruned"]
+__all__ = ["PruningReport", "SelectionResult", "load_pruned", "prune_to_flops", "save_pruned", "select_score"]

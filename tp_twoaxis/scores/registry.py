@@ -126,6 +126,9 @@ SCORES: dict[str, ScoreEntry] = {
     ),
 }
 
+LOCAL_FAMILY: tuple[str, ...] = tuple(name for name, entry in SCORES.items() if entry.axis == "local")
+"""Every score of the local axis: the candidates of :func:`~tp_twoaxis.select_score`."""
+
 
 def find_score(name: str, axis: str | None = None) -> Score:
     """Look a score up.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.batches import expected_images, image_batches
+from tp_twoaxis.batches import deal, expected_images, image_batches, mixed_labels
 from tp_twoaxis.borrow import eager, evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.statistics.gradients import OutputSaliency
@@ -78,6 +80,54 @@ def calibrate(
         >>> stats["0"].covariance.shape, stats.num_images, stats.target
         (torch.Size([8, 8]), 48, 'margin')
     """
+    return gather(
+        model,
+        loader,
+        target=target,
+        layers=layers,
+        device=device,
+        max_images=max_images,
+        positions=positions,
+        gradients=gradients,
+        consumers=consumers,
+        progress=progress,
+    )[0]
+
+
+def gather(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    target: str | None,
+    layers: Iterable[str] | None,
+    device: torch.device | str | None,
+    max_images: int | None,
+    positions: Positions,
+    gradients: bool,
+    consumers: bool,
+    progress: bool,
+    shards: int = 1,
+    seed: int = 0,
+) -> list[CalibrationStatistics]:
+    """Run the pass behind :func:`calibrate` and :func:`~tp_twoaxis.statistics.shards.calibrate_shards`.
+
+    Args:
+        model: see :func:`calibrate`, as for all that is not named here.
+        loader: its images.
+        target: default task variable.
+        layers: names of the layers to record.
+        device: where to run.
+        max_images: of all shards together.
+        positions: which rows.
+        gradients: also saliencies.
+        consumers: also what layers read.
+        progress: show a bar.
+        shards: how many parts the images are dealt into; see :func:`~tp_twoaxis.batches.deal`.
+        seed: of the dealing.
+
+    Returns:
+        The statistics of each shard.
+    """
     if target is not None and target not in TARGETS:
         raise TwoAxisError(f"target: expected one of {', '.join(TARGETS)} or None, got {target!r}")
     if max_images is not None and not (isinstance(max_images, int) and max_images > 0):
@@ -87,14 +137,12 @@ def calibrate(
     if not recorded:
         raise TwoAxisError(f"{type(network).__name__} has no convolution, linear or attention layer to calibrate")
     parameter = next(network.parameters())
-    task: CoMoments | None = None
     columns: dict[str, tuple[int, int]] = {}
-    images_seen = 0
+    parts: dict[int, _Part] = {}
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(evaluating(network))
         stack.enter_context(eager(network))
-        saliency = OutputSaliency(recorded) if gradients else None
         run_device = stack.enter_context(_placed(network, parameter.device, device))
         batches = stack.enter_context(
             image_batches(
@@ -105,56 +153,72 @@ def calibrate(
                 progress=progress,
             )
         )
-        recorder: Recorder | None = None
-        for index, images, labels in batches:
-            if recorder is None:
-                expected = expected_images(loader, len(images), max_images)
+        first = next(batches, None)
+        if first is None:
+            raise TwoAxisError("loader: expected at least one batch of images, got none; check the data path and split")
+        # positions are chosen for the whole set, so that the parts merge into what one pass would give
+        expected = expected_images(loader, len(first.images), max_images)
+        for shard, (index, images, labels) in deal(chain([first], batches), shards, seed):
+            if shard not in parts:
                 recorder = Recorder(recorded, positions=positions, expected_images=expected, consumers=consumers)
-                stack.enter_context(recorder)
-                if saliency is not None:  # after the recorder, whose hooks then see the outputs first
-                    stack.enter_context(saliency)
+                parts[shard] = _Part(stack.enter_context(recorder))
+                if gradients:  # after the recorder, whose hooks then see the outputs first
+                    parts[shard].saliency = stack.enter_context(OutputSaliency(recorded))
                     stack.enter_context(torch.enable_grad())
-            recorder.begin(len(images))
-            if saliency is not None:
-                saliency.begin(len(images))
+            part = parts[shard]
+            part.recorder.begin(len(images))
+            if part.saliency is not None:
+                part.saliency.begin(len(images))
             logits = forward_logits(network, images.to(run_device, parameter.dtype, non_blocking=True), index)
             values = None
             if target is not None:
                 variables = _variables(logits, labels, target, index, len(images))
-                if not columns:
-                    columns = _columns(variables)
-                    width = max(stop for _, stop in columns.values())
-                    task = CoMoments(width, device="cpu" if logits.device.type == "mps" else logits.device)
+                columns = columns or _columns(variables)
                 if list(variables) != list(columns):
-                    raise TwoAxisError(
-                        f"loader: batch {index} comes {'with' if labels is not None else 'without'} labels, "
-                        "earlier ones did not agree; yield labels always or never"
-                    )
+                    raise TwoAxisError(mixed_labels(index, labels))
                 values = torch.cat(list(variables.values()), dim=1)
-                if task is not None:
-                    task.update(values)
-            if saliency is not None:
-                _backward(saliency, logits, labels, index)
-            recorder.finish(values)
-            images_seen += len(images)
-    if recorder is None:
-        raise TwoAxisError("loader: expected at least one batch of images, got none; check the data path and split")
-    if not recorder.records:
+                if part.task is None:
+                    width = max(stop for _, stop in columns.values())
+                    part.task = CoMoments(width, device="cpu" if logits.device.type == "mps" else logits.device)
+                part.task.update(values)
+            if part.saliency is not None:
+                _backward(part.saliency, logits, labels, index)
+            part.recorder.finish(values)
+            part.images += len(images)
+    if len(parts) < shards:
+        raise TwoAxisError(
+            f"shards: expected at least one image for each of {shards} shards, got "
+            f"{sum(part.images for part in parts.values())} images; give more images or fewer shards"
+        )
+    if not parts[0].recorder.records:
         raise TwoAxisError(
             f"none of the layers {listing(recorded)} ran in the forward pass; "
             "the model calls their weights as functions, or runs code that was traced before: pass the eager model"
         )
     resolved = target if target in columns else ("predicted_margin" if target else None)
-    return CalibrationStatistics.from_records(
-        recorded,
-        recorder.records,
-        task,
-        columns,
-        None if saliency is None else saliency.records,
-        target=resolved,
-        num_images=images_seen,
-        explicit=layers is not None,
-    )
+    return [
+        CalibrationStatistics.from_records(
+            recorded,
+            part.recorder.records,
+            part.task,
+            columns,
+            None if part.saliency is None else part.saliency.records,
+            target=resolved,
+            num_images=part.images,
+            explicit=layers is not None,
+        )
+        for _, part in sorted(parts.items())
+    ]
+
+
+@dataclass
+class _Part:
+    """What one shard has gathered."""
+
+    recorder: Recorder
+    task: CoMoments | None = None
+    saliency: OutputSaliency | None = None
+    images: int = 0
 
 
 @contextmanager

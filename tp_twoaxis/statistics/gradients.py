@@ -68,7 +68,7 @@ class OutputSaliency:
         self._handles, self._gates = [], {}
 
     def begin(self, batch_size: int) -> None:
-        """Announce a batch of ``batch_size`` images."""
+        """Announce a batch of ``batch_size`` images, at least one; what runs outside of a batch is not seen."""
         self._batch_size = batch_size
         self._gates = {}
 
@@ -102,10 +102,12 @@ class OutputSaliency:
             if name not in self.records:
                 self.records[name] = CoMoments(gate.shape[1], 0, device=values.device)
             self.records[name].update(values, values[:, :0])
-        self._gates = {}
+        self._gates, self._batch_size = {}, 0
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if not self._batch_size:
+                return None
             y = output[0] if isinstance(output, tuple) else output
             if name not in self._gates:
                 self._gates[name] = torch.ones(

@@ -48,8 +48,9 @@ class Recorder:
 
     Hooks see what a layer returns before anything else touches it: post-convolution, pre-BatchNorm,
     pre-activation, pre-addition (paper, section 2.1). Each batch is announced with :meth:`begin` and closed
-    with :meth:`finish`, which pairs the pooled outputs with the batch's task variables. A layer called
-    several times a batch contributes rows from each call and one pooled average over all of them.
+    with :meth:`finish`, which pairs the pooled outputs with the batch's task variables; what runs outside of the
+    two is not seen, so that several recorders can take turns. A layer called several times a batch contributes
+    rows from each call and one pooled average over all of them.
 
     Args:
         layers: name -> layer, from :func:`~tp_twoaxis.statistics.layers.channel_layers`.
@@ -120,7 +121,7 @@ class Recorder:
             self._flush()
 
     def begin(self, batch_size: int) -> None:
-        """Announce a batch of ``batch_size`` images."""
+        """Announce a batch of ``batch_size`` images, at least one."""
         self._batch_size = batch_size
         self._pooled = {}
 
@@ -147,6 +148,7 @@ class Recorder:
         if task is not None:
             self._pending_task.append(task)
         self._pending_images += self._batch_size
+        self._batch_size = 0
         if self._pending_images >= PENDING_IMAGES:
             self._flush()
 
@@ -171,6 +173,8 @@ class Recorder:
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not self._batch_size:
+                return
             y = output[0] if isinstance(output, tuple) else output
             with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
                 self._take(name, layer, y.detach())
@@ -179,6 +183,8 @@ class Recorder:
 
     def _input_hook(self, name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            if not self._batch_size:
+                return
             x = (inputs or tuple(named.values()))[0]
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 self._take_input(name, layer, x.detach())

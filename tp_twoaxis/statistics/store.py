@@ -150,6 +150,18 @@ class CalibrationStatistics:
             TwoAxisError: the other statistics are of another model, of another state of it, or of other
                 layers or task variables; self is then unchanged.
         """
+        self.check_mergeable(other)
+        for moments, others in zip(self._moments(), other._moments(), strict=True):
+            moments.merge(others).mirror()
+        self.num_images += other.num_images
+        return self
+
+    def check_mergeable(self, other: CalibrationStatistics) -> None:
+        """Check that other statistics are of other images of the same model.
+
+        Raises:
+            TwoAxisError: they are of another model, of another state of it, or of other layers or task variables.
+        """
         mine, theirs = self._identity(), other._identity()
         for what in mine:
             if mine[what] != theirs[what]:
@@ -157,10 +169,6 @@ class CalibrationStatistics:
                     f"merge: the two statistics differ in their {what}; "
                     "only parts of one calibration of one model merge"
                 )
-        for moments, others in zip(self._moments(), other._moments(), strict=True):
-            moments.merge(others).mirror()
-        self.num_images += other.num_images
-        return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationStatistics:
         """Merge over all ranks; afterwards every rank holds the statistics of all shards.

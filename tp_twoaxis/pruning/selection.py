@@ -1,0 +1,304 @@
+"""Which score to prune a network by: try them on copies and judge them on images that were held out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tp_twoaxis.batches import image_batches, mixed_labels
+from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
+from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.importance.entry import Importance, Needs, requires
+from tp_twoaxis.importance.registry import find_importance, make_importance
+from tp_twoaxis.pruning.apply import prune_to_flops
+from tp_twoaxis.pruning.macs import ExampleInputs
+from tp_twoaxis.pruning.repair import check_repair
+from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, rank_candidates, tied_with_best
+from tp_twoaxis.scores.registry import LOCAL_FAMILY
+from tp_twoaxis.statistics.calibration import calibrate, forward_logits
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+Factory = Callable[[CalibrationStatistics], Importance]
+Batches = list[tuple[Tensor, Tensor]] | list[Tensor]
+
+
+def select_score(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    loader: Iterable[Any],
+    candidates: Iterable[str | Factory] | Mapping[str, str | Factory] = LOCAL_FAMILY,
+    *,
+    flops: float | Iterable[float] = 0.5,
+    repair: Iterable[str] = ("bn",),
+    held_out: float = 0.5,
+    max_images: int | None = 5000,
+    target: str | None = "margin",
+    ignored_layers: Iterable[nn.Module | str] = (),
+    min_keep: float = 0.1,
+    round_to: int | None = None,
+    tolerance: float = 0.01,
+    seed: int = 0,
+    progress: bool = True,
+) -> SelectionResult:
+    """Choose a score for a network by a small sweep on held-out calibration images (the paper's practical selector).
+
+    The loader is read once and its images are dealt at random into two parts. On the first, statistics are gathered
+    once for all candidates; for every candidate and share a copy of the model is pruned and repaired with the same
+    images. The second part judges it. No test image is needed, and the model is not touched.
+
+    A candidate is as good as its top-1 accuracy on the held-out images, averaged over the shares; without labels, as
+    its agreement: the share of images that it puts into the class that the dense network does. Equal ones are ordered
+    by the mean Kullback-Leibler divergence of their prediction from the dense network's. A candidate that fails at a
+    share is out, with the reason in the table.
+
+    Args:
+        model: the trained classifier; wrappers are looked through.
+        example_inputs: as for :func:`~tp_twoaxis.prune_to_flops`.
+        loader: yields ``(images, labels)`` or images, all of one shape and normalised as in training. They are held
+            in memory, so that a loader that shuffles cannot mix the two parts: 5,000 images of 224 pixels take 3 GB,
+            and twice that while they are dealt.
+        candidates: names in ``tp_twoaxis.importance.registry.IMPORTANCES`` (any, not only of scores), functions
+            ``CalibrationStatistics -> importance`` such as ``HullImportance``, or a mapping of labels to either.
+        flops: share of the dense MACs to keep, or several.
+        repair: as for ``prune_to_flops``, from the first part.
+        held_out: share of the images in the second part.
+        max_images: of both parts; None reads the loader to its end.
+        target: task variable of the calibration, as for :func:`~tp_twoaxis.calibrate`.
+        ignored_layers: layers or their names that keep their channels.
+        min_keep: share of every group's channels that always stays.
+        round_to: keep multiples of this many channels.
+        tolerance: accepted relative distance to the target.
+        seed: of the deal, and of ``random``.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The best name, the table of all that was tried, and the importance to go on with.
+
+    Raises:
+        TwoAxisError: an unknown name, images or labels that do not fit, numbers out of range; or every candidate
+            failed, with the reasons.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+        >>> loader = [(torch.randn(64, 3, 8, 8), torch.randint(4, (64,)))]
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> result = select_score(net, x, loader, ["capture", "l2"], progress=False)
+        >>> result.best in ("capture", "l2"), len(result.table)
+        (True, 2)
+        >>> report = prune_to_flops(net, x, result.importance(), flops=0.5, repair=(), progress=False)
+    """
+    network = unwrap(model)
+    builders = _candidates(candidates)
+    shares = [float(share) for share in ([flops] if isinstance(flops, (int, float)) else flops)]
+    if not shares or not all(0.0 < share <= 1.0 for share in shares):
+        raise TwoAxisError(f"flops: expected shares of MACs to keep, above 0 and up to 1, got {flops!r}")
+    if not 0.0 < held_out < 1.0:
+        raise TwoAxisError(f"held_out: expected a share between 0 and 1, got {held_out}; 0.5 is usual")
+    repairs = check_repair(repair, network, loader)
+    names = {module: name for name, module in network.named_modules()}
+    ignored = [names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in ignored_layers]
+    with preserved_rng():
+        calibration, judges = _deal_out(loader, max_images, held_out, seed, progress)
+        stats = None
+        if any(requires(builder.needs, "stats") for builder in builders.values()):
+            stats = calibrate(
+                network,
+                calibration,
+                target=target,
+                max_images=None,
+                gradients=any(requires(builder.needs, "gradient-stats") for builder in builders.values()),
+                consumers=any(requires(builder.needs, "consumer-stats") for builder in builders.values()),
+                progress=progress,
+            )
+        jury = _Jury(network, judges)
+
+        def attempt(candidate: str, share: float) -> tuple[SelectionRow, Tensor | None]:
+            start = time.perf_counter()
+            try:
+                pruned = copy.deepcopy(network)
+                importance = builders[candidate].build(stats=stats, model=pruned, loader=calibration, seed=seed)
+                report = prune_to_flops(
+                    pruned,
+                    example_inputs,
+                    importance,
+                    flops=share,
+                    repair=repairs,
+                    loader=calibration,
+                    ignored_layers=ignored,
+                    min_keep=min_keep,
+                    round_to=round_to,
+                    tolerance=tolerance,
+                    max_images=None,
+                    other_counters=False,
+                    progress=False,
+                )
+                right, divergence = jury.judge(pruned)
+            except Exception as error:  # a candidate may be anybody's code
+                reason = str(error) if isinstance(error, TwoAxisError) else f"{type(error).__name__}: {error}"
+                failed = SelectionRow(candidate, share, None, None, None, time.perf_counter() - start, reason)
+                return failed, None
+            seconds = time.perf_counter() - start
+            mean = float(right.double().mean())
+            return SelectionRow(candidate, share, report.achieved, mean, divergence, seconds), right
+
+        table: list[SelectionRow] = []
+        hits: dict[tuple[str, float], Tensor] = {}
+        trials = [(name, share) for name in builders for share in shares]
+        for name, share in tqdm(trials, desc="select", unit="trial", disable=not progress, leave=False):
+            row, judged = attempt(name, share)
+            table.append(row)
+            if judged is not None:
+                hits[name, share] = judged
+    ranking = rank_candidates(table)
+    if not ranking:
+        raise TwoAxisError(_all_failed(table))
+    best = ranking[0][0]
+    right = {name: torch.stack([hits[name, share] for share in shares]).double().mean(0) for name, _, _ in ranking}
+    return SelectionResult(
+        best,
+        jury.criterion,
+        table,
+        tied_with_best(right, best),
+        jury.dense,
+        sum(len(batch[0] if isinstance(batch, tuple) else batch) for batch in calibration),
+        jury.images,
+        stats,
+        builders[best].build,
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """How to build an importance: keywords ``stats``, ``model``, ``loader``, ``seed``."""
+
+    needs: Needs
+    build: Callable[..., Importance]
+
+
+def _candidates(given: Iterable[str | Factory] | Mapping[str, str | Factory]) -> dict[str, _Candidate]:
+    if isinstance(given, str):
+        raise TwoAxisError(f"candidates: expected several names, got the string {given!r}; pass [{given!r}]")
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(_label(item), item) for item in given]
+    if not pairs:
+        raise TwoAxisError(f"candidates: expected at least one, got none; scores are {', '.join(LOCAL_FAMILY)}")
+    found: dict[str, _Candidate] = {}
+    for label, item in pairs:
+        if label in found:
+            raise TwoAxisError(f"candidates: {label!r} is there twice; pass a mapping with a label for each")
+        if isinstance(item, str):
+            build = partial(make_importance, item, max_images=None, progress=False)
+            found[label] = _Candidate(find_importance(item).needs, build)
+        elif callable(item):
+            found[label] = _Candidate("stats", partial(_call, item))
+        else:
+            raise TwoAxisError(
+                f"candidates: expected names or functions CalibrationStatistics -> importance, got {item!r}"
+            )
+    return found
+
+
+def _label(item: Any) -> str:
+    return item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
+
+
+def _call(factory: Factory, *, stats: CalibrationStatistics, **_: Any) -> Importance:
+    return factory(stats)
+
+
+def _deal_out(
+    loader: Iterable[Any], max_images: int | None, held_out: float, seed: int, progress: bool
+) -> tuple[Batches, Batches]:
+    """Read all images and deal them into calibration and held-out batches of the loader's size."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    size = 0
+    with image_batches(loader, max_images=max_images, labels=True, description="read", progress=progress) as batches:
+        for number, part, classes in batches:
+            if number and (classes is None) == bool(labels):
+                raise TwoAxisError(mixed_labels(number, classes))
+            if images and part.shape[1:] != images[0].shape[1:]:
+                raise TwoAxisError(
+                    f"loader: expected images of one shape, got {list(part.shape[1:])} in batch {number} after "
+                    f"{list(images[0].shape[1:])}; resize them"
+                )
+            if classes is not None and (classes.shape != (len(part),) or classes.is_floating_point()):
+                raise TwoAxisError(
+                    f"loader: expected class indices [{len(part)}] in batch {number}, got {classes.dtype} "
+                    f"{list(classes.shape)}"
+                )
+            images.append(part)
+            labels += [] if classes is None else [classes]
+            size = size or len(part)
+    count = sum(len(part) for part in images)
+    kept_back = round(held_out * count)
+    if kept_back < 1 or count - kept_back < 2:
+        raise TwoAxisError(
+            f"loader: expected images for two parts, 2 to calibrate and 1 held out at least, got {count} with "
+            f"held_out={held_out}; give more images"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    pixels, classes = torch.cat(images), torch.cat(labels) if labels else None
+
+    def cut(chosen: Tensor) -> Batches:
+        parts = torch.split(chosen, size)
+        if classes is None:
+            return [pixels[part.to(pixels.device)] for part in parts]
+        return [(pixels[part.to(pixels.device)], classes[part.to(classes.device)]) for part in parts]
+
+    return cut(order[kept_back:]), cut(order[:kept_back])
+
+
+class _Jury:
+    """Held-out images, what the dense network says about them, and how a pruned one compares.
+
+    Attributes:
+        criterion: ``"accuracy"`` where there are labels, else ``"agreement"`` with the dense network.
+        dense: the dense network's own, in [0, 1].
+        images: how many there are.
+    """
+
+    def __init__(self, network: nn.Module, batches: Batches) -> None:
+        self._images = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+        self._dense = self._log_probabilities(network)
+        predicted = self._dense.argmax(1)
+        labels = [batch[1].cpu() for batch in batches if isinstance(batch, tuple)]
+        self._labels = torch.cat(labels) if labels else predicted
+        self.criterion = "accuracy" if labels else "agreement"
+        self.dense = float((predicted == self._labels).double().mean())
+        self.images = len(self._labels)
+
+    def judge(self, network: nn.Module) -> tuple[Tensor, float]:
+        """Tell which images are right, [n] bool, and the mean divergence from the dense network in nats."""
+        log_probabilities = self._log_probabilities(network)
+        divergence = (self._dense.exp() * (self._dense - log_probabilities)).sum(1).mean()
+        return log_probabilities.argmax(1) == self._labels, max(0.0, float(divergence))
+
+    def _log_probabilities(self, network: nn.Module) -> Tensor:
+        parameter = next(network.parameters())
+        with evaluating(network):
+            logits = [
+                forward_logits(network, images.to(parameter.device, parameter.dtype), 0).cpu()
+                for images in self._images
+            ]
+        whole = torch.cat(logits)
+        if whole.ndim != 2 or not bool(torch.isfinite(whole).all()):
+            got = f"shape {list(whole.shape)}" if whole.ndim != 2 else "values that are not finite"
+            raise TwoAxisError(f"{type(network).__name__}: expected finite logits [n, K] on held-out images, got {got}")
+        return whole.double().log_softmax(1)
+
+
+def _all_failed(table: list[SelectionRow]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for row in table:
+        if row.error is not None and row.candidate not in reasons.setdefault(row.error, []):
+            reasons[row.error].append(row.candidate)
+    told = "; ".join(f"{listing(names)}: {reason}" for reason, names in reasons.items())
+    return f"no candidate could be judged at every share - {told}"
