@@ -28,7 +28,8 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, treatment, keep, grid,
         status, error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network and
         ``dense_...`` of the dense one, ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``,
-        ``seconds_...`` by phase, ``checkpoint``, ``weights``, ``commit``. Measurements of failed cells are missing.
+        ``seconds_...`` by phase, ``checkpoint``, ``weights``, and what
+        made the cell: ``commit, torch, machine, command, date``. Measurements of failed cells are missing.
 
     Raises:
         TwoAxisError: there are no cells.
@@ -77,7 +78,19 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         **{f"seconds_{phase}": seconds for phase, seconds in record["seconds"].items()},
         "checkpoint": record["network"].get("checkpoint"),
         "weights": record.get("weights"),
-        "commit": record["provenance"].get("commit"),
+        **_provenance(record["provenance"]),
+    }
+
+
+def _provenance(made: Mapping[str, Any]) -> dict[str, Any]:
+    machine = made.get("machine", {})
+    where = f"{machine.get('cores')} cores {machine.get('processor')}, {machine.get('device')}" if machine else None
+    return {
+        "commit": made.get("commit"),
+        "torch": made.get("versions", {}).get("torch"),
+        "machine": where,
+        "command": made.get("command"),
+        "date": made.get("date"),
     }
 
 
