@@ -111,6 +111,13 @@ def test_small_layers_have_no_channel_at_both_ends(net, stats):
     assert len({p.channel for p in (*easy, *hard)}) == 5
 
 
+def test_a_channel_without_peers():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Flatten(), nn.Linear(36, 5))
+    text = explain(net, "0", batches(32), channels=0, progress=False).sentences(0)
+    assert text[0] == "Channel 0 has no peers that vary."
+    assert len(text) == 2
+
+
 def test_statistics_are_gathered_where_there_are_none(net):
     result = explain(net, "conv1", batches(32), channels=0, progress=False)
     assert result.score_images == result.lesions.images == 32

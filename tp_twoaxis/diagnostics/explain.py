@@ -65,7 +65,7 @@ class Explanation:
         """Channels that are easiest and hardest to replace, by the share that their hulls explain; constants left out.
 
         Returns:
-            At most five of each, the extreme ones first; in layers of fewer than ten channels none is in both.
+            At most five of each, the extreme ones first, and no channel at both ends.
         """
         order = sorted((p for p in self.profiles if not p.constant), key=lambda p: -p.hull_explanation)
         count = min(SHOWN, (len(order) + 1) // 2)
@@ -76,13 +76,13 @@ class Explanation:
         profile = self.profiles[channel]
         if profile.constant:
             text = [f"Channel {channel} never varies on the {self.score_images} images: a bias can replace it."]
+        elif not profile.hull:
+            text = [f"Channel {channel} has no peers that vary."]
         else:
-            plural = "s" if len(profile.hull) != 1 else ""
+            plural = "s" if len(profile.hull) > 1 else ""
             text = [
                 f"{profile.hull_explanation:.0%} of channel {channel} can be predicted from {len(profile.hull)} "
-                f"peer{plural} ({', '.join(map(str, profile.hull))})."
-                if profile.hull
-                else f"Channel {channel} has no peers.",
+                f"peer{plural} ({', '.join(map(str, profile.hull))}).",
                 f"Its signal captures {profile.capture:.2f} nats of the layer's input, more than "
                 f"{profile.ranks['capture']:.0%} of the other channels.",
             ]
