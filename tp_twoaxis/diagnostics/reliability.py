@@ -164,7 +164,12 @@ def calibration_is_enough(
     The shards are split into two halves, each half is scored, and the channels' ranks are correlated; the mean over
     many splits is the reliability of half the images. The Spearman-Brown formula carries it over to all of them, and
     to the number at which the target is reached. It assumes that a score errs with a variance that falls as one over
-    the images. What it does not see is an error that all images share: a biased score can be perfectly reliable.
+    the images. What it does not see is an error that all images share: a biased score can be perfectly reliable, and
+    positions that were sampled are the same in every shard (``positions="all"`` leaves that out).
+
+    On a ResNet-20 with CIFAR-10, 256 images in 8 shards, 32 positions each, the mean forecast over 21 layers of the
+    rank correlation with 768 other images was 0.990 for ``capture`` where 0.986 was measured (mean error of a layer
+    0.005). With 64 positions against 16 of 1,024 other images the forecast of 0.993 met 0.977: positions count too.
 
     Args:
         shards: of :func:`~tp_twoaxis.statistics.calibrate_shards`, at least two; an even number uses all images.
