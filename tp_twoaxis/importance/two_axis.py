@@ -49,7 +49,8 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     Statistics describe one state of one model. Each call checks that the model is still in it: the group's
     own layers by their weights, all others by shape and by their parameters' version. So a second iterative
     step, or pruning after training, raises instead of ranking by what is no longer true; with ``loader``
-    it recalibrates instead.
+    it recalibrates instead. A group's own layers are those that write its channels, and at the consumer's site those
+    that read them; BatchNorms in between are not remembered, so calibrate again after changing them alone.
 
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
