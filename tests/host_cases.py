@@ -6,7 +6,7 @@ import torch
 import torch_pruning as tp
 from torch.nn import functional as F
 
-from tp_twoaxis import TwoAxisImportance, calibrate
+from tp_twoaxis import CapQGWImportance, HybridImportance, TwoAxisImportance, calibrate
 from tp_twoaxis.importance.gradient_baselines import HessianImportance, TaylorBNImportance
 from tp_twoaxis.importance.groups import model_of
 from tp_twoaxis.importance.registry import IMPORTANCES
@@ -44,10 +44,17 @@ class LazyImportance(tp.importance.Importance):
         options = {} if self.name in FIXED else {"normalizer": self.normalizer}
         if self.name in SCORES:
             target = "predicted_margin" if SCORES[self.name].axis == "target" else None
-            if self.name == "low-overlap" and self.normalizer in ("mean", "sum", "max"):
-                options = {"normalizer": "standarization"}  # below 0, which these refuse
+            if SCORES[self.name].normalizer != "mean" and self.normalizer in ("mean", "sum", "max"):
+                options = {"normalizer": "auto"}  # signed, which these refuse
             stats = calibrate(model, loader, target=target, progress=False)
             return TwoAxisImportance(stats, self.name, loader=loader, **options)
+        if self.name == "cap-qgw":
+            stats = calibrate(model, loader, target=None, gradients=True, progress=False)
+            return CapQGWImportance(stats, loader=loader, **options)
+        if self.name == "hybrid":  # its normalisation is the allocation's
+            stats = calibrate(model, loader, target=None, progress=False)
+            allocation = tp.importance.GroupMagnitudeImportance(normalizer=self.normalizer)
+            return HybridImportance(allocation, TwoAxisImportance(stats, loader=loader))
         if self.name == "hessian":
             return HessianImportance.calibrate(
                 model, loader, progress=False, loss=lambda output, _: output.sum(), loader=loader, **options
