@@ -21,15 +21,14 @@ def hugging_face_vit():
     return transformers.ViTForImageClassification(config)
 
 
-# the twelve blocks of a ViT-B are alike: two of them, at full width, show what there is to see; and one VGG with
-# linear layers of 4,096 is enough
+# the twelve blocks of a ViT-B are alike: two of them, at full width, show what there is to see
 BACKBONES = {
     "torchvision resnet18": lambda: tv.resnet18(num_classes=CLASSES),
     "timm resnet18": lambda: timm.create_model("resnet18", num_classes=CLASSES),
     "torchvision resnet50": lambda: tv.resnet50(num_classes=CLASSES),
     "timm resnet50": lambda: timm.create_model("resnet50", num_classes=CLASSES),
     "torchvision vgg16_bn": lambda: tv.vgg16_bn(num_classes=CLASSES),
-    "timm vgg16_bn": lambda: timm.create_model("vgg16_bn", num_features=512, num_classes=CLASSES),
+    "timm vgg16_bn": lambda: timm.create_model("vgg16_bn", num_classes=CLASSES),
     "torchvision mobilenet_v2": lambda: tv.mobilenet_v2(num_classes=CLASSES),
     "timm mobilenetv2_100": lambda: timm.create_model("mobilenetv2_100", num_classes=CLASSES),
     "torchvision convnext_tiny": lambda: tv.convnext_tiny(num_classes=CLASSES),
