@@ -61,6 +61,15 @@ class InputStatistics(LayerStatistics):
         """Mean input of each channel over the rows, [C_in]."""
         return self.rows.mean
 
+    @property
+    def saliency(self) -> Tensor:
+        """Not recorded at inputs.
+
+        Raises:
+            TwoAxisError: always.
+        """
+        raise self._unrecorded("first-order saliencies")
+
     def target_correlation(self, name: str | None = None) -> Tensor:
         """Not recorded at inputs.
 
