@@ -41,6 +41,7 @@ def test_local_scores_take_inputs(stats, name):
         (lambda read: read.pooled_correlation, "pooled values"),
         (lambda read: read.num_images, "pooled values"),
         (lambda read: read.weight_power, "weight norms"),
+        (lambda read: read.saliency, "first-order saliencies"),
     ],
 )
 def test_what_inputs_do_not_have_is_said(stats, ask, what):
