@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from tp_twoaxis._image_sources import SPLITS, DrawnSource, Source, TorchvisionSource, find_source, read_pixels
+from tp_twoaxis.augmentation import crop_and_flip
 from tp_twoaxis.errors import TwoAxisError
 
 
@@ -164,34 +165,6 @@ class ArrayLoader:
                 images = crop_and_flip(images, self.generator)
             images = self.dataset.normalise(images)
             yield images if self.dataset.labels is None else (images, self.dataset.labels[chosen])
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Crop every image at a random offset after zero-padding by an eighth of the side, and mirror half of them.
-
-    Args:
-        images: [N, C, H, W], on any device.
-        generator: a CPU generator; None uses PyTorch's global one.
-
-    Returns:
-        [N, C, H, W], in the images' dtype.
-
-    Example:
-        >>> crop_and_flip(torch.ones(2, 3, 16, 16), torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3, 16, 16])
-    """
-    count, _, height, width = images.shape
-    pad = max(height, width) // 8
-    padded = torch.nn.functional.pad(images, (pad,) * 4)
-    down, right = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    columns = torch.arange(width)
-    columns = torch.where(mirrored, columns.flip(0), columns) + right
-    rows = torch.arange(height) + down
-    batch = torch.arange(count)[:, None, None]
-    rows, columns, batch = (i.to(images.device) for i in (rows[:, :, None], columns[:, None, :], batch))
-    # an index on each side of the channels moves them to the end
-    return padded[batch, :, rows, columns].permute(0, 3, 1, 2)
 
 
 class ImageDataset(Dataset[Any]):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tp_twoaxis.augmentation import crop_and_flip
 from tp_twoaxis.batches import split_batch
-from tp_twoaxis.data import ArrayDataset, crop_and_flip, make_loader
+from tp_twoaxis.data import ArrayDataset, make_loader
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.training.settings import Precision, Schedule
 
