@@ -14,7 +14,8 @@ may come in pieces: every call copies the Parquet shards that it finds in --data
 some says which and ends. Cells of all calls make one folder, also from several machines: copy their ``cells/``
 together. ``tp-twoaxis report OUT`` draws the tables, the paper's comparisons of families among them.
 
-Expected on an H100-class GPU: under 10 minutes a call; not measured yet.
+Expected on an H100-class GPU: under 10 minutes a call, by its own clock; 180 cells a network and seed take several.
+Not run on a GPU yet; on two CPU cores a small form of it ran, see results/cifar100_resnet20_cpu.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ NETWORKS = {
     "resnet20": "cifar_resnet20_conv_shortcut",  # not the paper's: small enough for a CPU
 }
 PAPER = ["resnet18", "vgg16", "mobilenetv2"]
-METHODS = "capture,variance,hull,low-overlap,task-mi,target-excess,taylor,l1,l2,fpgm,bn-scale,random"
+METHODS = (
+    "capture,variance,hull,composite-local,spectral-rs,cap-qgw,task-mi,composite-pid,pid-no-red,spectral-pid-rs,hybrid,"
+    "taylor,l1,l2,fpgm,chip,network-slimming,random"
+)
 STORE = "TP_TWOAXIS_STORE"
 
 
@@ -163,7 +167,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=NETWORKS, default="resnet18")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help=f"the paper's are {', '.join(map(str, SEEDS))}")
     parser.add_argument("--part", default="1/1", help="k/n: the k-th of n parts of the sweep")
-    parser.add_argument("--methods", default=METHODS, help=f"criteria; default {METHODS}")
+    parser.add_argument("--methods", default=METHODS, help=f"criteria, all calls the same; default {METHODS}")
     parser.add_argument("--keep", default=",".join(f"{k:g}" for k in KEEP), help="shares of the channels to keep")
     parser.add_argument("--finetune-batches", type=int, default=FINETUNE_BATCHES)
     parser.add_argument("--epochs", type=int, help="of training; default the recipe's 30")

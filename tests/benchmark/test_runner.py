@@ -21,7 +21,7 @@ from cases import conv_net
 from safetensors.torch import save_file
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, cross, run_benchmark, work
+from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, context, cross, run_benchmark, work
 from tp_twoaxis.benchmark.cells import claim_folder, open_folder
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report
@@ -346,6 +346,17 @@ def test_layout_and_precision_are_conditions(config, images, tmp_path, monkeypat
     # the same images in the same order, in another precision
     assert record["finetuning"]["last_loss"] == pytest.approx(other["finetuning"]["last_loss"], rel=0.05)
     assert record["finetuning"] != other["finetuning"]
+
+
+def test_repairs_need_no_change_of_the_runner(images, tmp_path, monkeypatch):
+    calls, calibrate = [], context.calibrate
+    monkeypatch.setattr(context, "calibrate", lambda *a, **o: calls.append(o["consumers"]) or calibrate(*a, **o))
+    methods = cross(["l2", "capture(site='consumer')"], repairs=[("ridge", "bn"), ("sequential",)])
+    config = tiny_config(images, methods=methods, keep=(0.6, 0.4), seeds=(42,))
+    summary = run_benchmark(config, tmp_path / "out", progress=False)
+    assert summary.failed == []
+    assert calls == [True]  # what layers read is gathered once for all cells
+    assert {"repair/ridge", "repair/bn"} <= set(summary.folder.read_all()[0]["seconds"])
 
 
 def test_every_seed_may_have_its_own_weights(config, tmp_path):
