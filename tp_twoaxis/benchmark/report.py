@@ -67,7 +67,7 @@ class Report:
             parts.append(markdown_table(wide_table(own)) + "\n")
         where = self.provenance
         machine = where.get("machine", {})
-        seeds = ", ".join(map(str, self.folder.config.seeds))
+        seeds = _seeds(self.cells)
         parts.append(
             f"Seeds {seeds}; mean ± sample standard deviation over seeds; measured on the "
             f"{self.folder.config.data.evaluate_on} images. `{where.get('command')}`, commit {where.get('commit')}, "
@@ -184,7 +184,7 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
     unit = UNITS[config.grid]
     sections = [
         f"<h1>Pruning at equal {unit}</h1>",
-        f"<p class='soft'>{len(report.cells)} cells, seeds {', '.join(map(str, config.seeds))}; accuracy on the "
+        f"<p class='soft'>{len(report.cells)} cells, seeds {_seeds(report.cells)}; accuracy on the "
         f"{config.data.evaluate_on} images. Calibration, selection and test images do not overlap; how they are "
         "split, the config below shows.</p>",
         *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),
@@ -229,6 +229,11 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
         f"<details><summary>Config {config.digest()}</summary><pre>{escape(settings)}</pre></details>",
     ]
     return page("tp-twoaxis benchmark", sections)
+
+
+def _seeds(cells: pd.DataFrame) -> str:
+    """List the seeds that were measured: a suite may name more."""
+    return ", ".join(map(str, sorted(cells.seed.unique())))
 
 
 def _auc_words(auc: tables.AucResult) -> str:
