@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -87,9 +87,7 @@ def share_buffers(network: nn.Module) -> None:
     Example:
         >>> share_buffers(nn.BatchNorm1d(2))
     """
-    if ranks() > 1:
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
+    _send(network.buffers())
 
 
 def barrier() -> None:
@@ -139,10 +137,7 @@ def share_state(network: nn.Module) -> None:
     Example:
         >>> share_state(nn.BatchNorm1d(2))
     """
-    if ranks() > 1:
-        with torch.no_grad():
-            for tensor in [*network.parameters(), *network.buffers()]:
-                dist.broadcast(tensor, 0)
+    _send([*network.parameters(), *network.buffers()])
 
 
 def total(*numbers: float) -> list[float]:
@@ -156,6 +151,13 @@ def total(*numbers: float) -> list[float]:
     if ranks() > 1:
         dist.all_reduce(sums)
     return [float(number) for number in sums]
+
+
+def _send(tensors: Iterable[Tensor]) -> None:
+    if ranks() > 1:
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
 
 def _device() -> torch.device:

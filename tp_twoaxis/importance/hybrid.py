@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,12 +10,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance.entry import Importance
 from tp_twoaxis.importance.groups import root_size
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.scores.ranks import hand_out
 from tp_twoaxis.statistics.store import CalibrationStatistics
-
-Importance = Callable[[Any], Tensor]
 
 
 class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
