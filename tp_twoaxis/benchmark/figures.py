@@ -32,6 +32,8 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
     for panel in panels[len(treatments) :]:
         panel.remove()
+    for panel in panels[max(0, len(treatments) - columns) : len(treatments)]:
+        panel.tick_params(labelbottom=True)  # shared axes number the last row alone, also where it has a gap
     colours = mpl.colormaps["tab20" if len(criteria) > 10 else "tab10"]
     lines = {}
     for panel, treatment in zip(panels, treatments, strict=False):
