@@ -152,3 +152,32 @@ def cluster_quantiles(scores, clusters):
             for score, own in zip(scores, clusters, strict=True)
         ]
     )
+
+
+def reconstruction_error(readings, removed):
+    """Error of the readers' outputs when channels are predicted from all others: sum over readers of tr(W R W')."""
+    total = 0.0
+    for covariance, weight, channels, roots, power in readings:
+        gone = [c for c, r in zip(channels, roots, strict=True) if r in removed]
+        if not gone:
+            continue
+        kept = [i for i in range(len(covariance)) if i not in gone]
+        s = covariance
+        rest = s[np.ix_(gone, gone)]
+        if kept:
+            rest = rest - s[np.ix_(gone, kept)] @ np.linalg.solve(s[np.ix_(kept, kept)], s[np.ix_(kept, gone)])
+        w = weight[:, gone]
+        total += np.trace(w @ rest @ w.T) / power
+    return total
+
+
+def greedy_reconstruction(readings, size):
+    """Try every channel at every step, from scratch."""
+    removed, losses, before = [], [], 0.0
+    while len(removed) < size:
+        errors = {k: reconstruction_error(readings, {*removed, k}) for k in range(size) if k not in removed}
+        best = min(errors, key=errors.get)
+        losses.append(errors[best] - before)
+        before = errors[best]
+        removed.append(best)
+    return removed, losses

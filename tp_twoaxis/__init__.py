@@ -2,6 +2,7 @@
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import (
+    AnticipatingImportance,
     CapQGWImportance,
     HullImportance,
     HybridImportance,
@@ -22,6 +23,7 @@ from tp_twoaxis.statistics import CalibrationStatistics, LayerStatistics, calibr
 
 __all__ = [
     "LOCAL_FAMILY",
+    "AnticipatingImportance",
     "CalibrationStatistics",
     "CapQGWImportance",
     "HullImportance",

@@ -19,7 +19,7 @@ from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 @pytest.fixture(scope="module")
 def stats():
-    return calibrate(conv_net(), batches(), gradients=True, progress=False)
+    return calibrate(conv_net(), batches(), gradients=True, consumers=True, progress=False)
 
 
 def group_of(net, layer="conv1"):
@@ -49,7 +49,7 @@ def test_names_cover_all_scores():
 
 def test_needs_come_alone_or_together():
     with_statistics = {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "stats")}
-    assert with_statistics == {*SCORES, "cap-qgw", "hybrid"}
+    assert with_statistics == {*SCORES, "anticipating", "cap-qgw", "hybrid"}
     assert {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "gradient-stats")} == {"cap-qgw"}
     assert {"taylor", "hybrid"} <= {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "labels")}
 

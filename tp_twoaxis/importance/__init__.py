@@ -1,5 +1,6 @@
 """Scores as Torch-Pruning importances."""
 
+from tp_twoaxis.importance.anticipating import AnticipatingImportance
 from tp_twoaxis.importance.cap import CapQGWImportance
 from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.two_axis import (
@@ -10,6 +11,7 @@ from tp_twoaxis.importance.two_axis import (
 )
 
 __all__ = [
+    "AnticipatingImportance",
     "CapQGWImportance",
     "HullImportance",
     "HybridImportance",

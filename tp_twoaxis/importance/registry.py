@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance.anticipating import AnticipatingImportance
 from tp_twoaxis.importance.baseline_registry import BASELINES
 from tp_twoaxis.importance.cap import CapQGWImportance
 from tp_twoaxis.importance.entry import Importance, ImportanceEntry, option_names, requires
@@ -56,6 +57,13 @@ IMPORTANCES: dict[str, ImportanceEntry] = {
         CapQGWImportance,
         "local",
         option_names(CapQGWImportance),
+    ),
+    "anticipating": ImportanceEntry(
+        ("consumer-stats", "images"),
+        "what the logits lose for a channel's MACs once its readers are mended",
+        AnticipatingImportance,
+        "local",
+        option_names(AnticipatingImportance),
     ),
     "hybrid": ImportanceEntry(
         ("stats", "labels"), "Taylor's allocation, capture's ranking", _hybrid, "both", ("allocation", "ranking")

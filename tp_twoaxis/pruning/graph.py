@@ -51,6 +51,14 @@ class PrunableGroup:
         """The host's group as an importance sees it; its root channels are those of :attr:`group`."""
         return self.group if self.attention is None else self.attention.value
 
+    @property
+    def own(self) -> Any:
+        """:attr:`scored` without root channels that belong to another group."""
+        if self.attention is not None or len(self.channels) == len(self.group[0].idxs):
+            return self.scored
+        root = self.group[0].dep
+        return self.group._DG.get_pruning_group(root.target.module, root.handler, list(self.channels))
+
 
 def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Trace a model with the host.

@@ -298,7 +298,7 @@ def test_sequential_repair_falls_back_to_channels_for_large_patches(monkeypatch)
 
 
 def test_memory_bounds_the_images_of_sequential_repair(monkeypatch):
-    monkeypatch.setattr(sequential, "BYTES", 4 * 32 * 64 * 4 * 20)  # the largest layer: 16 + 16 channels of 8 x 8
+    monkeypatch.setattr(sequential, "BYTES", 6 * 32 * 64 * 4 * 20)  # the largest layer: 16 + 16 channels of 8 x 8
     net, dense, losses = broken()
     report = repair_network(net, dense, losses, ("sequential",), loader=batches(96, 16), progress=False)
     assert "sequential repair ran on 20 images" in report.notes

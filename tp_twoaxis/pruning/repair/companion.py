@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.pruning.repair.junctions import Junctions
+
+SUM, RECTIFIER = "a sum", "a rectifier"
 
 
 class _Stopped(BaseException):
@@ -18,7 +21,7 @@ class _Stopped(BaseException):
 
 
 class Companion:
-    """A forward pass that pauses behind each of some layers and hands over what the layer read and wrote.
+    """A forward pass that pauses behind each of some layers, at sums and at rectifiers, and hands over their tensors.
 
     It runs in a thread of its own, but never at the same time as the caller: one waits while the other works.
     So the dense network's outputs need not be kept for all layers, nor computed again for each.
@@ -31,8 +34,8 @@ class Companion:
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with Companion(net, {"0": net[0], "2": net[2]}, torch.zeros(4, 2)) as dense:
-        ...     [tuple(dense.advance(name)[1].shape) for name in ("0", "2")]
-        [(4, 3), (4, 1)]
+        ...     [tuple(dense.advance(name)[-1].shape) for name in ("0", RECTIFIER, "2")]
+        [(4, 3), (4, 3), (4, 1)]
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> None:
@@ -60,17 +63,18 @@ class Companion:
         for handle in self._handles:
             handle.remove()
 
-    def advance(self, name: str) -> tuple[Tensor, Tensor]:
-        """Go on to the next layer.
+    def advance(self, name: str) -> tuple[Tensor, ...]:
+        """Go on to the next layer, sum or rectifier.
 
         Args:
-            name: the layer that must come next.
+            name: what must come next: a layer's name, :data:`SUM` or :data:`RECTIFIER`.
 
         Returns:
-            What it read and what it wrote, valid until the next call.
+            What a layer read and what it wrote, the result of a sum, the input of a rectifier; valid until the next
+            call.
 
         Raises:
-            TwoAxisError: another layer came, or none.
+            TwoAxisError: something else came, or nothing.
         """
         self._go.release()
         item = self._items.get()
@@ -82,15 +86,18 @@ class Companion:
                 f"{'its end' if item is None else item[0]} - the order of its layers depends on the data; choose "
                 "'patch' or 'ridge'"
             )
-        return item[1], item[2]
+        return tuple(item[1:])
 
     def _pause(self, name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             x = (inputs or tuple(named.values()))[0]
-            self._items.put((name, x, output[0] if isinstance(output, tuple) else output))
-            self._wait()
+            self._hand_over(name, x, output[0] if isinstance(output, tuple) else output)
 
         return hook
+
+    def _hand_over(self, name: str, *tensors: Tensor) -> None:
+        self._items.put((name, *tensors))
+        self._wait()
 
     def _wait(self) -> None:
         self._go.acquire()
@@ -104,7 +111,10 @@ class Companion:
             if self._images.is_cuda:
                 torch.cuda.set_device(self._images.device)
             kind, dtype, enabled = self._autocast
-            with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+            junctions = Junctions(
+                lambda a, b, result: self._hand_over(SUM, result), lambda x, low, high: self._hand_over(RECTIFIER, x)
+            )
+            with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled), junctions:
                 self._model(self._images)
             self._items.put(None)
         except _Stopped:

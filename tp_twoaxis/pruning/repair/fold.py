@@ -45,14 +45,32 @@ def ridge_regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
         >>> ridge_regression(s, s[:, :1], 1e-12).round(decimals=6).tolist()
         [[1.0], [0.0]]
     """
+    factor = damped_factor(covariance, ridge)
+    return torch.zeros_like(cross) if factor is None else torch.cholesky_solve(cross, factor)
+
+
+def damped_factor(covariance: Tensor, ridge: float) -> Tensor | None:
+    """Factor ``S_xx + ridge t I`` as ``L L'``, for :func:`ridge_regression` on several targets.
+
+    Args:
+        covariance: [K, K] float64.
+        ridge: see there.
+
+    Returns:
+        L [K, K], lower triangular; None where nothing varies.
+
+    Raises:
+        TwoAxisError: the ridge is not positive.
+    """
     if not ridge > 0.0:
         raise TwoAxisError(f"ridge: expected a positive number relative to the mean variance, got {ridge}")
     scale = float(covariance.diagonal().mean()) if len(covariance) else 0.0
     if scale <= 0.0:
-        return torch.zeros_like(cross)
+        return None
     damped = covariance.clone()
     damped.diagonal().add_(ridge * scale)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(damped)
+    return factor
 
 
 @dataclass(frozen=True)

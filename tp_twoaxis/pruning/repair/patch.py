@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from tp_twoaxis.pruning.repair.fold import ridge_for, ridge_regression
+from tp_twoaxis.pruning.repair.fold import damped_factor, ridge_for
 from tp_twoaxis.pruning.repair.weights import blocks_of, read_weight, write_weight
 from tp_twoaxis.statistics.layers import channels_last_view
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import stratified
 
+Aim = Callable[[Tensor, Tensor], Tensor]
 # numbers in a patch (inputs x taps) up to which a layer is fitted: the normal equations then take 162 MiB
 LARGEST_PATCH = 4608
 # rows of a fit: this many a number of the patch, within these bounds
@@ -92,6 +95,7 @@ class PatchFit:
         self.ridge = ridge
         self.width = patch_size(layer)
         self._moments: list[tuple[CoMoments, CoMoments]] = []
+        self._factors: dict[int, Tensor | None] = {}
 
     @property
     def rows(self) -> int:
@@ -110,9 +114,7 @@ class PatchFit:
 
     def _update(self, x: Tensor, target: Tensor) -> None:
         y = channels_last_view(target, self.layer, len(x), "")
-        wanted = min(max(ROWS_PER_NUMBER * self.width, FEWEST_ROWS), MOST_ROWS)
-        available = y.shape[1]
-        positions = stratified(available, min(available, max(1, -(-wanted // self.images)))).to(y.device)
+        positions = self._positions(y.shape[1]).to(y.device)
         y = y.index_select(1, positions)
         weight = read_weight(self.layer).flatten(2)  # [blocks, outputs, patch]
         bias = self.layer.bias.detach() if isinstance(self.layer.bias, Tensor) else None
@@ -123,12 +125,10 @@ class PatchFit:
                 (CoMoments(self.width, device=device), CoMoments(self.width, weight.shape[1], device=device))
                 for _ in range(blocks)
             ]
-        chunk = max(1, CHUNK_NUMBERS // (len(positions) * self.width * blocks))
-        for start in range(0, len(x), chunk):
-            rows = patch_rows(x[start : start + chunk], self.layer, positions).flatten(0, 1)  # [rows, blocks, patch]
+        for part, rows in self._rows(x, positions):
             now = torch.einsum("rgf,gof->rgo", rows, weight)
             now = now if bias is None else now + bias.reshape(blocks, -1)
-            rest = y[start : start + chunk].reshape(len(rows), blocks, -1) - now
+            rest = y[part].reshape(len(rows), blocks, -1) - now
             for block, (inputs, cross) in enumerate(self._moments):
                 inputs.update(rows[:, block])
                 cross.update(rows[:, block], rest[:, block])
@@ -139,16 +139,95 @@ class PatchFit:
         Returns:
             [C] float64, to be added to what the layer writes.
         """
-        weights, shifts = [], []
-        old = read_weight(self.layer)
-        for weight, (inputs, cross) in zip(old, self._moments, strict=True):
-            inputs.mirror()
-            ridge = ridge_for(inputs.count, self.width) if self.ridge is None else self.ridge
-            change = ridge_regression(inputs.covariance, cross.covariance, ridge)  # [patch, outputs]
-            weights.append(weight.double() + change.T.reshape(weight.shape).to(weight.device))
-            shifts.append(cross.other_mean - change.T @ inputs.mean)
-        write_weight(self.layer, torch.stack(weights))
+        changes, shifts = [], []
+        for inputs, cross in self._moments:
+            change, shift = self._change(inputs.mirror(), cross)
+            changes.append(change)
+            shifts.append(shift)
+        self._add(changes)
         return torch.cat(shifts)
+
+    def refine(
+        self, x: Tensor, now: Tensor, wanted: Tensor, scale: Tensor, aim: Aim, rounds: int
+    ) -> tuple[Tensor, Tensor]:
+        """Change the solved weights once more, by what became of the layer's outputs further on.
+
+        Further on means ``now = scale * output + rest``, where the rest does not depend on this layer: a BatchNorm's
+        shift, a shortcut. Each round fits ``(aim(now, wanted) - now) / scale`` with the covariance of :meth:`solve`.
+
+        Args:
+            x: the layer's input, all images that were taken in.
+            now: [n, C, *spatial] or [n, *, C], laid out as the layer's output.
+            wanted: likewise; what ``now`` was in the dense network.
+            scale: [C]; channels of scale 0 are left alone.
+            aim: ``(now, wanted) -> target``, elementwise. Where the target is a projection of ``wanted``'s kind that
+                only moves ``now`` as far as it must (a rectifier's), the error falls with every round.
+            rounds: at least 1.
+
+        Returns:
+            The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._refine(x.to(self.layer.weight.dtype), now, wanted, scale, aim, rounds)  # type: ignore[arg-type]
+
+    def _refine(
+        self, x: Tensor, now: Tensor, wanted: Tensor, scale: Tensor, aim: Aim, rounds: int
+    ) -> tuple[Tensor, Tensor]:
+        blocks = len(self._moments)
+        views = [channels_last_view(t, self.layer, len(x), "") for t in (now, wanted)]
+        positions = self._positions(views[0].shape[1]).to(x.device)
+        # one row each: [rows, blocks, outputs]; they are few beside the patches
+        current, goal = (
+            v.index_select(1, positions).to(x.dtype).reshape(-1, blocks, len(scale) // blocks) for v in views
+        )
+        factor = scale.to(x.device, x.dtype).reshape(blocks, -1)
+        usable = factor.abs() > 1e-6 * factor.abs().max()
+        inverse = torch.where(usable, 1.0 / torch.where(usable, factor, 1.0), 0.0)
+        total = torch.zeros_like(read_weight(self.layer).flatten(2))  # [blocks, outputs, patch]
+        offset = torch.zeros(len(scale), dtype=torch.float64, device=self._moments[0][0].mean.device)
+        for _ in range(rounds):
+            rest = (aim(current, goal) - current) * inverse
+            sums = [CoMoments(self.width, rest.shape[2], device=m.mean.device) for m, _ in self._moments]
+            for part, rows in self._rows(x, positions):
+                chosen = rest[part.start * len(positions) :][: len(rows)]
+                for block, cross in enumerate(sums):
+                    cross.update(rows[:, block], chosen[:, block])
+            fitted = [self._change(inputs, cross) for (inputs, _), cross in zip(self._moments, sums, strict=True)]
+            step = torch.stack([change.T for change, _ in fitted]).to(total)
+            shift = torch.cat([shift for _, shift in fitted])
+            total, offset = total + step, offset + shift
+            moved = shift.to(current).reshape(blocks, -1)
+            for part, rows in self._rows(x, positions):
+                chosen = current[part.start * len(positions) :][: len(rows)]
+                chosen += factor * (torch.einsum("rgf,gof->rgo", rows, step) + moved)
+        self._add([change.T.double() for change in total])
+        return total.reshape(self.layer.weight.shape), offset  # type: ignore[arg-type]
+
+    def _positions(self, available: int) -> Tensor:
+        wanted = min(max(ROWS_PER_NUMBER * self.width, FEWEST_ROWS), MOST_ROWS)
+        return stratified(available, min(available, max(1, -(-wanted // self.images))))
+
+    def _rows(self, x: Tensor, positions: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Cut out patches, [rows, blocks, patch], so many images at a time that they stay within bounds."""
+        chunk = max(1, CHUNK_NUMBERS // (len(positions) * self.width * blocks_of(self.layer)))
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            yield part, patch_rows(x[part], self.layer, positions).flatten(0, 1)
+
+    def _change(self, inputs: CoMoments, cross: CoMoments) -> tuple[Tensor, Tensor]:
+        """Solve for a change of one block's weights [patch, outputs] and of its outputs' means [outputs]."""
+        key = id(inputs)
+        if key not in self._factors:
+            ridge = ridge_for(inputs.count, self.width) if self.ridge is None else self.ridge
+            self._factors[key] = damped_factor(inputs.covariance, ridge)
+        factor = self._factors[key]
+        change = torch.zeros_like(cross.scatter) if factor is None else torch.cholesky_solve(cross.covariance, factor)
+        return change, cross.other_mean - change.T @ inputs.mean
+
+    def _add(self, changes: list[Tensor]) -> None:
+        old = read_weight(self.layer)
+        weights = [w.double() + c.T.reshape(w.shape).to(w.device) for w, c in zip(old, changes, strict=True)]
+        write_weight(self.layer, torch.stack(weights))
 
 
 def fits(layer: nn.Module, limit: int = LARGEST_PATCH) -> bool:

@@ -14,6 +14,7 @@ from tp_twoaxis.pruning.repair.batch_norm import batch_norms
 from tp_twoaxis.pruning.repair.companion import Companion
 from tp_twoaxis.pruning.repair.fold import ridge_for, ridge_regression
 from tp_twoaxis.pruning.repair.images import RepairImages
+from tp_twoaxis.pruning.repair.junctions import untold
 from tp_twoaxis.pruning.repair.losses import LayerLoss
 from tp_twoaxis.pruning.repair.one_shot import keep_channels
 from tp_twoaxis.pruning.repair.patch import FEWEST_ROWS, MOST_ROWS, PatchFit, fits
@@ -26,6 +27,7 @@ from tp_twoaxis.pruning.repair.weights import (
     shared_weights,
     write_weight,
 )
+from tp_twoaxis.pruning.repair.writers import Writers
 from tp_twoaxis.statistics.layers import channel_layers, channels_last_view
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import WIDEST_INPUT, stratified
@@ -34,7 +36,7 @@ BY_CHANNELS = "by channels because its patch is too large"
 # the images run as one batch, so many that their activations in both networks stay below this
 BYTES = 2**32
 # activations alive at a time, in units of the largest layer's input and output: a shortcut, a branch, a copy of work
-ALIVE = 2
+ALIVE = 3
 
 
 def refit_in_order(
@@ -80,6 +82,7 @@ def refit_in_order(
         once = {name: layer for name, layer in layers.items() if calls.get(name) == 1}
         outcome |= {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
         companion = stack.enter_context(Companion(dense, {name: originals[name] for name in once}, batch))
+        writers = Writers(companion)
 
         def before_layer(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             nonlocal changed
@@ -95,6 +98,7 @@ def refit_in_order(
                     fit = PatchFit(layer, images=len(x))
                     fit.update(x, keep_channels(dense_y, layer, ~loss.outputs))
                     add_bias(layer, fit.solve(), norm)
+                    writers.expect(layer, fit, x, norm, ~loss.outputs)
                     reason = ""
                 elif blocks_of(layer) == 1 and len(loss.inputs) <= WIDEST_INPUT:
                     add_bias(layer, _refit_channels(layer, originals[name], x, dense_x, loss), norm)
@@ -111,10 +115,12 @@ def refit_in_order(
                 norm.running_mean, norm.running_var = mean, variance
 
         for layer in once.values():
-            stack.callback(layer.register_forward_pre_hook(before_layer, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_pre_hook(untold(before_layer), with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(writers.wrote).remove)
         for batch_norm in batch_norms(network):
-            stack.callback(batch_norm.register_forward_pre_hook(before_norm).remove)
-        network(batch)
+            stack.callback(batch_norm.register_forward_pre_hook(untold(before_norm)).remove)
+        with writers.junctions:
+            network(batch)
     return outcome, len(batch)
 
 

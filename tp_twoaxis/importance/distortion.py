@@ -1,0 +1,150 @@
+"""What a network's logits lose when channels leave and the layers that read them are mended: measured, not modelled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from tqdm.auto import tqdm
+
+from tp_twoaxis.batches import image_batches
+from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.statistics.calibration import forward_logits
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+# images that run at a time
+BATCH = 128
+
+
+class Distortion:
+    """The dense network, some images, and its logits for them; told which inputs are missing, it measures.
+
+    A missing input of a layer is replaced by its best affine prediction from the inputs that stay, as the ``ridge``
+    repair would fold it; nothing is removed, no weight changes. The **distortion** is the logits' mean squared
+    distance from the dense network's, relative to their variance over the images: 0 where nothing changes, 1 where the
+    logits say no more than their mean, more where they mislead. Unlike a divergence between the predicted classes it
+    does not vanish for a network that is sure of every calibration image.
+
+    Copies of an object share the network, the images and all that was measured.
+
+    Args:
+        model: dense; copied.
+        stats: its statistics by ``calibrate(consumers=True)``.
+        loader: yields ``(images, labels)`` or images; labels are not used.
+        images: read so many.
+        max_images: read no more than that either.
+        progress: show progress bars on stderr.
+
+    Raises:
+        TwoAxisError: the loader gave no two images that the network tells apart.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+        >>> loader = [torch.randn(32, 3, 8, 8)]
+        >>> stats = calibrate(net, loader, target=None, consumers=True, progress=False)
+        >>> distortion = Distortion(net, stats, loader, progress=False)
+        >>> distortion({"3": torch.zeros(288, dtype=torch.bool)})
+        0.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: CalibrationStatistics,
+        loader: Iterable[Any],
+        *,
+        images: int = 512,
+        max_images: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.network = copy.deepcopy(unwrap(model)).requires_grad_(False)
+        self.network.zero_grad(set_to_none=True)
+        self.layers = dict(self.network.named_modules())
+        self.stats = stats
+        self.progress = progress
+        parameter = next(self.network.parameters())
+        limit = images if max_images is None else min(images, max_images)
+        with image_batches(
+            loader, max_images=limit, labels=False, description="anticipate", progress=progress
+        ) as batches:
+            parts = [batch.images.to(parameter.device, parameter.dtype) for batch in batches]
+        self._batches = list(torch.split(torch.cat(parts), BATCH)) if parts else []
+        self.example = self._batches[0][:1] if parts else torch.zeros(0)
+        self._dense = self._logits() if parts else torch.zeros(0)
+        self._power = float(self._dense.var(0, correction=0).sum()) if parts else 0.0
+        if not self._power > 0.0:
+            raise TwoAxisError(
+                f"anticipating: expected images that the network tells apart, got {len(self._dense)} with the same "
+                "logits; give more images"
+            )
+        self._bar = tqdm(desc="anticipate", unit="pass", disable=not progress, leave=False)
+        self._cache: dict[Any, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distortion:
+        return self
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Give what was computed under a key, for all copies; it must not be changed."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    @torch.no_grad()
+    def __call__(self, missing: dict[str, Tensor]) -> float:
+        """Measure.
+
+        Args:
+            missing: layer name -> [C_in] bool, inputs that it has to do without.
+        """
+        with ExitStack() as stack:
+            for name, inputs in missing.items():
+                if bool(inputs.any()):
+                    hook = self._predict(name, inputs)
+                    stack.callback(self.layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            logits = self._logits()
+        self._bar.update()
+        return float((logits - self._dense).square().sum(1).mean()) / self._power
+
+    def _logits(self) -> Tensor:
+        with torch.no_grad(), preserved_rng(), evaluating(self.network):
+            return torch.cat([forward_logits(self.network, images, 0).double() for images in self._batches])
+
+    def _predict(self, name: str, missing: Tensor) -> Callable[..., Any]:
+        """Make a hook that replaces missing inputs by their prediction; where none was recorded, by zeros."""
+        # the package that repairs is built on importances
+        from tp_twoaxis.pruning.repair.fold import affine_fold, ridge_for
+
+        layer = self.layers[name]
+        entry = self.stats.layers.get(name)
+        parameter = next(layer.parameters())
+        kept = (~missing).nonzero()[:, 0].to(parameter.device)
+        gone = missing.nonzero()[:, 0].to(parameter.device)
+        weights, shift = None, None
+        if entry is not None and entry.inputs is not None:
+            fold = affine_fold(
+                entry.input_mean, entry.input_covariance, missing, ridge=ridge_for(entry.num_input_rows, len(missing))
+            )
+            weights, shift = fold.weights.to(parameter), fold.shift.to(parameter)
+        axis = 1 if isinstance(layer, _ConvNd) else -1
+        read = 3 if isinstance(layer, nn.MultiheadAttention) else 1  # query, key, value
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            changed = [mended(x) for x in inputs[:read]]
+            return (*changed, *inputs[read:]), named
+
+        def mended(x: Tensor) -> Tensor:
+            x = x.movedim(axis, -1)
+            known = x.index_select(-1, kept)
+            predicted = known.new_zeros(*known.shape[:-1], len(gone))
+            if weights is not None and shift is not None:
+                predicted = known @ weights + shift
+            return x.index_copy(-1, gone, predicted).movedim(-1, axis)
+
+        return hook
