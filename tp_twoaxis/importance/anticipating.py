@@ -22,8 +22,8 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Cost = Literal["macs", "channels"]
 RECONSTRUCTION = "reconstruction"
-# keeps the order inside a group where two channels cost the same, beside the mean score
-TIE = 1e-6
+# rise of the scores over a group, beside their mean, where all slopes agree: the order stays that of the ranking
+TIE = 1e-3
 
 
 class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
