@@ -86,7 +86,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module,
         loader: Iterable[Any],
         *,
-        ranking: str = "hull",
+        ranking: str = RECONSTRUCTION,
         cost: Cost = "macs",
         levels: int = 8,
         images: int = 512,

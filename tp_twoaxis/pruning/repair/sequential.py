@@ -51,7 +51,8 @@ def refit_in_order(
     about to read to what the dense layer writes for the same images (outputs that stay), shrunk towards its
     present weights; then it runs. So each layer makes good for what the ones before it could not. A BatchNorm
     takes mean and variance from what it is about to read. Layers that lost nothing are refitted as well, because
-    their inputs changed. A layer whose patch is too large is refitted at channel level: its dense inputs are
+    their inputs changed. Where what a layer wrote arrives at a sum or a rectifier, it is corrected once more, by
+    what counts there: see :class:`~tp_twoaxis.pruning.repair.writers.Writers`. A layer whose patch is too large is refitted at channel level: its dense inputs are
     predicted from its present ones, and the prediction goes into its weights at every tap.
 
     All images run as one batch, and the dense network beside it, so the pass costs two forward passes plus the
