@@ -23,7 +23,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.files import Json
 
 if TYPE_CHECKING:
-    from tp_twoaxis.pruning.apply import Budget
+    from tp_twoaxis.pruning.cut import Budget
     from tp_twoaxis.training.settings import Precision
 
 T = TypeVar("T")
