@@ -166,6 +166,22 @@ def test_floors_and_rounding_are_of_the_dense_width(name):
     assert at_floor  # or this says nothing
 
 
+@pytest.mark.parametrize("round_to", [None, 2])
+@pytest.mark.parametrize("flops", [0.7, 0.4])
+def test_scores_that_do_not_change_make_the_number_of_steps_irrelevant(flops, round_to):
+    removed = []
+    for steps in (1, 4):
+        net, x, _ = build("option_b")
+        torch.manual_seed(1)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.1, 1.0)
+        importance = tp.importance.BNScaleImportance(normalizer=None)
+        report = prune(net, x, importance, flops=flops, round_to=round_to, steps=steps)
+        removed.append(report.removed_channels)
+    assert removed[0] == removed[1]
+
+
 def test_channels_as_the_budget():
     net, x, data = build("option_a")
     report = prune(net, x, flops=0.5, budget="channels", loader=data)

@@ -107,7 +107,7 @@ class RebuiltImportance:
 
     Args:
         importance: of the first step.
-        build: makes the next one for the network as it is then.
+        build: makes the next one for the network as it is then; see :func:`told`.
 
     Example:
         >>> import torch
@@ -126,4 +126,4 @@ class RebuiltImportance:
 
     def renewed(self, interim: Interim) -> RebuiltImportance:
         """Build the next step's."""
-        return RebuiltImportance(told(self.build(interim), interim), self.build)
+        return RebuiltImportance(self.build(interim), self.build)

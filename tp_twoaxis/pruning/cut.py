@@ -117,13 +117,13 @@ def cut_to(
                 cost,
                 min_keep=limits.min_keep,
                 round_to=limits.round_to,
-                tolerance=limits.tolerance,
                 dense=whole,
             )
             try:
                 if goal < flops:
-                    plan_for(flops=goal)
-                plan = plan_for(flops=aim)
+                    plan_for(flops=goal, tolerance=limits.tolerance)
+                # on the way precision is worth nothing, and cheap channels taken for it are missed in the end
+                plan = plan_for(flops=aim, tolerance=limits.tolerance if flops == goal else None)
             except UnreachableTargetError as error:
                 raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
         with timed(seconds, "remove"):

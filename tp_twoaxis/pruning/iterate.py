@@ -77,6 +77,10 @@ def prune_in_steps(
     least-squares fold is not made worse by that: predicting what left first from what stays, or first from
     what was there in between and that from what stays, is the same projection.
 
+    Steps before the last stop short of their share rather than pass it, and fill no gap with cheaper channels, which
+    would use those up for a precision that nobody asked for. So if the scores of what stays never changed, several
+    steps would remove what one removes.
+
     Args:
         network: changed in place; on an error the caller restores it.
         inputs: of its forward.

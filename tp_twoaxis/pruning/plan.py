@@ -81,7 +81,7 @@ def make_plan(
     flops: float,
     min_keep: float = 0.1,
     round_to: int | None = None,
-    tolerance: float = 0.01,
+    tolerance: float | None = 0.01,
     dense: float | None = None,
 ) -> PruningPlan:
     """Find the global threshold whose removal leaves ``flops`` of the MACs.
@@ -98,7 +98,8 @@ def make_plan(
         flops: share of the dense MACs to keep, in (0, 1].
         min_keep: share of every group's channels that stays, in (0, 1]; at least one channel always does.
         round_to: keep a multiple of this many channels in every group that is touched.
-        tolerance: relative distance to the target that counts as met.
+        tolerance: relative distance to the target that counts as met. None is for a step on the way to a target, which
+            need not be met itself: then the cut is the longest prefix that keeps at least ``flops``.
         dense: MACs that ``flops`` is a share of; default what ``cost`` predicts with nothing removed. Larger where
             earlier steps removed channels already.
 
@@ -131,7 +132,7 @@ def make_plan(
         return cost.macs(state_after(chosen))
 
     least = macs_after(events)
-    close = tolerance * target
+    close = math.inf if tolerance is None else tolerance * target
     if least > target + close:
         raise UnreachableTargetError(
             f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that "
@@ -148,7 +149,7 @@ def make_plan(
     before = events[:low]
     chosen = before
     error = macs_after(before) - target
-    if low < len(events):
+    if low < len(events) and tolerance is not None:
         after = events[: low + 1]
         if abs(macs_after(after) - target) < error:
             chosen, error = after, abs(macs_after(after) - target)
@@ -175,14 +176,14 @@ def make_plan(
     return PruningPlan(removed, macs, target, dense, threshold, notes)
 
 
-def _check_arguments(flops: float, min_keep: float, round_to: int | None, tolerance: float) -> None:
+def _check_arguments(flops: float, min_keep: float, round_to: int | None, tolerance: float | None) -> None:
     if not 0.0 < flops <= 1.0:
         raise TwoAxisError(f"flops: expected the share of MACs to keep, in (0, 1], got {flops!r}")
     if not 0.0 < min_keep <= 1.0:
         raise TwoAxisError(f"min_keep: expected a share in (0, 1], got {min_keep!r}")
     if round_to is not None and round_to < 1:
         raise TwoAxisError(f"round_to: expected a positive number or None, got {round_to!r}")
-    if not tolerance > 0.0:
+    if tolerance is not None and not tolerance > 0.0:
         raise TwoAxisError(f"tolerance: expected a positive relative distance, got {tolerance!r}")
 
 
