@@ -114,16 +114,17 @@ def test_the_target_is_met_and_one_removal_says_it_all(name, flops):
     assert torch.equal(net(images), at_once(images))
 
 
-@pytest.mark.parametrize("repair", ["bias", "ridge", "patch", "sequential"])
-def test_the_last_repair_is_that_of_the_same_channels_removed_at_once(repair):
-    net, x, data = build("option_b")
+@pytest.mark.parametrize(
+    ("name", "repair"),
+    [*(("option_b", repair) for repair in ("bias", "ridge", "patch", "sequential")), ("vit_tiny", "sequential")],
+)
+def test_the_last_repair_is_that_of_the_same_channels_removed_at_once(name, repair):
+    net, x, data = build(name)
     stats = calibrate(net, data, consumers=True, progress=False)
     report = prune(net, x, flops=0.5, steps=2, repair=(repair, "bn"), loader=data, stats=stats)
-    at_once = copy.deepcopy(dense("option_b"))
+    at_once = copy.deepcopy(dense(name))
     losses = replay(at_once, x, report)
-    mended = repair_network(
-        at_once, dense("option_b"), losses, (repair, "bn"), loader=data, stats=stats, progress=False
-    )
+    mended = repair_network(at_once, dense(name), losses, (repair, "bn"), loader=data, stats=stats, progress=False)
     images = torch.cat([images for images, _ in data])
     torch.testing.assert_close(net(images), at_once(images), rtol=1e-4, atol=1e-5)
     assert [c.layer for c in report.consumers] == [c.layer for c in mended.consumers]
