@@ -108,6 +108,16 @@ def test_prune_writes_what_it_prints_and_continues_from_it(folder, tmp_path):
     assert len(shown["channels"]) < 61
 
 
+@pytest.mark.parametrize("score", ["cap-a", "taylor", "random"])
+def test_prune_in_steps(folder, tmp_path, score):
+    out, stats = tmp_path / "p.safetensors", folder / "stats.safetensors"
+    options = ("--flops", 0.6, "--steps", 2, "--score", score, "--stats", stats, "--repair", "ridge+bn", "--json")
+    payload = json.loads(succeed("prune", MODEL, "--data", folder / "images", *options, "--out", out).stdout)
+    assert (payload["report"]["steps"], payload["report"]["importance"]) == (2, score)
+    assert payload["report"]["achieved"] == pytest.approx(0.6, rel=0.05)
+    assert load_pruned(out, conv_net)(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+
+
 def test_criteria_that_need_gradients(folder, tmp_path):
     data = ("--data", folder / "images", "--repair", "none")
     line = refused("prune", MODEL, *data, "--score", "cap-qgw", "--stats", folder / "stats.safetensors", "--out", "p")
@@ -157,6 +167,7 @@ def test_plain_weights(folder, tmp_path):
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "50"], "--flops"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "half"], "--flops"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "0.01"], "min_keep"),
+        (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--steps", "0"], "--steps"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--repair", "glue"], "repair"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--ignore", "conv9"], "conv9"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--eval-images", "3"], "--eval-split"),

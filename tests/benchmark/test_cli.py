@@ -54,6 +54,18 @@ def test_a_comparison_of_one_s_own(options, tmp_path):
     assert written["files"][0] == str(tmp_path / "r" / "report.html")
 
 
+def test_steps_are_crossed_with_the_rest(options, tmp_path):
+    result = run("bench", *options, "--methods", "l2", "--steps", "1,2", "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr or result.exception
+    assert {row["method"] for row in json.loads(result.stdout)["summary"]} == {
+        "l2",
+        "l2+bn",
+        "l2+steps2",
+        "l2+bn+steps2",
+    }
+    assert "--steps" in refused("bench", *options, "--steps", "few", "--out", tmp_path / "other")
+
+
 def test_a_config_file(images, tmp_path):
     config = tiny_config(images, seeds=(42,), keep=(0.5,))
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))

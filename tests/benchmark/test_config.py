@@ -24,6 +24,8 @@ def test_there_and_back():
     assert again == config
     assert again.digest() == config.digest()
     assert len({cell.key for cell in config.cells()}) == len({cell.file_name for cell in config.cells()}) == 32
+    stepped = dataclasses.replace(config, methods=cross(["local"], steps=[1, 3]))
+    assert BenchmarkConfig.from_dict(json.loads(json.dumps(stepped.to_dict()))) == stepped
     assert BenchmarkConfig.from_dict({**MINIMAL, "keep": [1]}) == BenchmarkConfig.from_dict({**MINIMAL, "keep": [1.0]})
 
 
@@ -38,10 +40,18 @@ def test_digest_and_conditions():
     assert not other.extends(config)
 
 
+def test_configs_without_a_choice_of_steps_keep_their_digest():
+    config = BenchmarkConfig.from_dict({**MINIMAL, "methods": [{"criterion": "l2", "steps": 1}]})
+    assert config == BenchmarkConfig.from_dict(MINIMAL)
+    assert config.to_dict()["methods"] == [
+        {"criterion": "l2", "allocation": "global", "repair": ["bn"], "finetune_batches": 0}
+    ]
+
+
 def test_crossed_methods():
-    crossed = {"criteria": "all", "repair": [[], ["bn"]], "finetune_batches": [0, 200]}
+    crossed = {"criteria": "all", "repair": [[], ["bn"]], "finetune_batches": [0, 200], "steps": [1, 3]}
     config = BenchmarkConfig.from_dict({**MINIMAL, "methods": crossed})
-    assert len(config.methods) == 4 * len(criterion_names())
+    assert len(config.methods) == 8 * len(criterion_names())
 
 
 @pytest.mark.parametrize(

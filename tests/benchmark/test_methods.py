@@ -32,8 +32,10 @@ def stats():
 
 
 def test_names_are_unique_over_a_full_cross():
-    table = cross(["l1", "l2"], allocations=ALLOCATIONS, repairs=[(), ("bn",)], budgets=[0, 50, 200])
-    assert len({m.name for m in table}) == len(table) == 24
+    table = cross(["l1", "l2"], allocations=ALLOCATIONS, repairs=[(), ("bn",)], budgets=[0, 50, 200], steps=[1, 3])
+    assert len({m.name for m in table}) == len({(m.criterion, m.treatment) for m in table}) == len(table) == 48
+    assert Method("l2", repair=("bn",), finetune_batches=50, steps=3).name == "l2+bn+steps3+ft50"
+    assert Method("l2", "uniform", (), steps=2).treatment == "uniform steps2"
     assert Method("l2", "uniform", (), 50).name == "l2/uniform+ft50"
     assert Method("l2", "uniform", (), 50).treatment == "uniform ft50"
     assert Method("l2", repair=()).treatment == "none"
@@ -52,6 +54,7 @@ def test_aliases_are_the_default_scores_of_their_axes(stats):
         (Method("l2", allocation="locale"), "global, uniform, got 'locale'"),
         (Method("l2", repair=("bm",)), "repair: expected one of bn.*got 'bm'"),
         (Method("l2", finetune_batches=-1), "0 or more"),
+        (Method("l2", steps=0), "steps: expected at least 1, got 0"),
         (Method("no.such.module:f"), r"importing 'no.such.module'.*capture"),
         (Method("bench_cases:own_scor"), "did you mean own_score"),
         (Method("bench_cases:CLASSES"), "function that makes an importance"),

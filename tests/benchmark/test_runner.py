@@ -359,6 +359,28 @@ def test_repairs_need_no_change_of_the_runner(images, tmp_path, monkeypatch):
     assert {"repair/ridge", "repair/bn"} <= set(summary.folder.read_all()[0]["seconds"])
 
 
+def test_steps_are_an_axis_of_methods(images, tmp_path):
+    criteria = ["cap-a", "taylor", "l2", "bench_cases:own_score"]
+    methods = (*cross(criteria, repairs=[("ridge", "bn")], steps=[1, 3]), Method("vbp", "uniform", (), steps=2))
+    config = tiny_config(images, methods=methods, keep=(0.6,), seeds=(42,))
+    summary = run_benchmark(config, tmp_path / "out", progress=False)
+    records = {record["method"]["name"]: record for record in summary.folder.read_all()}
+    assert summary.failed == []
+    assert list(records) == [method.name for method in methods]
+    for name, record in records.items():
+        assert record["achieved"] == pytest.approx(0.6, abs=0.03)  # a channel is 2 or 3 % of this network
+        assert record["method"]["steps"] == {"3": 3, "2": 2}.get(name[-1], 1)
+    for criterion in criteria:
+        once, often = (records[f"{criterion}+ridge+bn{steps}"] for steps in ("", "+steps3"))
+        assert once["weights"] == often["weights"]
+        assert often["seconds"]["graph"] > once["seconds"]["graph"]
+    accuracies = [record["accuracy"]["pruned"] for record in records.values()]
+    assert accuracies[0:8:2] != accuracies[1:8:2]  # it is not the same thing under another name
+    table = make_report(tmp_path / "out").cells
+    assert sorted(table.steps) == [1, 1, 1, 1, 2, 3, 3, 3, 3]
+    assert "ridge+bn+steps3" in set(table.treatment)
+
+
 def test_every_seed_may_have_its_own_weights(config, tmp_path):
     network = config.networks[0]
     for seed in (42, 123):

@@ -9,6 +9,7 @@ import torch
 import torch_pruning as tp
 import torchvision
 from cases import batches, conv_net
+from pruning_cases import Gram, LateFailure, assert_unchanged, everything
 from torch import nn
 
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, load_pruned, prune_to_flops, save_pruned
@@ -70,34 +71,6 @@ def build(name):
 def prune(net, x=X, importance=None, **options):
     options = {"repair": (), "progress": False, **options}
     return prune_to_flops(net, x, importance or Random(), **options)
-
-
-def everything(net):
-    """Whatever an error must not change."""
-    return {
-        "parameters": {n: (id(p), p.requires_grad, p.detach().clone()) for n, p in net.named_parameters()},
-        "buffers": {n: (id(b), b.clone()) for n, b in net.named_buffers()},
-        "training": [m.training for m in net.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()],
-        "attributes": {
-            n: {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple))}
-            for n, m in net.named_modules()
-        },
-        "rng": torch.get_rng_state(),
-    }
-
-
-def assert_unchanged(net, before):
-    after = everything(net)
-    for key in ("training", "hooks", "attributes"):
-        assert after[key] == before[key]
-    for key in ("parameters", "buffers"):
-        assert list(after[key]) == list(before[key])
-        for name, (*flags, value) in after[key].items():
-            *old, expected = before[key][name]
-            assert flags == old
-            assert torch.equal(value, expected)
-    assert torch.equal(after["rng"], before["rng"])
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -278,17 +251,6 @@ def test_failing_importances_leave_no_trace(importance, message):
     assert_unchanged(net, before)
 
 
-class LateFailure:
-    """A loader that breaks after some batches."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        yield self.data[0]
-        raise OSError("disk gone")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -365,18 +327,6 @@ def test_layers_that_did_not_run_are_named():
     assert any(note.startswith("aux did not run on example_inputs") for note in report.notes)
 
 
-class Gram(nn.Module):
-    """A product of features with themselves: no layer's MACs, so the cost model takes it for a constant."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.mix, self.fc = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Linear(64, 5)
-
-    def forward(self, x):
-        x = self.mix(self.conv(x).relu()).flatten(2)
-        return self.fc((x @ (x.transpose(1, 2) @ x)).mean(2))
-
-
 def test_a_cost_that_the_model_cannot_attribute_is_corrected_by_measuring():
     torch.manual_seed(0)
     net = Gram()
@@ -387,7 +337,7 @@ def test_a_cost_that_the_model_cannot_attribute_is_corrected_by_measuring():
 
 
 def test_a_target_that_is_missed_is_reported_as_it_is(monkeypatch):
-    monkeypatch.setattr("tp_twoaxis.pruning.apply.TRIES", 1)
+    monkeypatch.setattr("tp_twoaxis.pruning.cut.TRIES", 1)
     torch.manual_seed(0)
     net = Gram()
     report = prune(net, torch.randn(1, 3, 8, 8), lambda group: torch.arange(len(group[0].idxs)).float(), flops=0.75)

@@ -199,3 +199,25 @@ def test_too_coarse_a_removal_is_said():
 def test_arguments_are_checked(bad, message):
     with pytest.raises(TwoAxisError, match=message):
         make_plan(*random_problem(0), **bad)
+
+
+def test_a_step_on_the_way_stays_above_its_target_and_fills_no_gap():
+    coarse = ScoredGroup("coarse", np.array([1.0, 2.0, 3.0, 4.0]))
+    cheap = ScoredGroup("cheap", np.arange(10.0, 30.0))
+    sides = Side(4, {"coarse": np.ones(4)}), Side(20, {"cheap": np.ones(20)})
+    cost = CostModel([Term(800.0, sides[:1]), Term(200.0, sides[1:])])
+    options = {"flops": 0.55, "min_keep": 0.05}
+    assert make_plan([coarse, cheap], cost, **options).removed["cheap"].sum() == 5
+    on_the_way = make_plan([coarse, cheap], cost, tolerance=None, **options)
+    assert on_the_way.removed["coarse"].tolist() == [True, True, False, False]
+    assert not on_the_way.removed["cheap"].any()
+    assert (on_the_way.macs, on_the_way.notes) == (600.0, [])
+
+
+def test_floors_and_targets_of_a_network_that_was_pruned_before():
+    group = ScoredGroup("a", np.arange(6.0), width=10)
+    cost = CostModel([Term(600.0, (Side(6, {"a": np.ones(6)}),))])
+    plan = make_plan([group], cost, flops=0.5, min_keep=0.5, dense=1000.0)
+    assert (plan.macs, plan.dense, plan.target) == (500.0, 1000.0, 500.0)
+    with pytest.raises(UnreachableTargetError, match=r"between 0\.500 and 1"):
+        make_plan([group], cost, flops=0.4, min_keep=0.5, dense=1000.0)

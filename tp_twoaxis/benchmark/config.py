@@ -23,7 +23,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.files import Json
 
 if TYPE_CHECKING:
-    from tp_twoaxis.pruning.apply import Budget
+    from tp_twoaxis.pruning.cut import Budget
     from tp_twoaxis.training.settings import Precision
 
 T = TypeVar("T")
@@ -151,6 +151,9 @@ class BenchmarkConfig:
     def to_dict(self) -> Json:
         """Return JSON-able values that :meth:`from_dict` reads."""
         values: Json = json.loads(json.dumps(dataclasses.asdict(self)))
+        for method in values["methods"]:
+            if method["steps"] == 1:  # what all configs meant before there was a choice: their digests stay
+                del method["steps"]
         return values
 
     @classmethod
@@ -158,7 +161,7 @@ class BenchmarkConfig:
         """Read and check a config.
 
         ``methods`` is a list of names and objects, or one object of lists to be crossed: ``criteria`` (or
-        ``"all"``), ``allocation``, ``repair``, ``finetune_batches``.
+        ``"all"``), ``allocation``, ``repair``, ``finetune_batches``, ``steps``.
 
         Raises:
             TwoAxisError: a key or a name is unknown, or a value is out of range.
@@ -314,7 +317,7 @@ def _numbers(name: str, values: Any, kind: type) -> tuple[Any, ...]:
 
 def _methods(given: Any) -> tuple[Method, ...]:
     if isinstance(given, Mapping):
-        known = ("criteria", "allocation", "repair", "finetune_batches")
+        known = ("criteria", "allocation", "repair", "finetune_batches", "steps")
         unknown = [name for name in given if name not in known]
         if unknown:
             raise TwoAxisError(f"methods: expected keys among {', '.join(known)}, got {unknown[0]!r}; correct it")
@@ -324,6 +327,7 @@ def _methods(given: Any) -> tuple[Method, ...]:
             allocations=given.get("allocation", ("global",)),
             repairs=given.get("repair", (("bn",),)),
             budgets=given.get("finetune_batches", (0,)),
+            steps=given.get("steps", (1,)),
         )
     methods = [
         Method(m) if isinstance(m, str) else _make(Method, m, "methods") for m in _list("methods", {"methods": given})

@@ -21,12 +21,14 @@ from torch import nn
 from tp_twoaxis.benchmark.cells import FORMAT, VERSION, Cell
 from tp_twoaxis.benchmark.config import BenchmarkConfig
 from tp_twoaxis.benchmark.context import Shared, Sizes, measure_sizes
-from tp_twoaxis.benchmark.methods import ALLOCATIONS, find_criterion
+from tp_twoaxis.benchmark.methods import ALLOCATIONS, Criterion, find_criterion
 from tp_twoaxis.borrow import preserved_rng
 from tp_twoaxis.files import Json
-from tp_twoaxis.importance.entry import Importance
+from tp_twoaxis.importance.entry import Importance, requires
+from tp_twoaxis.importance.renewal import Interim, RebuiltImportance, told
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.ranks import from_leader, ranks, share_state
+from tp_twoaxis.statistics.calibration import calibrate
 
 PACKAGES = ("tp-twoaxis", "torch", "torch-pruning", "numpy", "scipy", "thop")
 TRACEBACK_LINES = 30
@@ -72,7 +74,11 @@ def measure_cell(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
 
 def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
     method, network = cell.method, shared.network
-    model, importance, seconds = shared.prepare(find_criterion(method.criterion))
+    criterion = find_criterion(method.criterion)
+    model, made, seconds = shared.prepare(criterion)
+    importance = agreed(ALLOCATIONS[method.allocation](made))
+    if method.steps > 1:
+        importance = RebuiltImportance(importance, functools.partial(_later, criterion, method.allocation, cell.seed))
     # folds ask what layers read; statistics of that are gathered once for all cells
     folds = [name for name in method.repair if name != "bn"]
     stats = shared.statistics(consumers=True) if folds else None
@@ -82,9 +88,10 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         report = prune_to_flops(
             model,
             network.example,
-            agreed(ALLOCATIONS[method.allocation](importance)),
+            importance,
             flops=cell.keep,
             budget=config.grid,
+            steps=method.steps,
             repair=method.repair,
             stats=stats,
             loader=shared.calibration,
@@ -130,6 +137,23 @@ def _measure(shared: Shared, cell: Cell, config: BenchmarkConfig) -> Json:
         "seconds": seconds,
         "notes": report.notes,
     }
+
+
+def _later(criterion: Criterion, allocation: str, seed: int, interim: Interim) -> Importance:
+    """Build a criterion for a later step of pruning, from statistics of what is left then."""
+    stats = None
+    if requires(criterion.needs, "stats"):
+        # every rank reads all images: those that round apart agree on rank 0's scores
+        stats = calibrate(
+            interim.model,
+            interim.images(),
+            max_images=None,
+            gradients=requires(criterion.needs, "gradient-stats"),
+            consumers=requires(criterion.needs, "consumer-stats"),
+            progress=False,
+        )
+    made = criterion.build(stats=stats, model=interim.model, loader=interim.loader, seed=seed)
+    return agreed(ALLOCATIONS[allocation](told(made, interim)))
 
 
 def agreed(importance: Importance) -> Importance:

@@ -1,4 +1,4 @@
-"""A method of the comparison: what ranks, who decides how many, what mends, how long it is fine-tuned."""
+"""A method of the comparison: what ranks, who decides how many, in how many steps, what mends, what is trained."""
 
 from __future__ import annotations
 
@@ -71,28 +71,36 @@ class Method:
         allocation: a name in :data:`ALLOCATIONS`.
         repair: repairs in the order of :func:`~tp_twoaxis.prune_to_flops`; () leaves the cut as it is.
         finetune_batches: training batches after the repair; 0 trains nothing.
+        steps: of pruning; see :func:`~tp_twoaxis.prune_to_flops`.
 
     Example:
         >>> Method("l2", repair=("bn",), finetune_batches=200).name
         'l2+bn+ft200'
+        >>> Method("l2", repair=("bn",), steps=3).name
+        'l2+bn+steps3'
     """
 
     criterion: str
     allocation: str = "global"
     repair: tuple[str, ...] = ("bn",)
     finetune_batches: int = 0
+    steps: int = 1
 
     @property
     def treatment(self) -> str:
         """All but the criterion: ``"bn+ft200"``, ``"none"``, ``"uniform bn"``."""
-        parts = [*self.repair] + ([f"ft{self.finetune_batches}"] if self.finetune_batches else [])
-        return ("" if self.allocation == "global" else f"{self.allocation} ") + ("+".join(parts) or "none")
+        return ("" if self.allocation == "global" else f"{self.allocation} ") + ("+".join(self._parts) or "none")
 
     @property
     def name(self) -> str:
         """The criterion and the treatment in short, unique within a table."""
-        parts = [self.criterion + ("" if self.allocation == "global" else f"/{self.allocation}"), *self.repair]
-        return "+".join(parts + ([f"ft{self.finetune_batches}"] if self.finetune_batches else []))
+        return "+".join([self.criterion + ("" if self.allocation == "global" else f"/{self.allocation}"), *self._parts])
+
+    @property
+    def _parts(self) -> list[str]:
+        # one step and no training have no name: methods had theirs before there was a choice
+        steps = [f"steps{self.steps}"] if self.steps > 1 else []
+        return [*self.repair, *steps] + ([f"ft{self.finetune_batches}"] if self.finetune_batches else [])
 
     def checked(self) -> Method:
         """Return the method with aliases replaced.
@@ -111,7 +119,9 @@ class Method:
             _choose("repair", name, REPAIRS)
         if self.finetune_batches < 0:
             raise TwoAxisError(f"finetune_batches: expected 0 or more, got {self.finetune_batches}; 0 trains nothing")
-        return Method(criterion, self.allocation, tuple(self.repair), self.finetune_batches)
+        if self.steps < 1:
+            raise TwoAxisError(f"steps: expected at least 1, got {self.steps}; 1 removes everything at once")
+        return Method(criterion, self.allocation, tuple(self.repair), self.finetune_batches, self.steps)
 
 
 def cross(
@@ -120,16 +130,17 @@ def cross(
     allocations: Iterable[str] = ("global",),
     repairs: Iterable[Sequence[str]] = (("bn",),),
     budgets: Iterable[int] = (0,),
+    steps: Iterable[int] = (1,),
 ) -> tuple[Method, ...]:
-    """Every criterion with every allocation, repair and fine-tuning budget.
+    """Every criterion with every allocation, repair, fine-tuning budget and number of steps.
 
     Example:
         >>> [m.name for m in cross(["l1", "l2"], repairs=[(), ("bn",)])]
         ['l1', 'l1+bn', 'l2', 'l2+bn']
     """
     return tuple(
-        Method(criterion, allocation, tuple(repair), budget).checked()
-        for criterion, allocation, repair, budget in product(criteria, allocations, list(repairs), list(budgets))
+        Method(criterion, allocation, tuple(repair), budget, number).checked()
+        for criterion, allocation, repair, budget, number in product(criteria, allocations, repairs, budgets, steps)
     )
 
 

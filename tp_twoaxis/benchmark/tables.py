@@ -25,11 +25,11 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         records: of :meth:`~tp_twoaxis.benchmark.cells.ResultsFolder.read_all`.
 
     Returns:
-        Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, treatment, keep, grid,
-        status, error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network and
-        ``dense_...`` of the dense one, ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``,
-        ``seconds_...`` by phase, ``checkpoint``, ``weights``, and what
-        made the cell: ``commit, torch, machine, command, date``. Measurements of failed cells are missing.
+        Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, steps, treatment, keep,
+        grid, status, error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network
+        and ``dense_...`` of the dense one, ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``,
+        ``seconds_...`` by phase, ``checkpoint``, ``weights``, and what made the cell: ``commit, torch, machine,
+        command, date``. Measurements of failed cells are missing.
 
     Raises:
         TwoAxisError: there are no cells.
@@ -50,8 +50,8 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     method = record["method"]
     error = record.get("error")
-    steps = "+".join(method["repair"]) or "none"
-    made = Method(method["criterion"], method["allocation"], tuple(method["repair"]), method["finetune_batches"])
+    steps = method.get("steps", 1)  # older cells do not say
+    made = Method(method["criterion"], method["allocation"], tuple(method["repair"]), method["finetune_batches"], steps)
     accuracy = record.get("accuracy", {})
     values = {
         name: accuracy.get(key, np.nan)
@@ -63,8 +63,9 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "method": method["name"],
         "criterion": method["criterion"],
         "allocation": method["allocation"],
-        "repair": steps,
+        "repair": "+".join(method["repair"]) or "none",
         "finetune_batches": method["finetune_batches"],
+        "steps": steps,
         "treatment": made.treatment,
         "keep": record["keep"],
         "grid": record["grid"],

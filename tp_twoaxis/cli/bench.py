@@ -68,6 +68,7 @@ def bench_command(
     repair: Annotated[
         str, typer.Option(help="Repairs to cross with: none,bn; join several by a +.", rich_help_panel=_SWEEP)
     ] = "bn",
+    steps: Annotated[str, typer.Option(help="Steps of pruning; 1,3 compares both.", rich_help_panel=_SWEEP)] = "1",
     finetune_batches: Annotated[
         str, typer.Option(help="Training batches after pruning; 0,200 compares both.", rich_help_panel=_SWEEP)
     ] = "0",
@@ -144,6 +145,7 @@ def bench_command(
                 "allocation": names(allocation),
                 "repair": [[] if r == "none" else r.split("+") for r in names(repair) or ()],
                 "finetune_batches": _integers("--finetune-batches", finetune_batches),
+                "steps": _integers("--steps", steps),
             },
             "keep": numbers("--keep", keep),
             "grid": grid,

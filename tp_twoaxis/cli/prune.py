@@ -23,7 +23,7 @@ from tp_twoaxis.cli.inputs import (
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.files import write_bytes
-from tp_twoaxis.importance.entry import requires
+from tp_twoaxis.importance.entry import Importance, requires
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.pruning.checkpoint import save_pruned
@@ -42,6 +42,10 @@ def prune_command(
     flops: Annotated[
         float, typer.Option(help="Share of the MACs to keep, above 0 and up to 1.", rich_help_panel=_PRUNING)
     ] = 0.5,
+    steps: Annotated[
+        int,
+        typer.Option(help="Remove in so many steps; each scores what the last one left.", rich_help_panel=_PRUNING),
+    ] = 1,
     score: Annotated[
         str, typer.Option(help=f"What ranks channels: {', '.join(IMPORTANCES)}.", rich_help_panel=_PRUNING)
     ] = "capture",
@@ -104,6 +108,8 @@ def prune_command(
     entry = find_importance(score)
     if not 0.0 < flops <= 1.0:
         raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {flops:g}")
+    if steps < 1:
+        raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {steps}")
     check_outputs(force, out, report)
     source = DataOptions(data, split, images, batch_size, workers, seed, image_size, mean, std, label_column)
     evaluation = evaluation_options(source, eval_split, eval_data, eval_images)
@@ -127,12 +133,16 @@ def prune_command(
         )
     test = None if evaluation is None else evaluation.loader()
     before = None if test is None else accuracy(network, test, progress=progress)
-    importance = make_importance(score, stats=loaded, model=network, loader=loader, seed=seed, progress=progress)
+    importance: str | Importance = score
+    if steps == 1 or entry.seeded:  # by name it is built anew for every step, but without a seed
+        importance = make_importance(score, stats=loaded, model=network, loader=loader, seed=seed, progress=progress)
     result = prune_to_flops(
         network,
         split_batch(next(iter(loader)))[0][:1],
         importance,
         flops=flops,
+        steps=steps,
+        stats=loaded if isinstance(importance, str) else None,
         repair=() if repair == "none" else (names(repair.replace("+", ",")) or ()),
         loader=loader,
         ignored_layers=names(ignore) or (),

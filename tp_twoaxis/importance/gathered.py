@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.importance.groups import members, merge_repeats, model_of, reduce_members, root_size
 from tp_twoaxis.importance.normalize import Normalizer, normalize
+from tp_twoaxis.importance.renewal import Interim
 
 Gathered = TypeVar("Gathered", bound="GatheredImportance")
 
@@ -72,6 +74,17 @@ class GatheredImportance(tp.importance.Importance):  # type: ignore[misc]
     def gather(self, model: nn.Module, loader: Iterable[Any], *, max_images: int | None, progress: bool) -> Any:
         """Gather what the criterion needs from a model and a loader."""
         raise NotImplementedError
+
+    def renewed(self: Gathered, interim: Interim) -> Gathered:
+        """Copy the importance for the next step of pruning, with new statistics; this one stays as it is.
+
+        Args:
+            interim: the network; its loader counts where this importance has none of its own.
+        """
+        made = copy.copy(self)
+        images = interim.images() if self.loader is None else self.loader
+        made.statistics = self.gather(interim.model, images, max_images=interim.max_images, progress=interim.progress)
+        return made
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

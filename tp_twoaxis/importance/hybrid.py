@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance.entry import Importance
 from tp_twoaxis.importance.groups import root_size
+from tp_twoaxis.importance.renewal import Interim, renewed, told
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.scores.ranks import hand_out
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -82,6 +84,19 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
         """Statistics that the ranking, or else the allocation, was built from, if any."""
         ours = (getattr(part, "stats", None) for part in (self.ranking, self.allocation))
         return next((stats for stats in ours if stats is not None), None)
+
+    def told(self, interim: Interim) -> HybridImportance:
+        """Copy the hybrid for a network from which earlier steps removed channels."""
+        return self._of(told, interim)
+
+    def renewed(self, interim: Interim) -> HybridImportance:
+        """Copy the hybrid for the next step of pruning, each part renewed; this one stays as it is."""
+        return self._of(renewed, interim)
+
+    def _of(self, change: Callable[[Importance, Interim], Importance], interim: Interim) -> HybridImportance:
+        made = copy.copy(self)
+        made.allocation, made.ranking = change(self.allocation, interim), change(self.ranking, interim)
+        return made
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch_pruning as tp
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, listing
 from tp_twoaxis.importance.groups import members, merge_repeats, model_of, readers, reduce_members, root_size
 from tp_twoaxis.importance.normalize import Normalizer, normalize
+from tp_twoaxis.importance.renewal import Interim
 from tp_twoaxis.scores.registry import SCORES, Score, evaluate, find_score, hull_refined
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.input_statistics import InputStatistics
@@ -21,6 +24,7 @@ from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers, num_cha
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Site = Literal["producer", "consumer"]
+Ours = TypeVar("Ours", bound="TwoAxisImportance")
 
 
 class Part(NamedTuple):
@@ -72,7 +76,9 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
 
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
-        score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps.
+        score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps. One with
+            a parameter ``removed`` is told the share of the layer's channels that earlier steps removed, see
+            :meth:`told`.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
         normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
             in ``SCORES``, with which the score was measured best, and ``"mean"`` for functions.
@@ -113,6 +119,7 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         self.normalizer = normalizer
         self.site = site
         self.loader = loader
+        self._removed: Mapping[str, float] = {}
         self._scores: dict[str, Tensor] = {}
         self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
 
@@ -133,9 +140,34 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
             [C] float64 on the CPU; [C_in] at the consumer's site.
         """
         if name not in self._scores:
-            score = self._find(self.score) if isinstance(self.score, str) else self.score
+            score: Callable[..., Tensor] = self._find(self.score) if isinstance(self.score, str) else self.score
+            if name in self._removed and _asks_for_removed(score):
+                score = partial(score, removed=self._removed[name])
             self._scores[name] = evaluate(score, self.layer_statistics(name))
         return self._scores[name]
+
+    def told(self: Ours, interim: Interim) -> Ours:
+        """Copy the importance for a network from which earlier steps removed channels.
+
+        Args:
+            interim: says how much of each layer is gone, at the side that is scored.
+        """
+        made = copy.copy(self)
+        made._removed = interim.written if self.site == "producer" else interim.read
+        made._scores, made._verified = {}, {}
+        return made
+
+    def renewed(self: Ours, interim: Interim) -> Ours:
+        """Copy the importance for the next step of pruning, with new statistics; this one stays as it is.
+
+        Args:
+            interim: the network; its loader counts where this importance has none of its own.
+        """
+        made = self.told(interim)
+        made.stats = interim.recalibrated(
+            self.stats, gradients=self.stats.has_gradients, consumers=self.stats.consumers, loader=self.loader
+        )
+        return made
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
@@ -245,6 +277,15 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
             if layer is None or name in own or not unchanged or num_channels(layer) != entry.num_channels:
                 self.stats.verify(model, [name])
                 self._verified[name] = version or ()
+
+
+def _asks_for_removed(score: Score) -> bool:
+    if isinstance(score, partial) and "removed" in score.keywords:
+        return False  # it was set by hand
+    try:
+        return "removed" in inspect.signature(score).parameters
+    except ValueError:  # a function without a signature
+        return False
 
 
 class LocalImportance(TwoAxisImportance):

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, unwrap
-from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
-from tp_twoaxis.importance.entry import requires
-from tp_twoaxis.importance.registry import IMPORTANCES, build_importance, find_importance
-from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.pruning.cost import CostModel, channel_count
-from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.pruning.criterion import check_steps, interim, renew, resolve
+from tp_twoaxis.pruning.cut import Budget, Limits, timed
+from tp_twoaxis.pruning.iterate import prune_in_steps
 from tp_twoaxis.pruning.macs import (
     ExampleInputs,
     MacsCount,
@@ -29,18 +24,10 @@ from tp_twoaxis.pruning.macs import (
     running_layers,
     thop_macs,
 )
-from tp_twoaxis.pruning.mapping import sound_groups
-from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
-from tp_twoaxis.pruning.ranking import score_groups
-from tp_twoaxis.pruning.removal import group_report, refresh_widths, remove, removed_channels
-from tp_twoaxis.pruning.repair import REPAIRS, LayerLoss, check_repair, layer_losses, repair_network
-from tp_twoaxis.pruning.report import GroupReport, PruningReport, Size
-from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.pruning.repair import REPAIRS, check_repair, repair_network
+from tp_twoaxis.pruning.report import PruningReport, Size
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
-# the cost model is exact but for exotic graphs; each further try corrects it by what was measured
-TRIES = 4
-Budget = Literal["macs", "channels"]
 LATENCY_BATCHES = (1, 64)
 
 
@@ -51,6 +38,7 @@ def prune_to_flops(
     *,
     flops: float = 0.5,
     budget: Budget = "macs",
+    steps: int = 1,
     repair: Iterable[str] = ("bn",),
     stats: CalibrationStatistics | None = None,
     loader: Iterable[Any] | None = None,
@@ -80,14 +68,17 @@ def prune_to_flops(
         flops: share of the dense MACs to **keep**, in (0, 1].
         budget: what ``flops`` is a share of: ``macs``, or ``channels``, all groups' root channels together, for
             protocols that remove a share of the channels and take the MACs as they come.
+        steps: remove in so many steps, each the same share of what is there (``flops ** (i / steps)`` is left after
+            step i): score, remove, repair, gather statistics anew, score again. See the notes.
         repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch`` and ``sequential``
             (let the channels that stay supply what left), from ``loader``; see
             :func:`~tp_twoaxis.pruning.repair.repair_network`. ``()`` leaves the cut as it is.
         stats: calibration statistics for an importance given by name; with ``consumers=True`` they serve the
-            repairs as well.
-        loader: images for repair (labels are not used there) and, if needed, for calibration.
+            repairs as well. Later steps score by new ones, of the same layers and target.
+        loader: images for repair (labels are not used there) and, if needed, for calibration; re-iterable where there
+            are several steps.
         ignored_layers: layers or their names that keep their output channels.
-        min_keep: share of every group's channels that always stays.
+        min_keep: share of every group's channels that always stays; of the dense network's, whatever the steps.
         round_to: keep multiples of this many channels in every group that is cut.
         tolerance: accepted relative distance to the target.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
@@ -97,11 +88,23 @@ def prune_to_flops(
         progress: show progress bars on stderr.
 
     Returns:
-        The report; when the target could not be met within ``tolerance``, its notes say why.
+        The report; when the target could not be met within ``tolerance``, its notes say why. All of it, channel
+        numbers and repaired layers too, compares the dense network with the outcome of all steps.
 
     Raises:
         TwoAxisError: bad arguments, an untraceable model, a failing importance, a network that no longer runs.
         UnreachableTargetError: no allowed removal reaches the target; the message gives the range.
+
+    Notes:
+        Between two steps the repaired network is what is scored. The repair itself starts from the dense network's
+        weights and statistics each time and mends all removals so far, so errors do not add up
+        (:func:`~tp_twoaxis.pruning.iterate.prune_in_steps`). For training between steps call this function
+        once a step, with ``flops`` the share of what is there then.
+
+        An importance given by name is built anew after every step. One given as an object is replaced by a copy with
+        new statistics where it is ours, from its own ``loader`` if it has one, and called again as it is where it
+        reads nothing but weights. The host's and ours that read gradients or activations stored on the model
+        are refused for several steps, because those are of the dense network: give the name.
 
     Example:
         >>> import torch
@@ -113,6 +116,12 @@ def prune_to_flops(
         >>> report = prune_to_flops(net, x, "capture", flops=0.5, loader=loader, progress=False)
         >>> abs(report.achieved - 0.5) < 0.005
         True
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...     nn.Linear(32, 4))
+        >>> report = prune_to_flops(net, x, "cap-a", flops=0.5, steps=3, loader=loader, progress=False)
+        >>> report.steps, abs(report.achieved - 0.5) < 0.005
+        (3, True)
     """
     network = unwrap(model)
     parameter = next(network.parameters(), None)
@@ -121,43 +130,47 @@ def prune_to_flops(
     if budget not in get_args(Budget):
         raise TwoAxisError(f"budget: expected {' or '.join(get_args(Budget))}, got {budget!r}")
     repairs = check_repair(repair, network, loader, stats)
+    check_steps(steps, importance, loader)
     folds = any(name in repairs for name in REPAIRS if name != "bn")
     inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
-    ignored = _find_layers(network, ignored_layers)
+    limits = Limits(_find_layers(network, ignored_layers), budget, min_keep, round_to, tolerance)
     seconds: dict[str, float] = {}
     snapshot = ModelSnapshot(network)
     trained = {name: p.requires_grad for name, p in network.named_parameters()}
     modes = [(module, module.training) for module in network.modules()]
     try:
-        with _timed(seconds, "calibrate"):
-            ranking, label, stats = _resolve(importance, stats, loader, network, max_images, folds, progress)
-        with _timed(seconds, "count"):
+        with timed(seconds, "calibrate"):
+            ranking, label, stats = resolve(importance, stats, loader, network, max_images, folds, progress)
+        with timed(seconds, "count"):
             dense = _count_dense(network, inputs)
             before = _size(network, inputs, dense, other_counters)
             milliseconds = _latencies(network, inputs) if latency else {}
-
-        def plan_for(groups: list[ScoredGroup], cost: CostModel, share: float) -> PruningPlan:
-            return make_plan(groups, cost, flops=share, min_keep=min_keep, round_to=round_to, tolerance=tolerance)
-
         # the copy reads the network as it is here: statistics and targets of repair are the dense network's
-        original = copy.deepcopy(network).requires_grad_(False) if folds else None
-        cut = _cut(network, inputs, ranking, ignored, dense, flops, budget, tolerance, plan_for, seconds)
-        notes = cut.notes
-        with _timed(seconds, "repair"):
-            mended = repair_network(
+        original = copy.deepcopy(network).requires_grad_(False) if folds else network
+        pruned = prune_in_steps(
+            network,
+            inputs,
+            ranking,
+            limits,
+            dense,
+            seconds,
+            flops=flops,
+            steps=steps,
+            mend=lambda losses: repair_network(
                 network,
-                network if original is None else original,
-                cut.losses,
+                original,
+                losses,
                 repairs,
                 loader=loader,
                 stats=stats,
                 max_images=max_images,
                 progress=progress,
-            )
-        seconds |= mended.seconds
-        notes += mended.notes
-        with _timed(seconds, "count"):
-            after = _size(network, inputs, cut.count, other_counters)
+            ),
+            renew=lambda losses: renew(importance, stats, interim(network, losses, loader, max_images, progress)),
+            progress=progress,
+        )
+        with timed(seconds, "count"):
+            after = _size(network, inputs, pruned.count, other_counters)
             later = _latencies(network, inputs) if latency else {}
     except BaseException:
         snapshot.restore()
@@ -168,100 +181,25 @@ def prune_to_flops(
         module.training = training
     if isinstance(importance, str):
         network.zero_grad(set_to_none=True)  # gradients gathered for a criterion belong to the dense network
+    notes = [*pruned.notes, *pruned.mended.notes]
     if getattr(getattr(ranking, "stats", None), "target", None) == "predicted_margin":
         notes.append("calibrated without labels or on the prediction: the target axis uses the predicted margin")
     return PruningReport(
         label,
         flops,
-        cut.achieved,
+        pruned.achieved,
         before,
         after,
-        cut.groups,
-        cut.removed_channels,
+        [report for _, report in pruned.removals.groups],
+        pruned.removals.removed_channels,
         list(repairs),
         seconds,
         {key: (first, later[key]) for key, first in milliseconds.items()},
         notes,
         budget,
-        mended.consumers,
+        pruned.mended.consumers,
+        steps,
     )
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What a removal that ran left behind."""
-
-    count: MacsCount
-    achieved: float
-    groups: list[GroupReport]
-    removed_channels: dict[str, list[int]]
-    losses: dict[str, LayerLoss]
-    notes: list[str]
-
-
-def _cut(
-    network: nn.Module,
-    inputs: ExampleInputs,
-    ranking: Callable[[Any], Tensor],
-    ignored: list[nn.Module],
-    dense: MacsCount,
-    flops: float,
-    budget: Budget,
-    tolerance: float,
-    plan_for: Callable[[list[ScoredGroup], CostModel, float], PruningPlan],
-    seconds: dict[str, float],
-) -> _Cut:
-    """Plan, remove and count, until the counter agrees with the target or the tries are used up."""
-    snapshot = ModelSnapshot(network)
-    aim = flops
-    for attempt in range(1, TRIES + 1):
-        with _timed(seconds, "graph"):
-            graph = build_graph(network, inputs)
-            groups, notes = sound_groups(graph, network, inputs, ignored)
-        with _timed(seconds, "score"):
-            scored, declined = score_groups(groups, ranking)
-        with _timed(seconds, "plan"):
-            try:
-                plan = plan_for(scored, _cost(groups, network, dense, budget), aim)
-            except UnreachableTargetError as error:
-                raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
-        with _timed(seconds, "remove"):
-            lost, losses = removed_channels(groups, plan, network), layer_losses(groups, plan, network)
-            reports = [group_report(group, plan, network) for group in groups]
-            remove(graph, groups, plan)
-            refresh_widths(network)
-        with _timed(seconds, "count"):
-            count = _count_pruned(network, inputs)
-        if budget == "channels":  # counted, not predicted
-            return _Cut(count, plan.macs / plan.dense, reports, lost, losses, notes + plan.notes + declined)
-        achieved = count.total / dense.total
-        met = abs(achieved - flops) <= tolerance * flops
-        as_planned = abs(count.total - plan.macs) < 1.0 or count.total >= dense.total
-        if met or as_planned or plan.notes or attempt == TRIES:
-            break
-        snapshot.restore()
-        # what was removed by prediction and in truth are in proportion, near enough
-        aim = min(1.0, max(1e-6, 1.0 - (1.0 - aim) * (1.0 - flops) / (1.0 - achieved)))
-    notes += plan.notes + declined
-    if not met and not plan.notes:
-        notes.append(
-            f"kept {achieved:.4f} of the MACs instead of {flops:g}: the model runs operations that the cost model "
-            "cannot attribute to a group"
-        )
-    return _Cut(count, achieved, reports, lost, losses, notes)
-
-
-def _cost(groups: list[PrunableGroup], network: nn.Module, dense: MacsCount, budget: Budget) -> CostModel:
-    if budget == "channels":
-        return channel_count({group_key(group): len(group.channels) for group in groups})
-    return cost_model(groups, network, dense)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _find_layers(network: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
@@ -279,41 +217,6 @@ def _find_layers(network: nn.Module, layers: Iterable[nn.Module | str]) -> list[
     return found
 
 
-def _resolve(
-    importance: str | Callable[[Any], Tensor],
-    stats: CalibrationStatistics | None,
-    loader: Iterable[Any] | None,
-    network: nn.Module,
-    max_images: int | None,
-    consumers: bool,
-    progress: bool,
-) -> tuple[Callable[[Any], Tensor], str, CalibrationStatistics | None]:
-    """Find what ranks the channels, its name for the report, and what statistics there are."""
-    if isinstance(importance, str):
-        entry = find_importance(importance)
-        if stats is None and loader is not None and requires(entry.needs, "stats"):
-            stats = calibrate(
-                network,
-                loader,
-                max_images=max_images,
-                gradients=requires(entry.needs, "gradient-stats"),
-                consumers=consumers or requires(entry.needs, "consumer-stats"),
-                progress=progress,
-            )
-        ranking = build_importance(
-            importance, entry, stats=stats, model=network, loader=loader, max_images=max_images, progress=progress
-        )
-        return ranking, importance, stats
-    if not callable(importance):
-        raise TwoAxisError(
-            f"importance: expected a Torch-Pruning importance or a name, got {type(importance).__name__}; "
-            f"names are {', '.join(IMPORTANCES)}"
-        )
-    if isinstance(importance, TwoAxisImportance):
-        return importance, repr(importance), importance.stats if stats is None else stats
-    return importance, type(importance).__name__, stats
-
-
 def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
     with running_layers(network) as running:
         try:
@@ -325,18 +228,6 @@ def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
                 f"{type(network).__name__} does not run on example_inputs{inside(running, network)} "
                 f"({type(error).__name__}: {error}); "
                 "give it what its forward takes, for example torch.randn(1, 3, 224, 224)"
-            ) from error
-
-
-def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
-    with running_layers(network) as running:
-        try:
-            return count_macs(network, inputs)
-        except Exception as error:
-            raise TwoAxisError(
-                f"{type(network).__name__} does not run after removal{inside(running, network)} "
-                f"({type(error).__name__}: {error}); its code holds a width that the host cannot see - put the layers "
-                "concerned into ignored_layers; the model is as it was"
             ) from error
 
 

@@ -28,12 +28,14 @@ class ScoredGroup:
             convolutions, GroupNorm, heads): channel i of every block leaves together, ranked by their mean score.
         run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
             their mean score.
+        width: channels that it had before earlier steps of pruning, of which floors are shares; default its own number.
     """
 
     name: str
     scores: npt.NDArray[np.float64]
     blocks: int = 1
     run: int = 1
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class PruningPlan:
         removed: group name -> [size] bool.
         macs: predicted MACs of one example after removal.
         target: MACs that were asked for.
-        dense: predicted MACs with nothing removed.
+        dense: MACs that the target is a share of.
         threshold: score of the last channel that the global order removed, or -inf.
         notes: why the target was not met more closely, if it was not.
     """
@@ -79,7 +81,8 @@ def make_plan(
     flops: float,
     min_keep: float = 0.1,
     round_to: int | None = None,
-    tolerance: float = 0.01,
+    tolerance: float | None = 0.01,
+    dense: float | None = None,
 ) -> PruningPlan:
     """Find the global threshold whose removal leaves ``flops`` of the MACs.
 
@@ -95,7 +98,10 @@ def make_plan(
         flops: share of the dense MACs to keep, in (0, 1].
         min_keep: share of every group's channels that stays, in (0, 1]; at least one channel always does.
         round_to: keep a multiple of this many channels in every group that is touched.
-        tolerance: relative distance to the target that counts as met.
+        tolerance: relative distance to the target that counts as met. None is for a step on the way to a target, which
+            need not be met itself: then the cut is the longest prefix that keeps at least ``flops``.
+        dense: MACs that ``flops`` is a share of; default what ``cost`` predicts with nothing removed. Larger where
+            earlier steps removed channels already.
 
     Returns:
         The plan; its MACs never rise when ``flops`` falls, up to the tolerance.
@@ -112,7 +118,7 @@ def make_plan(
         [False, True, True, False]
     """
     _check_arguments(flops, min_keep, round_to, tolerance)
-    dense = cost.dense
+    dense = cost.dense if dense is None else dense
     target = flops * dense
     events = _events(groups, min_keep, round_to or 1)
 
@@ -126,7 +132,7 @@ def make_plan(
         return cost.macs(state_after(chosen))
 
     least = macs_after(events)
-    close = tolerance * target
+    close = math.inf if tolerance is None else tolerance * target
     if least > target + close:
         raise UnreachableTargetError(
             f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that "
@@ -143,7 +149,7 @@ def make_plan(
     before = events[:low]
     chosen = before
     error = macs_after(before) - target
-    if low < len(events):
+    if low < len(events) and tolerance is not None:
         after = events[: low + 1]
         if abs(macs_after(after) - target) < error:
             chosen, error = after, abs(macs_after(after) - target)
@@ -170,14 +176,14 @@ def make_plan(
     return PruningPlan(removed, macs, target, dense, threshold, notes)
 
 
-def _check_arguments(flops: float, min_keep: float, round_to: int | None, tolerance: float) -> None:
+def _check_arguments(flops: float, min_keep: float, round_to: int | None, tolerance: float | None) -> None:
     if not 0.0 < flops <= 1.0:
         raise TwoAxisError(f"flops: expected the share of MACs to keep, in (0, 1], got {flops!r}")
     if not 0.0 < min_keep <= 1.0:
         raise TwoAxisError(f"min_keep: expected a share in (0, 1], got {min_keep!r}")
     if round_to is not None and round_to < 1:
         raise TwoAxisError(f"round_to: expected a positive number or None, got {round_to!r}")
-    if not tolerance > 0.0:
+    if tolerance is not None and not tolerance > 0.0:
         raise TwoAxisError(f"tolerance: expected a positive relative distance, got {tolerance!r}")
 
 
@@ -194,7 +200,7 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
         unit_scores = group.scores.reshape(shape).mean((0, 2))
         order = np.argsort(unit_scores, kind="stable")
         members = np.arange(size).reshape(shape)
-        floor = max(1, math.ceil(min_keep * size))
+        floor = max(1, math.ceil(min_keep * (group.width or size)))
         removed_units = 0
         for kept in range(size - together, floor - 1, -together):
             if kept % round_to == 0 and kept > 0:

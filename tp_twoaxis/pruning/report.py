@@ -64,6 +64,7 @@ class PruningReport:
         budget: what the shares are of, ``macs`` or ``channels``.
         consumers: every layer that read removed channels, what mended it, and how far it is from the dense one;
             empty when nothing but BatchNorm was repaired.
+        steps: in how many the channels were removed; all of the above is of all steps together.
     """
 
     importance: str
@@ -79,14 +80,16 @@ class PruningReport:
     notes: list[str] = field(default_factory=list)
     budget: str = "macs"
     consumers: list[ConsumerRepair] = field(default_factory=list)
+    steps: int = 1
 
     def to_json(self) -> str:
         """Serialise everything; one JSON object."""
         return json.dumps(dataclasses.asdict(self))
 
     def __str__(self) -> str:
+        asked = f"asked for {self.flops:.2%}" + (f", in {self.steps} steps" if self.steps > 1 else "")
         rows = [
-            f"{self.importance}: kept {self.achieved:.2%} of the {UNITS[self.budget]} (asked for {self.flops:.2%})",
+            f"{self.importance}: kept {self.achieved:.2%} of the {UNITS[self.budget]} ({asked})",
             f"{'':12}{'before':>14}{'after':>14}{'kept':>8}",
         ]
         sizes = [

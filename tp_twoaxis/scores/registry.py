@@ -75,7 +75,8 @@ def cap_a(layer: LayerStatistics, overlap: float = 0.3, removed: float = 0.0) ->
     Args:
         layer: statistics.
         overlap: b, at least 0.
-        removed: share of the layer's channels that earlier steps removed, in [0, 1).
+        removed: share of the layer's channels that earlier steps removed, in [0, 1);
+            :func:`~tp_twoaxis.prune_to_flops` with ``steps`` sets it.
     """
     active = layer.variance > 0
     capture = local.input_capture(layer.variance)[active]
