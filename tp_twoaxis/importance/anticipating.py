@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance.distortion import Distortion
 from tp_twoaxis.importance.groups import Member, members, model_of, readers, root_size
+from tp_twoaxis.importance.renewal import Interim
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.scores.reconstruction import Reading, greedy_reconstruction
 from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, num_channels
@@ -106,12 +107,28 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         self.ranking = ranking
         self.cost = cost
         self.levels = levels
+        self.images = images
         # a producer's score also checks that the statistics are of the model as it is
         self._ranked = TwoAxisImportance(stats, "capture" if ranking == RECONSTRUCTION else ranking)
         self._distortion = Distortion(model, stats, loader, images=images, max_images=max_images, progress=progress)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(ranking={self.ranking!r}, cost={self.cost!r}, levels={self.levels})"
+
+    def renewed(self, interim: Interim) -> AnticipatingImportance:
+        """Make the importance for the next step of pruning, measured on what is left; this one stays as it is."""
+        stats = interim.recalibrated(self.stats, gradients=self.stats.has_gradients, consumers=True)
+        return AnticipatingImportance(
+            stats,
+            interim.model,
+            interim.images(),
+            ranking=self.ranking,
+            cost=self.cost,
+            levels=self.levels,
+            images=self.images,
+            max_images=interim.max_images,
+            progress=interim.progress,
+        )
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

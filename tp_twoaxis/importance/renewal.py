@@ -119,6 +119,7 @@ class RebuiltImportance:
     def __init__(self, importance: Importance, build: Callable[[Interim], Importance]) -> None:
         self.importance = importance
         self.build = build
+        self.own_channels_only = getattr(importance, "own_channels_only", False)
 
     def __call__(self, group: Any) -> Any:
         """Rank a group as the importance of this step does."""
