@@ -16,8 +16,9 @@ from tp_twoaxis.pruning.repair.junctions import Junctions
 from tp_twoaxis.pruning.repair.patch import PatchFit
 from tp_twoaxis.pruning.repair.weights import add_bias
 
-# rounds of a fit to a rectifier's input; the error still falls slowly behind them
-ROUNDS = 4
+# rounds of a fit to a rectifier's input: the error behind it falls on, but 4 or 12 rounds made neither of two
+# CIFAR-10 ResNet-20s more accurate on 2,000 held-out training images (89.9 / 91.0, 89.6 / 90.7, 89.8 / 90.7 %)
+ROUNDS = 1
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Writers:
     What counts is not what a layer writes but what becomes of it. At a sum the layer also makes good for what the
     other operand lacks: its target is the dense network's sum less that operand. At a rectifier, values that the
     dense network cuts off need only stay cut off: where the dense input is not above the lower bound, the target is
-    the present input, cut at the bound. The latter takes some rounds, each of which lowers the error behind the
-    rectifier (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
+    the present input, cut at the bound. It is fitted in rounds, each of which lowers the error behind the rectifier
+    (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
     corrected outputs replace those in the running pass.
 
     Only tensors as a layer, a BatchNorm or a sum left them are followed; behind any other operation a layer keeps
