@@ -49,12 +49,13 @@ def repair_network(
 ) -> RepairReport:
     """Let the channels that stay supply what the removed ones told the layers that read them.
 
-    No labels, no gradients. ``bias`` folds the removed channels' means into each reader; ``ridge`` their best
-    affine prediction from the kept ones (one pass for the statistics, or none with ``stats``); ``patch`` goes on
-    from there by least squares over whole patches where these have at most 4,608 numbers; ``sequential`` refits
-    all layers in forward order on what the repaired network really delivers, BatchNorm included, towards what the
-    dense network has behind its sums and rectifiers. Each contains those before it, so of several the last one counts. ``bn`` runs after them; after ``sequential`` it is not
-    needed. Neighbours: He et al. 2017 (reconstruction of feature maps), ThiNet (Luo et al. 2017).
+    No labels, no gradients. ``bias`` folds the removed channels' means into each reader; ``ridge`` their best affine
+    prediction from the kept ones (one pass for the statistics, or none with ``stats``); ``patch`` goes on from
+    there by least squares over whole patches where these have at most 4,608 numbers; ``sequential`` refits all
+    layers in forward order on what the repaired network really delivers, BatchNorm included, towards what the dense
+    network has behind its sums and rectifiers. Each contains those before it, so of several the last one counts.
+    ``bn`` runs after them; after ``sequential`` it is not needed. Neighbours: He et al. 2017 (reconstruction of
+    feature maps), ThiNet (Luo et al. 2017).
 
     A convolution without bias whose BatchNorm alone reads it gets its shift into the running mean; other layers
     without bias get one. Frozen parameters are repaired too and stay frozen. A layer behind a LayerNorm or

@@ -47,13 +47,14 @@ def refit_in_order(
 ) -> tuple[dict[str, str], int]:
     """Refit every layer behind the first removal, and re-estimate every BatchNorm, on the way of one forward pass.
 
-    When a layer is about to run in the pruned network, its weights become the least-squares map from what it is
-    about to read to what the dense layer writes for the same images (outputs that stay), shrunk towards its
-    present weights; then it runs. So each layer makes good for what the ones before it could not. A BatchNorm
-    takes mean and variance from what it is about to read. Layers that lost nothing are refitted as well, because
-    their inputs changed. Where what a layer wrote arrives at a sum or a rectifier, it is corrected once more, by
-    what counts there: see :class:`~tp_twoaxis.pruning.repair.writers.Writers`. A layer whose patch is too large is refitted at channel level: its dense inputs are
-    predicted from its present ones, and the prediction goes into its weights at every tap.
+    When a layer is about to run in the pruned network, its weights become the least-squares map from what it is about
+    to read to what the dense layer writes for the same images (outputs that stay), shrunk towards its present
+    weights; then it runs. So each layer makes good for what the ones before it could not. A BatchNorm takes mean
+    and variance from what it is about to read. Layers that lost nothing are refitted as well, because their inputs
+    changed. Where what a layer wrote arrives at a sum or a rectifier, it is corrected once more, by what counts
+    there: see :class:`~tp_twoaxis.pruning.repair.writers.Writers`. A layer whose patch is too large is refitted at
+    channel level: its dense inputs are predicted from its present ones, and the prediction goes into its weights at
+    every tap.
 
     All images run as one batch, and the dense network beside it, so the pass costs two forward passes plus the
     fits. Memory: the activations of that batch; it is cut to about 4 GiB of them, at the price of fewer images.

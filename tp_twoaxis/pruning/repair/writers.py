@@ -45,12 +45,12 @@ class Writer:
 class Writers:
     """Follows what refitted layers write through BatchNorm to sums and rectifiers, and corrects the layers there.
 
-    What counts is not what a layer writes but what becomes of it. At a sum the layer also makes good for what the
-    other operand lacks: its target is the dense network's sum less that operand. At a rectifier, values that the
-    dense network cuts off need only stay cut off: where the dense input is not above the lower bound, the target is
-    the present input, cut at the bound. It is fitted in rounds, each of which lowers the error behind the rectifier
-    (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
-    corrected outputs replace those in the running pass.
+    What counts is not what a layer writes but what becomes of it. At a sum the layer also makes good for what the other
+    operand lacks: its target is the dense network's sum less that operand. At a rectifier, values that the dense
+    network cuts off need only stay cut off: where the dense input is not above the lower bound, the target is the
+    present input, cut at the bound. It is fitted in rounds, each of which lowers the error behind the rectifier
+    (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The corrected
+    outputs replace those in the running pass.
 
     Only tensors as a layer, a BatchNorm or a sum left them are followed; behind any other operation a layer keeps
     the weights that it has.
