@@ -59,6 +59,7 @@ class Losses(AnticipatingImportance):
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor:
+        """Rank a group by its losses; [size] float64."""
         names = {module: name for name, module in model_of(group).named_modules()}
         readings = []
         for member in readers(group):
@@ -157,7 +158,7 @@ def main() -> None:
     save(
         "anticipation",
         "python benchmarks/anticipation.py --data DIR/cifar10 --checkpoints DIR",
-        "CIFAR-10, of the training images 2,048 to calibrate, 1,000 of them to repair, 2,000 others to measure accuracy",
+        "CIFAR-10, of the training images 2,048 to calibrate (1,000 to repair), 2,000 others to measure accuracy",
         keep=KEEP,
         dense=dense,
         rows=rows,

@@ -8,10 +8,14 @@ from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX<>*ph8d"
 DPI = 110
+# inches
+LEGEND_LINE = 0.17
 
 
 def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     """Draw one network: a panel for each treatment, a line for each criterion, mean and standard deviation.
+
+    The legend has the criterion of highest mean accuracy first.
 
     Args:
         summary: of :func:`~tp_twoaxis.benchmark.tables.summary_table`.
@@ -28,7 +32,9 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     treatments, criteria = list(mine.treatment.unique()), list(mine.criterion.unique())
     columns = min(3, len(treatments))
     rows = -(-len(treatments) // columns)
-    figure = Figure(figsize=(4.6 * columns + 2.2, 3.6 * rows + 0.4), dpi=DPI, layout="constrained")
+    high = 3.6 * rows + 0.4
+    blocks = -(-len(criteria) // int((high - 0.4) / LEGEND_LINE))  # columns of the legend
+    figure = Figure(figsize=(4.6 * columns + 0.5 + 1.7 * blocks, high), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
     for panel in panels[len(treatments) :]:
         panel.remove()
@@ -60,5 +66,7 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     figure.supxlabel("MACs kept (%)", size=10)
     figure.supylabel("accuracy (%), dashed: dense", size=10)
     figure.suptitle(network, size=11, fontweight="bold")
-    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
+    best_first = sorted(lines, key=lambda criterion: -float(mine.accuracy[mine.criterion == criterion].mean()))
+    handles = [lines[criterion] for criterion in best_first]
+    figure.legend(handles, best_first, loc="outside right center", ncols=blocks, fontsize=8, frameon=False)
     return figure
