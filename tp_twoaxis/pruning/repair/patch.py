@@ -16,7 +16,8 @@ from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import stratified
 
 Aim = Callable[[Tensor, Tensor], Tensor]
-# numbers in a patch (inputs x taps) up to which a layer is fitted: the normal equations then take 162 MiB
+# numbers in a patch (inputs x taps) up to which a layer is fitted: the normal equations then take 162 MiB, and
+# their factor as much; of sequential repair up to three such layers are alive at a time
 LARGEST_PATCH = 4608
 # rows of a fit: this many a number of the patch, within these bounds
 ROWS_PER_NUMBER, FEWEST_ROWS, MOST_ROWS = 64, 2**14, 2**17

@@ -39,7 +39,7 @@ def repair_network(
     network: nn.Module,
     dense: nn.Module,
     losses: dict[str, LayerLoss],
-    repair: Iterable[str] = ("ridge", "bn"),
+    repair: Iterable[str] = ("sequential",),
     *,
     loader: Iterable[Any] | None = None,
     stats: CalibrationStatistics | None = None,
@@ -67,7 +67,8 @@ def repair_network(
         network: after removal; changed in place: parameters and buffers are replaced, never written into.
         dense: a copy of it from before removal.
         losses: from :func:`~tp_twoaxis.pruning.repair.losses.layer_losses`, before removal.
-        repair: names in :data:`~tp_twoaxis.pruning.repair.request.REPAIRS`.
+        repair: names in :data:`~tp_twoaxis.pruning.repair.request.REPAIRS`; the default kept most accuracy for every
+            criterion (``benchmarks/results/cifar10_repair``).
         loader: images, re-iterable; labels are not used. Without it ``stats`` must have the inputs.
         stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``.
         max_images: at most so many for each step.
