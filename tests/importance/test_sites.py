@@ -158,7 +158,7 @@ def test_producers_of_a_residual_stream_are_reduced(reduction):
     rows = reference.emitted(net, [x for x, _ in LOADER], {"first": net.first, "second": net.second})
     scores = [slow.capture(reference.flat(rows[name]).var(0)) for name in ("first", "second")]
     expected = [REDUCTIONS[reduction](pair) for pair in np.transpose(scores)]
-    got = TwoAxisImportance(stats, group_reduction=reduction, normalizer=None)(full_group(net, "first"))
+    got = TwoAxisImportance(stats, "capture", group_reduction=reduction, normalizer=None)(full_group(net, "first"))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_attention_is_scored_where_its_projection_reads():
     graph = tp.DependencyGraph().build_dependency(net, X, verbose=False)
     group = graph.get_pruning_group(net.proj, tp.prune_linear_in_channels, list(range(6)))
     rows = reference.received(net, [x for x, _ in LOADER], {"proj": net.proj})["proj"]
-    got = TwoAxisImportance(statistics(net), normalizer=None, site="consumer")(group)
+    got = TwoAxisImportance(statistics(net), "capture", normalizer=None, site="consumer")(group)
     np.testing.assert_allclose(got, slow.capture(reference.flat(rows).var(0)), rtol=1e-4)
 
 

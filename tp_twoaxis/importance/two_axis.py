@@ -75,7 +75,7 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
         normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
-            in ``SCORES``, with which the score was measured best, and ``"mean"`` for functions.
+            that ``SCORES`` has beside the score, and ``"mean"`` for functions.
         site: ``producer`` or ``consumer``: whose view of the channels is scored.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 

@@ -27,6 +27,7 @@ class ScoreEntry:
         axis: what it looks at.
         summary: what it is, in one line.
         normalizer: makes groups comparable unless another is asked for; signed scores need one that does not divide.
+            What theirs rests on is told in :mod:`~tp_twoaxis.scores.composite`.
     """
 
     function: Score
