@@ -94,15 +94,16 @@ class Case:
 
 
 def cases(config: BenchmarkConfig, wanted: set[tuple[str, int]]) -> Iterator[tuple[str, int, Case]]:
-    """Make the networks and seeds that are wanted, one after the other."""
-    for entry in config.networks:
-        network = None
-        for seed in config.seeds:
+    """Make the networks and seeds that are wanted, all networks of one seed before the next seed."""
+    networks: dict[str, LoadedNetwork] = {}
+    for seed in config.seeds:
+        for entry in config.networks:
             if (entry.name, seed) in wanted:
-                network = network or LoadedNetwork(config, entry.name, seed, "cpu")
+                if entry.name not in networks:
+                    networks[entry.name] = LoadedNetwork(config, entry.name, seed, "cpu")
+                network = networks[entry.name]
                 judges = network.images.evaluation[0]
                 yield entry.name, seed, Case(network.model, Shared(network, seed).calibration, judges)
-    for seed in config.seeds:
         if (DIGITS, seed) in wanted:
             images = digits("train", seed)
             model = train_digits(images, epochs=DIGITS_EPOCHS, seed=seed, tick=lambda: None)
