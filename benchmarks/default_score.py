@@ -166,7 +166,7 @@ def summary(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rank the candidates by retention, a row each, the best first.
 
     Retention is accuracy over the dense network's, mean over shares and seeds; its spread is half the distance between
-    the seeds. ``lead`` is the mean over networks of its distance to the best candidate, and the standard error of
+    the seeds. ``behind`` is the mean over networks of its distance to the first row, and the standard error of
     that mean over the networks.
     """
     networks = list(dict.fromkeys(unit["network"] for unit in units))
@@ -202,11 +202,14 @@ def summary(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(rows: list[dict[str, Any]], units: list[dict[str, Any]]) -> str:
     """Draw the summary for people."""
     networks = list(rows[0]["networks"])
+    seeds = {net: [str(unit["seed"]) for unit in units if unit["network"] == net] for net in networks}
+    heads = [f"{net} ({', '.join(drawn)})" for net, drawn in seeds.items()]
     lines = [
-        "Accuracy that is left, % of the dense network's, mean over 70, 50 and 35 % of the MACs and two seeds, +- half "
-        "the distance between the seeds. Rank: mean over the networks. Tied: network-seed pairs out of "
+        "Accuracy that is left, % of the dense network's, mean over 70, 50 and 35 % of the MACs and the seeds in "
+        "parentheses, +- half the distance between two seeds. Rank: mean over the networks. Behind the best: mean over "
+        "the networks +- its standard error. Tied: network-seed pairs out of "
         f"{len(units)} where a score is the best or less than two standard errors (image by image) below it.\n",
-        "| score | all | rank | " + " | ".join(networks) + " | behind the best | tied |",
+        "| score | all | rank | " + " | ".join(heads) + " | behind the best | tied |",
         "| --- |" + " --- |" * (len(networks) + 4),
     ]
     for row in rows:
@@ -214,7 +217,7 @@ def markdown(rows: list[dict[str, Any]], units: list[dict[str, Any]]) -> str:
         behind, error = row["behind"]
         lines.append(
             f"| {row['score']} | {100 * row['retention']:.1f} | {row['rank']:.2f} | {' | '.join(cells)} | "
-            f"{-100 * behind:.1f} +- {100 * error:.1f} | {row['best_or_tied']} |"
+            f"{100 * abs(behind):.1f} +- {100 * error:.1f} | {row['best_or_tied']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -5,9 +5,9 @@ scores of a calibration that uses every position of 1,024 training images and (a
 positions of the same images, (b) one that uses every position of 1,024 other images. ``positions="auto"``
 takes 16 here.
 
-And do more images make up for fewer positions? The same correlation with a calibration on all positions of 4,096
+And do more images make up for fewer positions? The same correlation with a calibration on all positions of 2,048
 other images, for 512 images with every position, 512 with a quarter of each layer's positions, and 128 with every
-position, which are as many rows; mean over six draws, and half the distance between the lowest and the highest. About
+position, which are as many rows; mean over four draws, and half the distance between the lowest and the highest. About
 three minutes on two CPU cores.
 
     python benchmarks/sampled_rows.py --data DIR/cifar10 --checkpoints DIR
@@ -32,7 +32,7 @@ from tp_twoaxis.statistics.layers import channel_layers
 
 IMAGES = 1024
 SCORES = ("capture", "hull", "low-overlap")
-DRAWS, LARGE, SMALL, REFERENCE = 6, 512, 128, 4096
+DRAWS, LARGE, SMALL, REFERENCE = 4, 512, 128, 2048
 # a map's positions by the layers' stage, from the images' 32 x 32 on
 POSITIONS = {"conv1": 1024, "layer1": 1024, "layer2": 256, "layer3": 64}
 
@@ -99,7 +99,7 @@ def main() -> None:
     save(
         "sampled_rows",
         "python benchmarks/sampled_rows.py --data DIR/cifar10 --checkpoints DIR",
-        "CIFAR-10, of 25,000 training images 2,048 (seed 0) for the rows, 7,168 (seed 1) for images_or_positions",
+        "CIFAR-10, of 25,000 training images 2,048 (seed 0) for the rows, 4,096 (seed 1) for images_or_positions",
         rows=rows,
         images_or_positions=control,
     )
