@@ -131,8 +131,8 @@ DEFAULT_SCORE = "norm-local"
 """The score where none is named; like every signed score it comes with the normaliser ``softmax``.
 
 Accuracy that is left, % of the dense network's, mean over 70, 50 and 35 % of the MACs, with BatchNorm re-estimated and
-without fine-tuning, on training images that did not calibrate (``benchmarks/default_score.py``; all scores, seeds and
-spreads in ``benchmarks/results/default_score.md``). VGG is VGG-16 at a quarter of its widths, digits the demo's network,
+without fine-tuning, on training images that did not calibrate (``benchmarks/default_score.py``; all scores and seeds
+in ``benchmarks/results/default_score.md``). VGG is VGG-16 at a quarter of its widths, digits the demo's network,
 the others CIFAR-10 ResNet-20s with conv shortcuts and with option A:
 
 ===============  ====  ====  ======  ========  =====
