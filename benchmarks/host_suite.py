@@ -47,7 +47,9 @@ def run(criterion: str, files: list[str], tests: Path, pixels: int) -> dict[str,
         report = Path(folder) / "report.xml"
         chosen = f"hosts_files and ({' or '.join(files)})"
         options = ["-q", "-k", chosen, f"--junitxml={report}", "-p", "no:cacheprovider"]
-        subprocess.run([sys.executable, "-m", "pytest", str(SUITE), *options], env=environment, check=False)
+        ended = subprocess.run([sys.executable, "-m", "pytest", str(SUITE), *options], env=environment, check=False)
+        if not report.exists():
+            raise SystemExit(f"{criterion}: pytest wrote no report, its exit status is {ended.returncode}")
         cases = list(ElementTree.parse(report).iter("testcase"))
     outcome: dict[str, str] = {}
     for case in cases:
