@@ -74,7 +74,7 @@ def tiny_config(data: Path, **changes) -> BenchmarkConfig:
     """2 seeds x 3 criteria x 2 shares on the tests' convolutional network: 12 cells."""
     options = {
         "networks": (NetworkConfig("net", "cases:conv_net", str(data), checkpoint()),),
-        "methods": cross(["local", "l2", "random"]),
+        "methods": cross(["capture", "l2", "random"]),
         "keep": (0.7, 0.4),
         "seeds": (42, 123),
         "data": DataConfig(calibration_images=24, selection_images=10, batch_size=12),

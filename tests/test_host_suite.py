@@ -1,7 +1,7 @@
 """Every criterion in every pruner of the host: ratios, global and isomorphic pruning, regularisation, normalisers.
 
 The host's own test files run with our classes in the place of theirs where ``TP_TORCH_PRUNING_TESTS`` names the
-``tests`` folder of a Torch-Pruning checkout: on images of 64 pixels unless ``TP_TORCH_PRUNING_PIXELS`` says
+``tests`` folder of a Torch-Pruning checkout: on images of 32 pixels unless ``TP_TORCH_PRUNING_PIXELS`` says
 otherwise, for the criteria that ``TP_TORCH_PRUNING_CRITERIA`` lists (all by default).
 """
 
@@ -131,7 +131,7 @@ def test_normalisers(name, normalizer):
 
 
 FOLDER = os.environ.get("TP_TORCH_PRUNING_TESTS")
-PIXELS = int(os.environ.get("TP_TORCH_PRUNING_PIXELS", "64"))
+PIXELS = int(os.environ.get("TP_TORCH_PRUNING_PIXELS", "32"))
 CHOSEN = os.environ.get("TP_TORCH_PRUNING_CRITERIA")
 FILES = {
     "test_pruner": ["test_pruner", "test_pruner_TransposeConv"],

@@ -15,6 +15,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.files import write_bytes
 from tp_twoaxis.scores import hull, local
 from tp_twoaxis.scores.registry import (
+    DEFAULT_SCORE,
     capture,
     evaluate,
     find_score,
@@ -43,7 +44,7 @@ SUFFIXES = (".csv", ".parquet")
 
 
 def channel_table(
-    stats: CalibrationStatistics, score: str = "capture", *, layers: Iterable[str] | None = None
+    stats: CalibrationStatistics, score: str = DEFAULT_SCORE, *, layers: Iterable[str] | None = None
 ) -> pd.DataFrame:
     """Put every calibrated channel on both axes.
 

@@ -23,6 +23,7 @@ from tp_twoaxis.benchmark.methods import (
 from tp_twoaxis.importance.entry import ImportanceEntry
 from tp_twoaxis.importance.registry import IMPORTANCES, make_importance
 from tp_twoaxis.importance.weight_baselines import RandomImportance
+from tp_twoaxis.scores.registry import DEFAULT_SCORE
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 
@@ -43,7 +44,7 @@ def test_names_are_unique_over_a_full_cross():
 
 def test_aliases_are_the_default_scores_of_their_axes(stats):
     assert {"local": LocalImportance(stats).score, "target": TargetImportance(stats).score} == ALIASES
-    assert Method("local").checked() == Method("capture").checked()
+    assert Method("local").checked() == Method(DEFAULT_SCORE).checked()
     assert find_criterion("target").name == "task-mi"
 
 

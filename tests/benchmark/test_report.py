@@ -19,7 +19,7 @@ from tp_twoaxis.benchmark.report import make_report, markdown_table, wide_table,
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
-    methods = (*cross(["local", "l2"], repairs=[(), ("bn",)]), Method("bench_cases:broken"))
+    methods = (*cross(["capture", "l2"], repairs=[(), ("bn",)]), Method("bench_cases:broken"))
     config = tiny_config(write_parquet(root / "data"), methods=methods)
     return run_benchmark(config, root / "out", progress=False).folder
 

@@ -41,7 +41,7 @@ def test_an_importance_with_itself_is_itself(stats):
 
 def test_as_many_channels_leave_as_by_the_allocation_alone(stats):
     kept = {}
-    for name, importance in {"l2": "l2", "hybrid": HybridImportance("l2", LocalImportance(stats))}.items():
+    for name, importance in {"l2": "l2", "hybrid": HybridImportance("l2", LocalImportance(stats, "capture"))}.items():
         net = conv_net()
         report = prune_to_flops(net, X, importance, flops=0.5, repair=(), progress=False)
         kept[name] = [len(group.kept) for group in report.groups]

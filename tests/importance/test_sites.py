@@ -143,12 +143,14 @@ def test_the_consumers_view_equals_the_slow_twin(case, score):
 
 def test_first_is_the_first_consumer_of_the_group():
     net = residual()
-    importance = TwoAxisImportance(statistics(net), group_reduction="first", normalizer=None, site="consumer")
+    importance = TwoAxisImportance(
+        statistics(net), "capture", group_reduction="first", normalizer=None, site="consumer"
+    )
     fc = importance.layer_scores("fc").reshape(6, 4).mean(1)
     got = importance(full_group(net, "first"))
     assert any(torch.allclose(got.double(), scores) for scores in (fc, importance.layer_scores("second")))
     with pytest.raises(TwoAxisError, match=r"group_reduction.*got 'last'"):
-        TwoAxisImportance(statistics(net), group_reduction="last", site="consumer")(full_group(net, "first"))
+        TwoAxisImportance(statistics(net), "capture", group_reduction="last", site="consumer")(full_group(net, "first"))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -158,7 +160,7 @@ def test_producers_of_a_residual_stream_are_reduced(reduction):
     rows = reference.emitted(net, [x for x, _ in LOADER], {"first": net.first, "second": net.second})
     scores = [slow.capture(reference.flat(rows[name]).var(0)) for name in ("first", "second")]
     expected = [REDUCTIONS[reduction](pair) for pair in np.transpose(scores)]
-    got = TwoAxisImportance(stats, group_reduction=reduction, normalizer=None)(full_group(net, "first"))
+    got = TwoAxisImportance(stats, "capture", group_reduction=reduction, normalizer=None)(full_group(net, "first"))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -175,8 +177,8 @@ def test_only_the_consumer_sees_what_producers_cancel():
 
     net = network(Cancelling)
     stats, group = statistics(net), full_group(net, "plus")
-    assert TwoAxisImportance(stats)(group)[2] > 0.1
-    at_consumer = TwoAxisImportance(stats, site="consumer")(group)
+    assert TwoAxisImportance(stats, "capture")(group)[2] > 0.1
+    at_consumer = TwoAxisImportance(stats, "capture", site="consumer")(group)
     assert at_consumer.argmin() == 2
     assert at_consumer[2] < 1e-6
 
@@ -186,7 +188,7 @@ def test_attention_is_scored_where_its_projection_reads():
     graph = tp.DependencyGraph().build_dependency(net, X, verbose=False)
     group = graph.get_pruning_group(net.proj, tp.prune_linear_in_channels, list(range(6)))
     rows = reference.received(net, [x for x, _ in LOADER], {"proj": net.proj})["proj"]
-    got = TwoAxisImportance(statistics(net), normalizer=None, site="consumer")(group)
+    got = TwoAxisImportance(statistics(net), "capture", normalizer=None, site="consumer")(group)
     np.testing.assert_allclose(got, slow.capture(reference.flat(rows).var(0)), rtol=1e-4)
 
 
@@ -199,10 +201,14 @@ def test_a_transformer_with_the_attention_module_is_scored_by_its_linear_layers(
     stats = statistics(net)
     scored = {}
     for group in tp.DependencyGraph().build_dependency(net, X, verbose=False).get_all_groups():
-        scored[root_size(group), group[0].dep.target.module] = TwoAxisImportance(stats, site="consumer")(group)
+        scored[root_size(group), group[0].dep.target.module] = TwoAxisImportance(stats, "capture", site="consumer")(
+            group
+        )
     assert [None if s is None else len(s) for s in scored.values()].count(None) == 1
     assert {len(s) for s in scored.values() if s is not None} == {8, 12}
-    report = prune_to_flops(net, X, TwoAxisImportance(stats, site="consumer"), flops=0.7, tolerance=0.1, progress=False)
+    report = prune_to_flops(
+        net, X, TwoAxisImportance(stats, "capture", site="consumer"), flops=0.7, tolerance=0.1, progress=False
+    )
     assert report.achieved < 0.8
     assert net(X).shape == (1, 5)
 
@@ -221,7 +227,7 @@ def test_permuting_channels_permutes_scores(score, site):
 
 def test_partial_groups_give_as_many_values_in_their_order():
     net = network(Split)
-    importance = TwoAxisImportance(statistics(net), normalizer=None, site="consumer")
+    importance = TwoAxisImportance(statistics(net), "capture", normalizer=None, site="consumer")
     whole = importance(full_group(net, "stem"))
     graph = tp.DependencyGraph().build_dependency(net, X, verbose=False)
     for chosen in ([6, 2, 5], [4, 1]):
@@ -229,31 +235,34 @@ def test_partial_groups_give_as_many_values_in_their_order():
         torch.testing.assert_close(importance(part), whole[chosen])
 
 
-@pytest.mark.parametrize("cls", [TwoAxisImportance, LocalImportance, HullImportance])
-def test_works_in_the_host_and_in_the_planner(cls):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(TwoAxisImportance, {"score": "capture"}), (LocalImportance, {"score": "capture"}), (HullImportance, {})],
+)
+def test_works_in_the_host_and_in_the_planner(cls, options):
     net = conv_net()
-    importance = cls(statistics(net), site="consumer")
+    importance = cls(statistics(net), site="consumer", **options)
     fresh = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "channel_groups": {}}
     # without ignored_layers: the classifier's outputs are declined and stay
     tp.pruner.BasePruner(net, X, importance=importance, pruning_ratio=0.5, global_pruning=True, **fresh).step()
     assert net.fc.out_features == 5
     assert net.conv1.out_channels < 16
     net = conv_net()
-    importance = cls(statistics(net), site="consumer")
+    importance = cls(statistics(net), site="consumer", **options)
     report = prune_to_flops(net, X, importance, flops=0.5, repair=(), tolerance=0.1, progress=False)
     assert report.achieved == pytest.approx(0.5, rel=0.1)
 
 
 def test_outputs_that_nobody_reads_are_declined():
     net = residual()
-    assert TwoAxisImportance(statistics(net), site="consumer")(full_group(net, "fc")) is None
+    assert TwoAxisImportance(statistics(net), "capture", site="consumer")(full_group(net, "fc")) is None
     assert TwoAxisImportance(statistics(net))(full_group(net, "fc")) is not None
 
 
 @pytest.mark.parametrize("layer", ["first", "second", "fc"])
 def test_changed_producers_and_consumers_raise(layer):
     net = residual()
-    importance = TwoAxisImportance(statistics(net), site="consumer")
+    importance = TwoAxisImportance(statistics(net), "capture", site="consumer")
     importance(full_group(net, "first"))
     net.get_submodule(layer).weight.data += 0.1  # leaves no trace in the version
     with pytest.raises(StaleStatisticsError, match=f"{layer}: the layer's weights are not those"):
@@ -282,26 +291,26 @@ def test_sites_are_checked():
 def test_statistics_without_inputs_say_how_to_get_them():
     net = residual()
     with pytest.raises(TwoAxisError, match=r"group of first.*\(second, fc\), got none for 6 of 6.*consumers=True\)$"):
-        TwoAxisImportance(statistics(net, consumers=False), site="consumer")(full_group(net, "first"))
+        TwoAxisImportance(statistics(net, consumers=False), "capture", site="consumer")(full_group(net, "first"))
 
 
 def test_channels_that_no_recorded_layer_reads_are_counted(monkeypatch):
     net = network(Split)
     with pytest.raises(TwoAxisError, match=r"group of stem.*got none for 3 of 8 channels; record them with layers="):
-        TwoAxisImportance(statistics(net, layers=["stem", "left"]), site="consumer")(full_group(net, "stem"))
+        TwoAxisImportance(statistics(net, layers=["stem", "left"]), "capture", site="consumer")(full_group(net, "stem"))
     monkeypatch.setattr(recorder, "WIDEST_INPUT", 20)
     net = residual()
     narrow = statistics(net)  # the flattening reader is too wide; the convolution is enough
     assert narrow["fc"].inputs is None
-    got = TwoAxisImportance(narrow, site="consumer", normalizer=None)(full_group(net, "first"))
-    expected = TwoAxisImportance(narrow, site="consumer").layer_scores("second")
+    got = TwoAxisImportance(narrow, "capture", site="consumer", normalizer=None)(full_group(net, "first"))
+    expected = TwoAxisImportance(narrow, "capture", site="consumer").layer_scores("second")
     torch.testing.assert_close(got, expected.float())
 
 
 def test_inputs_that_a_consumer_does_not_have_are_named():
     net = network(lambda: Split(left_first=False))
     with pytest.raises(TwoAxisError, match=r"group of stem.*inputs of Conv2d\(3, 4.*, got number 4 from Torch-Pruning"):
-        TwoAxisImportance(statistics(net), site="consumer")(full_group(net, "stem"))
+        TwoAxisImportance(statistics(net), "capture", site="consumer")(full_group(net, "stem"))
 
 
 @pytest.mark.parametrize("score", [name for name, entry in SCORES.items() if entry.axis == "target"])
@@ -311,10 +320,16 @@ def test_target_scores_say_where_they_are_defined(score):
         TwoAxisImportance(statistics(net), score, site="consumer")(full_group(net, "first"))
 
 
+def test_the_default_asks_for_weights_that_inputs_do_not_have():
+    net = residual()
+    with pytest.raises(TwoAxisError, match=r"asks for weight norms.*or score='capture'"):
+        TwoAxisImportance(statistics(net), site="consumer")(full_group(net, "first"))
+
+
 def test_functions_see_the_inputs():
     net = residual()
     importance = TwoAxisImportance(statistics(net), lambda layer: layer.mean.abs(), site="consumer")
     read = importance.layer_statistics("fc")
     torch.testing.assert_close(importance.layer_scores("fc"), evaluate(lambda layer: layer.mean.abs(), read))
     assert read.num_channels == 24
-    assert repr(TwoAxisImportance(None, site="consumer")).endswith("normalizer='mean', site='consumer')")
+    assert repr(TwoAxisImportance(None, "capture", site="consumer")).endswith("normalizer='mean', site='consumer')")

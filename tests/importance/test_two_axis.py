@@ -165,7 +165,7 @@ def test_importance_is_the_reduced_score_of_all_writers(reduction, normalizer):
                     table[root].append(float(scores[channel]))
         how = {"mean": lambda v: sum(v) / len(v), "sum": sum, "max": max, "first": lambda v: v[0]}[reduction]
         expected = normalize(torch.tensor([how(v) for v in table], dtype=torch.float64), normalizer).float()
-        got = TwoAxisImportance(stats, group_reduction=reduction, normalizer=normalizer)(group)
+        got = TwoAxisImportance(stats, "capture", group_reduction=reduction, normalizer=normalizer)(group)
         torch.testing.assert_close(got, expected)
         assert got.dtype == torch.float32
 
@@ -255,7 +255,7 @@ def test_depthwise_root():
     stats = statistics(net.eval())
     graph = tp.DependencyGraph().build_dependency(net, X)
     group = graph.get_pruning_group(block.conv[1][0], tp.prune_depthwise_conv_out_channels, list(range(32)))
-    got = TwoAxisImportance(stats, normalizer=None)(group)
+    got = TwoAxisImportance(stats, "capture", normalizer=None)(group)
     capture = find_score("capture")
     writers = ("1.conv.0.0", "1.conv.1.0")
     expected = sum(evaluate(capture, stats[name]) for name in writers) / 2
@@ -276,7 +276,7 @@ def test_some_calibrated_writers_are_enough():
     stats = calibrate(net, batches(16), layers=["conv2"], progress=False)
     wide = next(g for g in groups_of(net)[1] if root_size(g) == 16)
     expected = evaluate(find_score("capture"), stats["conv2"])
-    torch.testing.assert_close(TwoAxisImportance(stats, normalizer=None)(wide), expected.float())
+    torch.testing.assert_close(TwoAxisImportance(stats, "capture", normalizer=None)(wide), expected.float())
 
 
 @pytest.mark.parametrize(

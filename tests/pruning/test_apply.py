@@ -121,7 +121,7 @@ def test_report_lists_the_channels_that_survive_and_they_are_the_highest():
     net, dense = conv_net(), conv_net()
     stats = calibrate(dense, batches(), progress=False)
     report = prune(net, importance="capture", stats=stats, flops=0.5)
-    scores = TwoAxisImportance(stats)
+    scores = TwoAxisImportance(stats, "capture")
     graph = tp.DependencyGraph().build_dependency(dense, X)
     threshold = []
     for group in graph.get_all_groups(ignored_layers=[dense.fc]):

@@ -21,9 +21,10 @@ from tp_twoaxis.importance.entry import Importance, ImportanceEntry, Needs
 from tp_twoaxis.importance.registry import IMPORTANCES, build_importance, find_importance
 from tp_twoaxis.importance.spec import parse_spec
 from tp_twoaxis.pruning.repair import REPAIRS
+from tp_twoaxis.scores.registry import DEFAULT_SCORE
 
 ENTRY_POINTS = "tp_twoaxis.importances"
-ALIASES = {"local": "capture", "target": "task-mi"}
+ALIASES = {"local": DEFAULT_SCORE, "target": "task-mi"}
 """Short names of the default score of each axis."""
 
 
@@ -110,7 +111,7 @@ class Method:
 
         Example:
             >>> Method("local").checked().criterion
-            'capture'
+            'norm-local'
         """
         criterion = unaliased(self.criterion)
         find_criterion(criterion)
@@ -208,7 +209,7 @@ def unaliased(name: str) -> str:
 
     Example:
         >>> unaliased("local(normalizer='max')")
-        "capture(normalizer='max')"
+        "norm-local(normalizer='max')"
     """
     plain, bracket, rest = name.partition("(")
     return f"{ALIASES.get(plain, plain)}{bracket}{rest}"

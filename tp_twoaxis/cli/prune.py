@@ -27,6 +27,7 @@ from tp_twoaxis.importance.entry import Importance, requires
 from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
 from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.pruning.checkpoint import save_pruned
+from tp_twoaxis.scores.registry import DEFAULT_SCORE
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -48,7 +49,7 @@ def prune_command(
     ] = 1,
     score: Annotated[
         str, typer.Option(help=f"What ranks channels: {', '.join(IMPORTANCES)}.", rich_help_panel=_PRUNING)
-    ] = "capture",
+    ] = DEFAULT_SCORE,
     stats: Annotated[
         Path | None,
         typer.Option(help="Statistics that `calibrate` wrote; default calibrate now.", rich_help_panel=_PRUNING),

@@ -14,7 +14,7 @@ from tp_twoaxis.channel_table import channel_table, check_suffix, layer_summary,
 from tp_twoaxis.cli import options as opt
 from tp_twoaxis.cli.inputs import DataOptions, ModelOptions, check_outputs, names, show_progress, statistics
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.scores.registry import SCORES, find_score
+from tp_twoaxis.scores.registry import DEFAULT_SCORE, SCORES, find_score
 
 # a summary's row shall fit a terminal's line
 _SHORT = {
@@ -34,7 +34,7 @@ def score_command(
     ] = None,
     score: Annotated[
         str, typer.Option(help=f"Score of the last column: {', '.join(SCORES)}.", rich_help_panel="Output")
-    ] = "capture",
+    ] = DEFAULT_SCORE,
     out: Annotated[
         Path | None, typer.Option(help="Write the table: .csv or .parquet.", rich_help_panel="Output")
     ] = None,

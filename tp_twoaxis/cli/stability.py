@@ -12,7 +12,7 @@ from tp_twoaxis.cli import options as opt
 from tp_twoaxis.cli.calibrate import position_rule
 from tp_twoaxis.cli.inputs import DataOptions, ModelOptions, check_outputs, names, show_progress
 from tp_twoaxis.diagnostics import calibration_is_enough, score_stability
-from tp_twoaxis.scores.registry import SCORES, find_score
+from tp_twoaxis.scores.registry import DEFAULT_SCORE, SCORES, find_score
 from tp_twoaxis.statistics.shards import calibrate_shards
 
 _STABILITY = "Stability"
@@ -23,7 +23,7 @@ def stability_command(
     data: opt.Data,
     score: Annotated[
         str, typer.Option(help=f"Score in question: {', '.join(SCORES)}.", rich_help_panel=_STABILITY)
-    ] = "capture",
+    ] = DEFAULT_SCORE,
     shards: Annotated[
         int, typer.Option(help="Parts that the images are dealt into.", rich_help_panel=_STABILITY, min=2)
     ] = 8,

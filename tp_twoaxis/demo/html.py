@@ -20,7 +20,7 @@ from tp_twoaxis import LocalImportance, calibrate, prune_to_flops, save_pruned
 
 stats = calibrate(model, loader)  # one forward pass; the loader yields (images, labels)
 images, labels = next(iter(loader))
-report = prune_to_flops(model, images[:1], LocalImportance(stats), flops=0.5, loader=loader)
+report = prune_to_flops(model, images[:1], LocalImportance(stats, "capture"), flops=0.5, loader=loader)
 save_pruned(model, "pruned.safetensors", report)
 """
 

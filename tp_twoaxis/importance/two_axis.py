@@ -16,7 +16,7 @@ from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, listing
 from tp_twoaxis.importance.groups import members, merge_repeats, model_of, readers, reduce_members, root_size
 from tp_twoaxis.importance.normalize import Normalizer, normalize
 from tp_twoaxis.importance.renewal import Interim
-from tp_twoaxis.scores.registry import SCORES, Score, evaluate, find_score, hull_refined
+from tp_twoaxis.scores.registry import DEFAULT_SCORE, SCORES, Score, evaluate, find_score, hull_refined
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.input_statistics import InputStatistics
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
@@ -76,12 +76,13 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
 
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
-        score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps. One with
-            a parameter ``removed`` is told the share of the layer's channels that earlier steps removed, see
-            :meth:`told`.
+        score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps. Why the
+            default is what it is: :data:`~tp_twoaxis.scores.registry.DEFAULT_SCORE`. It suits neither the
+            consumer's site nor normalisers that divide. A score with a parameter ``removed`` is told the share of the
+            layer's channels that earlier steps removed, see :meth:`told`.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
         normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
-            in ``SCORES``, with which the score was measured best, and ``"mean"`` for functions.
+            that ``SCORES`` has beside the score, and ``"mean"`` for functions.
         site: ``producer`` or ``consumer``: whose view of the channels is scored.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 
@@ -106,7 +107,7 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     def __init__(
         self,
         stats: CalibrationStatistics,
-        score: str | Score = "capture",
+        score: str | Score = DEFAULT_SCORE,
         *,
         group_reduction: str = "mean",
         normalizer: Normalizer = "auto",
@@ -289,13 +290,13 @@ def _asks_for_removed(score: Score) -> bool:
 
 
 class LocalImportance(TwoAxisImportance):
-    """A score of the local axis: input capture by default.
+    """A score of the local axis, the default of :class:`TwoAxisImportance` among them.
 
     Example:
         >>> from tp_twoaxis import calibrate
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> LocalImportance(calibrate(net, [torch.randn(64, 8)], progress=False))
-        LocalImportance(score='capture', normalizer='mean')
+        LocalImportance(score='norm-local', normalizer='softmax')
     """
 
     def _find(self, name: str) -> Score:

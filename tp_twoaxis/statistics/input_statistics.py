@@ -81,5 +81,5 @@ class InputStatistics(LayerStatistics):
     def _unrecorded(self, what: str) -> TwoAxisError:
         return TwoAxisError(
             f"{self.name}: expected a score of means, variances and correlations, which are all that is recorded of "
-            f"what a layer reads, got one that asks for {what}; take site='producer' for it"
+            f"what a layer reads, got one that asks for {what}; take site='producer' for it, or score='capture'"
         )
