@@ -12,6 +12,8 @@ from tp_twoaxis.importance.groups import model_of
 from tp_twoaxis.importance.registry import IMPORTANCES
 from tp_twoaxis.scores.registry import SCORES
 
+# the host's own, also while a stand-in has its name there
+Magnitude = tp.importance.GroupMagnitudeImportance
 # no normalizer of their own: random numbers, and the normalisation that is the host's LAMP
 FIXED = ("random", "lamp")
 # host versions that a pruner calls with more than they can do are left to their own tests
@@ -53,7 +55,7 @@ class LazyImportance(tp.importance.Importance):
             return CapQGWImportance(stats, loader=loader, **options)
         if self.name == "hybrid":  # its normalisation is the allocation's
             stats = calibrate(model, loader, target=None, progress=False)
-            allocation = tp.importance.GroupMagnitudeImportance(normalizer=self.normalizer)
+            allocation = Magnitude(normalizer=self.normalizer)
             return HybridImportance(allocation, TwoAxisImportance(stats, loader=loader))
         if self.name == "hessian":
             return HessianImportance.calibrate(
