@@ -202,3 +202,12 @@ def test_stale_statistics_are_refused(stats):
         net.conv1.weight.mul_(2)
     with pytest.raises(StaleStatisticsError):
         importance(group_of(net))
+
+
+def test_the_repair_takes_its_statistics_and_a_later_step_new_ones(stats):
+    net, loader = conv_net(), [x for x, _ in LOADER]
+    importance = AnticipatingImportance(stats, net, loader, levels=2, images=24, progress=False)
+    report = prune_to_flops(net, X, importance, flops=0.6, repair=("ridge",), loader=loader, steps=2, progress=False)
+    assert report.achieved == pytest.approx(0.6, rel=0.1)
+    assert report.importance == repr(importance)
+    assert importance.stats is stats

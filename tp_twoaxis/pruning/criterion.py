@@ -9,6 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance.anticipating import AnticipatingImportance
 from tp_twoaxis.importance.entry import Importance, requires
 from tp_twoaxis.importance.gradient_baselines import TaylorBNImportance
 from tp_twoaxis.importance.hybrid import HybridImportance
@@ -72,7 +73,7 @@ def resolve(
             f"importance: expected a Torch-Pruning importance or a name, got {type(importance).__name__}; "
             f"names are {', '.join(IMPORTANCES)}"
         )
-    if isinstance(importance, TwoAxisImportance):
+    if isinstance(importance, (TwoAxisImportance, AnticipatingImportance)):
         return importance, repr(importance), importance.stats if stats is None else stats
     return importance, type(importance).__name__, stats
 
