@@ -6,7 +6,8 @@ import torch
 import torch_pruning as tp
 from torch.nn import functional as F
 
-from tp_twoaxis import CapQGWImportance, HybridImportance, TwoAxisImportance, calibrate
+from tp_twoaxis import AnticipatingImportance, CapQGWImportance, HybridImportance, TwoAxisImportance, calibrate
+from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.importance.gradient_baselines import HessianImportance, TaylorBNImportance
 from tp_twoaxis.importance.groups import model_of
 from tp_twoaxis.importance.registry import IMPORTANCES
@@ -39,7 +40,14 @@ class LazyImportance(tp.importance.Importance):
         if self.name == "taylor-bn" and all(p.grad is None for p in model.parameters()):
             with torch.enable_grad():
                 model(self.images).sum().backward()
-        return self.made(group)
+        try:
+            return self.made(group)
+        except StaleStatisticsError:
+            if self.name != "anticipating":
+                raise
+            # the others were given a loader to recalibrate from; this one is built anew
+            self.made = self._make(model)
+            return self.made(group)
 
     def _make(self, model):
         entry, loader = IMPORTANCES[self.name], [(self.images, torch.zeros(len(self.images), dtype=torch.int64))]
@@ -50,6 +58,9 @@ class LazyImportance(tp.importance.Importance):
                 options = {"normalizer": "auto"}  # signed, which these refuse
             stats = calibrate(model, loader, target=target, progress=False)
             return TwoAxisImportance(stats, self.name, loader=loader, **options)
+        if self.name == "anticipating":
+            stats = calibrate(model, loader, target=None, consumers=True, progress=False)
+            return AnticipatingImportance(stats, model, loader, levels=8, images=8, progress=False)
         if self.name == "cap-qgw":
             stats = calibrate(model, loader, target=None, gradients=True, progress=False)
             return CapQGWImportance(stats, loader=loader, **options)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance.distortion import Distortion
@@ -207,7 +208,10 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         entry = self.stats[name]
         weight = self._distortion.layers[name].weight
         assert isinstance(weight, Tensor)
-        taps = weight.detach().cpu().double().reshape(len(weight), weight.shape[1], -1).transpose(1, 2)  # [O, taps, I]
+        weight = weight.detach().cpu().double()
+        if isinstance(member.module, _ConvTransposeNd) and member.module.groups == 1:
+            weight = weight.transpose(0, 1)
+        taps = weight.reshape(len(weight), weight.shape[1], -1).transpose(1, 2)  # [O, taps, I]
         inputs = num_inputs(member.module)
         if taps.shape[2] < inputs:  # each block of outputs reads its own inputs
             blocks = inputs // taps.shape[2]
