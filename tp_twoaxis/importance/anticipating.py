@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -156,11 +156,10 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         if ranks is None or not reading:
             return None
         names = {module: name for name, module in model_of(group).named_modules()}
-        key = (names[group[0].dep.target.module], tuple(group[0].idxs), self.ranking, self.levels)
-        order, slopes = self._distortion.once(key, lambda: self._measure(group, reading, names, ranks))
-        price = self._price(group, names)
+        measure = partial(self._measure, group, reading, names, ranks)
+        order, counts, distortions = self._distortion.once(self._key(group, names), measure)
         scores = torch.empty(len(order), dtype=torch.float64)
-        scores[order] = slopes / price
+        scores[order] = slopes_of(counts, distortions, len(order)) / self._price(group, names)
         return scores.float()
 
     def curve(self, group: Any) -> tuple[list[int], list[float]]:
@@ -170,18 +169,22 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
             TwoAxisError: the group was not ranked yet.
         """
         names = {module: name for name, module in model_of(group).named_modules()}
-        key = ("curve", names[group[0].dep.target.module], tuple(group[0].idxs), self.ranking, self.levels)
+        key = self._key(group, names)
 
         def missing() -> Any:
-            raise TwoAxisError(f"{key[1]}: expected a group that was ranked before, got a new one; call it first")
+            raise TwoAxisError(f"{key[0]}: expected a group that was ranked before, got a new one; call it first")
 
-        counts, distortions = self._distortion.once(key, missing)
+        _, counts, distortions = self._distortion.once(key, missing)
         return list(counts), list(distortions)
+
+    def _key(self, group: Any, names: dict[nn.Module, str]) -> tuple[Any, ...]:
+        """Say what a group's measurement is filed under: its root layer first."""
+        return names[group[0].dep.target.module], tuple(group[0].idxs), self.ranking, self.levels
 
     def _measure(
         self, group: Any, reading: list[Member], names: dict[nn.Module, str], ranks: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Measure a group's curve; give its channels in order of leaving and the slopes there, both [size]."""
+    ) -> tuple[Tensor, list[int], list[float]]:
+        """Give a group's channels [size] in order of leaving, and its curve: how many are missing, the distortion."""
         size = root_size(group)
         order = ranks.double().argsort(stable=True)
         if self.ranking == RECONSTRUCTION:
@@ -199,9 +202,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
                 name = names[member.module]
                 missing[name] = inputs | missing.get(name, torch.zeros_like(inputs))
             distortions.append(self._distortion(missing) if count else 0.0)
-        key = ("curve", names[group[0].dep.target.module], tuple(group[0].idxs), self.ranking, self.levels)
-        self._distortion.once(key, lambda: (counts, distortions))
-        return order, slopes_of(counts, distortions, size)
+        return order, counts, distortions
 
     def _reading(self, member: Member, names: dict[nn.Module, str]) -> Reading:
         name = names[member.module]
