@@ -9,7 +9,7 @@ from cases import batches, conv_net
 from repair_cases import cut, double
 from torch import nn
 
-from tp_twoaxis import AnticipatingImportance, TwoAxisError, calibrate, prune_to_flops
+from tp_twoaxis import AnticipatingImportance, TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
 from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.importance.anticipating import slopes_of
 from tp_twoaxis.importance.distortion import Distortion
@@ -162,6 +162,27 @@ def test_attention_is_asked_with_all_that_it_reads():
         progress=False,
     )
     assert report.achieved == pytest.approx(0.7, rel=0.1)
+
+
+def test_a_group_that_nothing_but_attention_reads_is_ordered_by_capture():
+    torch.manual_seed(0)
+
+    class Only(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.embed(x.flatten(2).transpose(1, 2))
+            return self.attention(x, x, x, need_weights=False)[0].mean(1)
+
+    net = Only().eval()
+    loader = [torch.randn(32, 3, 4, 4)]
+    stats = calibrate(net, loader, target=None, consumers=True, progress=False)
+    graph = tp.DependencyGraph().build_dependency(net, loader[0][:1])
+    group = graph.get_pruning_group(net.embed, tp.prune_linear_out_channels, list(range(8)))
+    scores = AnticipatingImportance(stats, net, loader, progress=False)(group)
+    assert torch.equal(scores.argsort(), TwoAxisImportance(stats, "capture")(group).argsort())
 
 
 def test_slopes_never_fall_and_add_up_where_the_curve_is_convex():

@@ -8,12 +8,14 @@ import timm
 import torch
 from torch import nn
 
-from tp_twoaxis import TwoAxisImportance, calibrate, load_pruned, prune_to_flops, save_pruned
+from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, load_pruned, prune_to_flops, save_pruned
+from tp_twoaxis.pruning.composition import compose_losses
 from tp_twoaxis.pruning.graph import build_graph, cost_model, group_key
 from tp_twoaxis.pruning.macs import count_macs
 from tp_twoaxis.pruning.mapping import sound_groups
 from tp_twoaxis.pruning.plan import PruningPlan
 from tp_twoaxis.pruning.removal import remove
+from tp_twoaxis.pruning.repair import LayerLoss, layer_losses, repair_network
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 WIDTH, HEADS, DIM = 24, 3, 8
@@ -38,7 +40,8 @@ class SelfAttention(nn.Module):
                 return y.view(*y.shape[:2], -1, self.num_attention_heads).permute(0, 3, 1, 2)
             return y.view(*y.shape[:2], self.num_attention_heads, -1).transpose(1, 2)
 
-        scores = split(self.query(x)) @ split(self.key(x)).transpose(2, 3) / self.attention_head_size**0.5
+        width = DIM if self.kind == "constant" else self.attention_head_size
+        scores = split(self.query(x)) @ split(self.key(x)).transpose(2, 3) / width**0.5
         if self.kind == "bias":
             scores = scores + self.position_bias
         x = (scores.softmax(-1) @ split(self.value(x))).transpose(1, 2)
@@ -198,3 +201,213 @@ def test_the_kernels_agree_on_a_pruned_module():
     attention.fused_attn = False
     torch.testing.assert_close(attention(tokens), fused)
     assert attention.attn_dim == attention.num_heads * attention.head_dim == attention.proj.in_features
+
+
+NARROWED = [name for name in NETS if "norms" not in name]
+
+
+def narrowed(make, strength=3.0):
+    """A network whose attention is far from uniform, its dense copy, and other channels of every head to leave."""
+    net = build(make).double()
+    for module in net.modules():
+        for name in ("qkv", "query", "q_proj"):
+            if isinstance(layer := getattr(module, name, None), nn.Linear):
+                with torch.no_grad():
+                    layer.weight.mul_(strength)
+    groups, notes = sound_groups(build_graph(net, X.double()), net, X.double(), [], "head-dims")
+    groups = [group for group in groups if group.attention]
+    assert notes == []
+    leaving = np.zeros(WIDTH, dtype=bool)
+    leaving[[1, 3, DIM + 2, DIM + 7, 2 * DIM, 2 * DIM + 1]] = True
+    return net, groups, {group_key(group): leaving for group in groups}
+
+
+def silence(net, groups, removed):
+    """A copy in which queries and keys are zero, and values are not read, where channels leave."""
+    dense = copy.deepcopy(net)
+    layers = {module: dense.get_submodule(name) for name, module in net.named_modules()}
+    with torch.no_grad():
+        for group in groups:
+            mask = torch.from_numpy(removed[group_key(group)])
+            for part in group.parts:
+                channels = part.channels[mask[part.roots]]
+                if part.writes and isinstance(part.module, nn.Linear):
+                    layers[part.module].weight[channels], layers[part.module].bias[channels] = 0.0, 0.0
+    return dense
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_channel_that_leaves_its_head_is_a_channel_at_zero(name):
+    net, groups, removed = narrowed(NETS[name])
+    assert len(groups) == (1 if name == "separate" else 2)
+    dense, untouched = silence(net, groups, removed), copy.deepcopy(net)
+    cost = cost_model(groups, net, count_macs(net, X.double()))
+    assert all(group.blocks == HEADS and group.run == 1 and not group.aligned for group in groups)
+    graph = build_graph(net, X.double())
+    remove(graph, groups, PruningPlan(removed, 0.0, 0.0, 0.0, 0.0))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(net(X.double())), logits(dense(X.double())), rtol=1e-9, atol=1e-10)
+        assert (logits(net(X.double())) - logits(untouched(X.double()))).abs().max() > 1e-3
+    assert count_macs(net, X.double()).total == pytest.approx(cost.macs(removed))
+    for group in groups:
+        attention = group.attention.module
+        counts = [v for n in ("num_heads", "num_attention_heads") if isinstance(v := getattr(attention, n, None), int)]
+        widths = [v for n in ("head_dim", "attention_head_size") if isinstance(v := getattr(attention, n, None), int)]
+        assert counts == [HEADS]
+        assert widths == [DIM - 2]
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_narrowed_saved_and_loaded(name, tmp_path):
+    net = build(NETS[name])
+    report = prune_to_flops(
+        net, X[:1], "l2", flops=0.7, attention="head-dims", repair=(), other_counters=False, progress=False
+    )
+    losing = [group for group in report.groups if group.removed and group.name.endswith(("attn", "attention"))]
+    assert losing
+    for group in losing:
+        lost = np.bincount(np.array(group.removed) // DIM, minlength=HEADS)
+        assert len(set(lost.tolist())) == 1
+    save_pruned(net, tmp_path / "net.safetensors")
+    loaded = load_pruned(tmp_path / "net.safetensors", NETS[name])
+    with torch.no_grad():
+        assert torch.equal(logits(loaded(X)), logits(net(X)))
+    if name == "timm":  # the fused kernel takes the temperature from the width, the other one from an attribute
+        for block in loaded.blocks:
+            assert block.attn.scale == pytest.approx(block.attn.head_dim**-0.5)
+            block.attn.fused_attn = False
+        with torch.no_grad():
+            torch.testing.assert_close(logits(loaded(X)), logits(net(X)))
+    logits(net.train()(X)).square().sum().backward()
+
+
+def test_heads_lose_channels_of_their_own():
+    net = build(NETS["timm"])
+    places = torch.tensor([3, 1, 6])  # of the lowest in each head
+
+    def importance(group):
+        scores = torch.arange(len(group[0].idxs)) % DIM + 100.0
+        if "attn.proj" in group[0].dep.target.name:
+            scores[torch.arange(HEADS) * DIM + places] = 0.0
+        return scores
+
+    report = prune_to_flops(
+        net, X[:1], importance, flops=0.96, attention="head-dims", repair=(), tolerance=0.02, other_counters=False,
+        progress=False,
+    )  # fmt: skip
+    group = next(group for group in report.groups if group.name == "blocks.1.attn")
+    assert group.removed == [3, DIM + 1, 2 * DIM + 6]
+
+
+@pytest.mark.parametrize(
+    ("make", "note"),
+    [
+        (
+            lambda: Net("constant"),
+            "attention: keeps its heads as wide as they are, its code does not work with narrower ones (attention "
+            "comes out otherwise)",
+        ),
+        (Eager, "attention keeps its heads and their width (blocks.1.attn, blocks.0.attn)"),
+    ],
+)
+def test_heads_whose_temperature_or_norm_would_change_keep_their_width(make, note):
+    net = build(make)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    groups, notes = sound_groups(build_graph(net, X), net, X, [], "head-dims")
+    assert not any(group.attention for group in groups)
+    assert note in notes
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("repair", ["bias", "ridge", "patch", "sequential"])
+def test_repair_of_narrowed_heads_keeps_the_temperature(repair):
+    net, groups, removed = narrowed(NETS["timm"])
+    lost = torch.from_numpy(next(iter(removed.values())))
+    with torch.no_grad():
+        for block in net.blocks:  # what leaves: no queries, and values that are a kept one of their head's, or constant
+            qkv = block.attn.qkv
+            for channel in lost.nonzero()[:, 0].tolist():
+                source = 2 * WIDTH + channel // DIM * DIM + 4
+                qkv.weight[channel], qkv.bias[channel] = 0.0, 0.0
+                qkv.weight[2 * WIDTH + channel] = 0.0 if repair == "bias" else 2.0 * qkv.weight[source]
+                qkv.bias[2 * WIDTH + channel] = 0.5
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    dense, graph = copy.deepcopy(net), build_graph(net, X.double())
+    plan = PruningPlan(removed, 0.0, 0.0, 0.0, 0.0)
+    losses = layer_losses(groups, plan, net)
+    remove(graph, groups, plan)
+    report = repair_network(net, dense, losses, (repair,), loader=[images], ridge=1e-12, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(net(X.double()), dense(X.double()), rtol=1e-5, atol=1e-5)
+    for consumer in report.consumers:
+        assert consumer.measured == pytest.approx(0.0, abs=1e-6)
+
+
+def test_narrowed_in_steps_with_repair():
+    net = build(NETS["timm"])
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    dense = copy.deepcopy(net)
+    report = prune_to_flops(
+        net, X[:1], "capture", flops=0.6, steps=2, attention="head-dims", repair=("sequential",), loader=[images],
+        other_counters=False, progress=False,
+    )  # fmt: skip
+    assert report.achieved == pytest.approx(0.6, abs=0.006)
+    narrower = [block.attn.head_dim for block in net.blocks]
+    assert min(narrower) < DIM
+    errors = {c.layer: c.in_network for c in report.consumers}
+    assert max(errors.values()) < 1.0  # a query at the wrong scale would be far off
+    for new, old in zip(net.blocks, dense.blocks, strict=True):
+        assert new.attn.num_heads == old.attn.num_heads
+
+
+def test_gains_of_two_removals_multiply():
+    nothing = torch.zeros(2, dtype=torch.bool)
+    first = LayerLoss(nothing, torch.tensor([True, False, False]), gain=torch.tensor([0.5, 0.5, 1.0]))
+    then = LayerLoss(nothing, torch.tensor([False, False]), gain=torch.tensor([0.5, 1.0]))
+    assert compose_losses(first, then).gain.tolist() == [0.5, 0.25, 1.0]
+    assert compose_losses(LayerLoss(nothing, first.outputs), then).gain.tolist() == [1.0, 0.5, 1.0]
+    assert compose_losses(first, LayerLoss(nothing, then.outputs)).gain is first.gain
+
+
+class Torch(nn.Module):
+    """PyTorch's own attention, on a stream of which one channel of every head is silent."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attention = nn.Linear(3, WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_pytorchs_own_attention_keeps_its_temperature():
+    torch.manual_seed(0)
+    net = Torch().double().eval()
+    lost = [2, DIM + 5, 2 * DIM]
+    with torch.no_grad():
+        net.attention.in_proj_weight.mul_(3.0)
+        for layer in (net.stem, net.attention.out_proj):
+            layer.weight[lost], layer.bias[lost] = 0.0, 0.0
+        for third in range(3):
+            net.attention.in_proj_weight[[third * WIDTH + c for c in lost]] = 0.0
+            net.attention.in_proj_bias[[third * WIDTH + c for c in lost]] = 0.0
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    expected = net(x)
+
+    def importance(group):
+        scores = torch.ones(len(group[0].idxs))
+        scores[lost] = 0.0
+        return scores
+
+    report = prune_to_flops(
+        net, x, importance, flops=0.85, tolerance=0.1, repair=(), other_counters=False, progress=False
+    )
+    assert report.groups[0].removed == lost
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_unknown_ways_to_prune_attention():
+    with pytest.raises(TwoAxisError, match="attention: expected heads or head-dims, got 'dims'"):
+        prune_to_flops(build(Net), X, "l2", attention="dims", repair=())

@@ -18,7 +18,7 @@ from torch.nn.parallel import DataParallel
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.errors import FileFormatError
 from tp_twoaxis.files import write_tensors
-from tp_twoaxis.pruning.checkpoint import FORMAT, load_pruned, read_header, save_pruned
+from tp_twoaxis.pruning.checkpoint import FORMAT, VERSION, load_pruned, read_header, save_pruned
 
 
 def resnet():
@@ -257,6 +257,28 @@ def test_only_integers_that_are_structure_are_kept(tmp_path):
     assert read_header(path)["modules"][""]["attributes"] == {"a": 3, "b": [1, 2]}
 
 
+class Scaled(nn.Linear):
+    """An attribute that follows the width of heads, and one that does not."""
+
+    def __init__(self, scale=0.25, drop=0.1):
+        super().__init__(4, 2)
+        self.scale, self.drop = scale, drop
+
+
+def test_scales_of_attention_return_and_other_floats_do_not(tmp_path):
+    save_pruned(Scaled(0.5, 0.0), tmp_path / "net.safetensors")
+    loaded = load_pruned(tmp_path / "net.safetensors", Scaled)
+    assert (loaded.scale, loaded.drop) == (0.5, 0.1)
+
+
+def test_files_of_the_first_version_load(tmp_path, monkeypatch):
+    monkeypatch.setattr("tp_twoaxis.pruning.checkpoint.VERSION", 1)
+    net = nn.Linear(4, 2)
+    save_pruned(net, tmp_path / "net.safetensors")
+    monkeypatch.undo()
+    assert torch.equal(load_pruned(tmp_path / "net.safetensors", lambda: nn.Linear(4, 3)).weight, net.weight)
+
+
 def test_another_network_is_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     save_pruned(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), path)
@@ -336,7 +358,7 @@ BAD_FILES = {
         "got 'tp-twoaxis/statistics'",
     ),
     "newer": (
-        lambda path: safetensors.torch.save_file({}, path, metadata={"format": FORMAT, "version": "2"}),
+        lambda path: safetensors.torch.save_file({}, path, metadata={"format": FORMAT, "version": str(VERSION + 1)}),
         "update tp-twoaxis",
     ),
     "no recipe": (

@@ -221,3 +221,13 @@ def test_floors_and_targets_of_a_network_that_was_pruned_before():
     assert (plan.macs, plan.dense, plan.target) == (500.0, 1000.0, 500.0)
     with pytest.raises(UnreachableTargetError, match=r"between 0\.500 and 1"):
         make_plan([group], cost, flops=0.4, min_keep=0.5, dense=1000.0)
+
+
+def test_blocks_that_need_not_be_aligned_lose_the_lowest_of_their_own():
+    scores = np.array([9, 1, 8, 7, 9, 4, 1, 9, 2, 3, 9, 9], dtype=float)  # 3 blocks of 4
+    _, cost = problem([scores], blocks=[3])
+    group = ScoredGroup("g0", scores, blocks=3, aligned=False)
+    mask = make_plan([group], cost, flops=0.75, tolerance=0.3).removed["g0"]
+    assert np.flatnonzero(mask).tolist() == [1, 6, 8]
+    mask = make_plan([group], cost, flops=0.5, tolerance=0.3).removed["g0"]
+    assert np.flatnonzero(mask).tolist() == [1, 3, 5, 6, 8, 9]

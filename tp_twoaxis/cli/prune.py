@@ -64,6 +64,9 @@ def prune_command(
     round_to: Annotated[
         int | None, typer.Option(help="Keep multiples of this many channels.", rich_help_panel=_PRUNING)
     ] = None,
+    attention: Annotated[
+        str, typer.Option(help="What attention loses: heads, or head-dims of every head.", rich_help_panel=_PRUNING)
+    ] = "heads",
     ignore: Annotated[
         str | None, typer.Option(help="Layers that keep their channels: conv1,fc.", rich_help_panel=_PRUNING)
     ] = None,
@@ -149,6 +152,7 @@ def prune_command(
         ignored_layers=names(ignore) or (),
         min_keep=min_keep,
         round_to=round_to,
+        attention=attention,  # type: ignore[arg-type]  # it says which there are
         max_images=None,
         latency=latency,
         progress=progress,

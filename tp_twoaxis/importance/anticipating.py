@@ -66,7 +66,8 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         model: the dense model; copied.
         loader: yields ``(images, labels)`` or images; labels are not used.
         ranking: the order inside groups: a score's name, or ``"reconstruction"``, which is
-            :func:`~tp_twoaxis.scores.reconstruction.greedy_reconstruction`.
+            :func:`~tp_twoaxis.scores.reconstruction.greedy_reconstruction` (and ``capture`` where nothing but
+            ``nn.MultiheadAttention`` reads a group). Of heads that lose channels it sees the values, not the queries.
         cost: what a channel's slope is divided by: ``"macs"``, or ``"channels"`` for pruners that count channels.
         levels: points of each curve; each takes one pass over the images.
         images: how many to measure on.
@@ -187,8 +188,8 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         """Give a group's channels [size] in order of leaving, and its curve: how many are missing, the distortion."""
         size = root_size(group)
         order = ranks.double().argsort(stable=True)
-        if self.ranking == RECONSTRUCTION:
-            mixing = [m for m in reading if not isinstance(m.module, nn.MultiheadAttention)]
+        mixing = [m for m in reading if not isinstance(m.module, nn.MultiheadAttention)]
+        if self.ranking == RECONSTRUCTION and mixing:
             order, _ = greedy_reconstruction([self._reading(member, names) for member in mixing], size)
         counts = sorted({0, *(round(level * size / self.levels) for level in range(1, self.levels)), max(size - 1, 0)})
         distortions = []

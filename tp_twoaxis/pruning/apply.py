@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, unwrap
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.pruning.attention import AttentionUnit
 from tp_twoaxis.pruning.criterion import check_steps, interim, renew, resolve
 from tp_twoaxis.pruning.cut import Budget, Limits, timed
 from tp_twoaxis.pruning.iterate import prune_in_steps
@@ -45,6 +46,7 @@ def prune_to_flops(
     ignored_layers: Iterable[nn.Module | str] = (),
     min_keep: float = 0.1,
     round_to: int | None = None,
+    attention: AttentionUnit = "heads",
     tolerance: float = 0.01,
     max_images: int | None = 5000,
     latency: bool = False,
@@ -80,6 +82,10 @@ def prune_to_flops(
         ignored_layers: layers or their names that keep their output channels.
         min_keep: share of every group's channels that always stays; of the dense network's, whatever the steps.
         round_to: keep multiples of this many channels in every group that is cut.
+        attention: what attention that is built from linear layers loses: whole ``heads``, or ``head-dims``, the same
+            number of queries, keys and values of every head, at places of its own in each; queries are rescaled so
+            that the temperature stays. PyTorch's own ``nn.MultiheadAttention`` loses head dims with the stream that
+            it reads, either way.
         tolerance: accepted relative distance to the target.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report the host's and thop's MACs; in a sweep over small networks they take most of
@@ -129,11 +135,13 @@ def prune_to_flops(
         raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
     if budget not in get_args(Budget):
         raise TwoAxisError(f"budget: expected {' or '.join(get_args(Budget))}, got {budget!r}")
+    if attention not in get_args(AttentionUnit):
+        raise TwoAxisError(f"attention: expected {' or '.join(get_args(AttentionUnit))}, got {attention!r}")
     repairs = check_repair(repair, network, loader, stats)
     check_steps(steps, importance, loader)
     folds = any(name in repairs for name in REPAIRS if name != "bn")
     inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
-    limits = Limits(_find_layers(network, ignored_layers), budget, min_keep, round_to, tolerance)
+    limits = Limits(_find_layers(network, ignored_layers), budget, min_keep, round_to, tolerance, attention)
     seconds: dict[str, float] = {}
     snapshot = ModelSnapshot(network)
     trained = {name: p.requires_grad for name, p in network.named_parameters()}

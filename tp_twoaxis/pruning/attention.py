@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from tp_twoaxis.importance.groups import Member, members
 
 # where such modules keep the number of their heads, and the channels of all heads together
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads", "num_kv_heads", "num_key_value_heads")
 WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "kv_dim")
+# the channels of one head, and their inverse root, by which the products of queries and keys are multiplied
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_k")
+SCALES = ("scale", "scaling", "softmax_scale")
+
+AttentionUnit = Literal["heads", "head-dims"]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module whose heads can leave: the channels of a head in query, key, value and projection.
+    """An attention module whose heads can leave or be made narrower: their channels in query, key, value, projection.
 
     Attributes:
         module: it holds the number of heads.
@@ -28,9 +34,10 @@ class Attention:
         width: channels of all heads together, head by head, as the projection reads them.
         group: the host's group, rooted at the projection's inputs.
         parts: the layers that lose channels.
-        value: the host's group without query and key, for an importance to score: what a head hands on is
-            its values, and how it mixes them says nothing of their worth.
+        value: the host's group without query and key: what a head hands on is its values.
+        query: channels of a layer that are queries.
         spared: norms inside a head (of queries, of keys); the host counts them in, they keep their width.
+        unit: what leaves: whole heads, or the same number of channels of every head.
     """
 
     module: nn.Module
@@ -39,22 +46,55 @@ class Attention:
     group: Any
     parts: list[Member]
     value: Any
+    query: Member
     spared: frozenset[nn.Module]
+    unit: AttentionUnit = "heads"
 
     @property
     def head_width(self) -> int:
         """Channels of one head."""
         return self.width // self.heads
 
-    def keep(self, heads: int) -> None:
-        """Write the number of heads that are left, and their width, where the module's forward looks for it."""
+    @property
+    def scored(self) -> Any:
+        """What an importance should see: how a head mixes values says nothing of its worth, but of its channels'."""
+        return self.value if self.unit == "heads" else self.group
+
+    def query_gain(self, width: int) -> float:
+        """Factor that queries need when so many channels of all heads together are left.
+
+        Products of queries and keys are divided by the root of the head's width, which the module takes from what
+        is left of it; so narrower heads would see their products grow.
+        """
+        return 1.0 if self.unit == "heads" else math.sqrt(width / self.width)
+
+    def keep(self, width: int) -> None:
+        """Make up for lost channels: write what is left where the module's forward looks for it, rescale queries.
+
+        Args:
+            width: channels of all heads together that are left in its layers.
+        """
+        heads, head_width = self.heads, self.head_width
+        if self.unit == "heads":
+            heads = width // head_width
+        else:
+            head_width = width // heads
         for names, old, new in (
             (HEAD_COUNTS, self.heads, heads),
-            (WIDTHS, self.width, heads * self.head_width),
+            (WIDTHS, self.width, width),
+            (HEAD_WIDTHS, self.head_width, head_width),
         ):
             for name in names:
                 if getattr(self.module, name, None) == old:
                     setattr(self.module, name, new)
+        if self.unit == "head-dims":
+            for name in SCALES:
+                scale = getattr(self.module, name, None)
+                if isinstance(scale, float) and math.isclose(scale, self.head_width**-0.5):
+                    setattr(self.module, name, head_width**-0.5)
+            layer = self.query.module
+            assert isinstance(layer, nn.Linear)
+            _scale_rows(width, self.query_gain(width), layer.weight, layer.bias)
 
 
 def attention_owners(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, int]]:
@@ -81,14 +121,18 @@ def enclosing_attention(parts: list[Member], owners: dict[nn.Module, tuple[nn.Mo
 
 
 def read_attention(
-    graph: Any, owner: nn.Module, parts: list[Member], owners: dict[nn.Module, tuple[nn.Module, int]]
+    graph: Any,
+    owner: nn.Module,
+    parts: list[Member],
+    owners: dict[nn.Module, tuple[nn.Module, int]],
+    unit: AttentionUnit = "heads",
 ) -> Attention | None:
     """Read an attention module's heads, or give None where their channels cannot leave.
 
     Expected is a query, a key and a value of one width for each of at least two heads, in this order, from one
     linear layer or several, and one linear layer that reads them. Heads that share keys (grouped queries), and
     parameters beside these layers whose shape may hold the number of heads (position biases, temperatures),
-    are more than is known here.
+    are more than is known here. A norm inside a head allows whole heads to leave, but not some of its channels.
     """
     heads = _head_count(owner) or 1
     readers = [part.module for part in parts if part.reads and not part.writes]
@@ -121,10 +165,13 @@ def read_attention(
             return None
     bare = any(isinstance(item.dep.target.module, nn.Parameter) for item in group)
     known = {p for module in [*(part.module for part in taking), *spared] for p in module.parameters()}
-    value = _value_path(group, [part for part in taking if part.module in owners and part.writes], owners, width)
-    if bare or value is None or not known.issuperset(owner.parameters()):
+    writers = [part for part in taking if part.module in owners and part.writes]
+    query, value = (_one_of_three(place, writers, owners, width) for place in (0, 2))
+    if bare or query is None or value is None or not known.issuperset(owner.parameters()):
         return None
-    return Attention(owner, heads, width, group, taking, value, frozenset(spared))
+    if unit == "head-dims" and spared:
+        return None
+    return Attention(owner, heads, width, group, taking, _cut_down(group, value), query, frozenset(spared), unit)
 
 
 def without(group: Any, spared: frozenset[nn.Module]) -> Any:
@@ -138,30 +185,55 @@ def _head_count(module: nn.Module) -> int | None:
     return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _value_path(
-    group: Any, writers: list[Member], owners: dict[nn.Module, tuple[nn.Module, int]], width: int
-) -> Any | None:
-    """Cut a group down to the value and the projection: of query, key and value, defined in this order, the third."""
+def rescale_queries(attention: nn.MultiheadAttention, before: int) -> None:
+    """Keep the temperature of PyTorch's own attention when its heads became narrower; ``before`` was its width.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(8, 2)
+        >>> _ = nn.init.ones_(attention.in_proj_weight)
+        >>> rescale_queries(attention, before=32)
+        >>> attention.in_proj_weight[:, 0].tolist()[6:10]
+        [0.5, 0.5, 1.0, 1.0]
+    """
+    width = attention.embed_dim
+    weight = attention.in_proj_weight if attention.in_proj_weight is not None else attention.q_proj_weight
+    _scale_rows(width, math.sqrt(width / before), weight, attention.in_proj_bias)
+
+
+def _scale_rows(rows: int, factor: float, *parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            values = parameter.detach().clone()
+            values[:rows] *= factor
+            parameter.data = values  # not in place: a snapshot may hold what was there
+
+
+def _one_of_three(
+    place: int, writers: list[Member], owners: dict[nn.Module, tuple[nn.Module, int]], width: int
+) -> Member | None:
+    """Find query (0), key (1) or value (2) among the layers of an attention module, which define them in this order."""
     earlier = 0
     for part in sorted(writers, key=lambda part: owners[part.module][1]):
         per_root = len(part.channels) // width
-        if earlier + per_root >= 3:
+        if earlier + per_root > place:
             order = part.channels.argsort()
-            third = order[(2 - earlier) * width : (3 - earlier) * width]
+            third = order[(place - earlier) * width : (place - earlier + 1) * width]
             if len(set(part.roots[third].tolist())) < width:
                 return None
-            return _cut_down(group, part.module, part.channels[third].tolist(), part.roots[third].tolist())
+            return replace(part, channels=part.channels[third], roots=part.roots[third])
         earlier += per_root
     return None
 
 
-def _cut_down(group: Any, layer: nn.Module, channels: list[int], roots: list[int]) -> Any:
+def _cut_down(group: Any, writer: Member) -> Any:
+    """Leave a group its root and one layer's channels."""
+
     def items() -> Iterator[Any]:
         yield group[0]
         for item in group:
-            if item.dep.target.module is layer:
-                part = type(item)(dep=item.dep, idxs=channels)
-                part.root_idxs = roots
+            if item.dep.target.module is writer.module:
+                part = type(item)(dep=item.dep, idxs=writer.channels.tolist())
+                part.root_idxs = writer.roots.tolist()
                 yield part
 
     small = copy.copy(group)

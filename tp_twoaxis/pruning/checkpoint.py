@@ -1,12 +1,13 @@
 """Pruned networks on disk: weights and a recipe of their structure in one safetensors file, no pickle.
 
-The recipe holds, by module name, the class and every integer attribute (``out_channels``, ``num_heads``,
-``normalized_shape``, ...) as absolute values. Loading builds the dense network with the user's own factory,
-sets the attributes that differ and puts every parameter and buffer in its place.
+The recipe holds, by module name, the class, every integer attribute (``out_channels``, ``num_heads``,
+``normalized_shape``, ...) and the scale of attention as absolute values. Loading builds the dense network with the
+user's own factory, sets the attributes that differ and puts every parameter and buffer in its place.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from tp_twoaxis import files
 from tp_twoaxis.borrow import preserved_rng, unwrap
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.pruning.attention import SCALES
 
 FORMAT = "tp-twoaxis/pruned"
-VERSION = 1
+VERSION = 2  # 2: scales of attention
 
 
 class JsonReport(Protocol):
@@ -43,8 +45,8 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
     """Write a pruned (or dense) network to one safetensors file, whole or not at all.
 
     Kept are all parameters and buffers, also non-persistent ones, with dtype, strides (channels-last stays)
-    and tying, and all integer attributes. Everything else - floats such as an attention's scale, strings,
-    functions, hooks - comes from the factory at loading.
+    and tying, all integer attributes, and the scale of attention, which follows the width of its heads. Everything
+    else - other floats, strings, functions, hooks - comes from the factory at loading.
 
     Args:
         model: any module; wrappers are stripped.
@@ -85,7 +87,7 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
     header: files.Json = {
         "torch": torch.__version__,
         "modules": {
-            name: {"class": type(module).__name__, "attributes": _integers(module)}
+            name: {"class": type(module).__name__, "attributes": _structure(module)}
             for name, module in model.named_modules()
         },
         "aliases": aliases,
@@ -101,7 +103,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``"report"`` (the JSON string given to :func:`save_pruned`, or None), ``"torch"`` (the version that
-        wrote), and the recipe: ``"modules"`` (name -> class and integer attributes), ``"aliases"`` (tied name
+        wrote), and the recipe: ``"modules"`` (name -> class and attributes), ``"aliases"`` (tied name
         -> stored name), ``"empty"`` (parameters and buffers that are None), ``"strides"`` (of non-contiguous
         tensors).
 
@@ -196,14 +198,16 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
     return slots
 
 
-def _integers(module: nn.Module) -> dict[str, int | list[int]]:
-    """Public integers and tuples or lists of integers; bools are settings, not structure."""
-    found: dict[str, int | list[int]] = {}
+def _structure(module: nn.Module) -> dict[str, int | float | list[int]]:
+    """Public integers, tuples or lists of integers, and scales of attention; bools are settings, not structure."""
+    found: dict[str, int | float | list[int]] = {}
     for name, value in vars(module).items():
         if name.startswith("_"):
             continue
         if _is_integer(value):
             found[name] = int(value)
+        elif _is_scale(name, value):
+            found[name] = value
         elif isinstance(value, (tuple, list)) and value and all(_is_integer(item) for item in value):
             found[name] = [int(item) for item in value]
     return found
@@ -213,12 +217,16 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _checked(attributes: dict[str, Any]) -> dict[str, int | tuple[int, ...]]:
-    """Attributes from a file: only what :func:`_integers` can have written may be set on a module."""
-    checked: dict[str, int | tuple[int, ...]] = {}
+def _is_scale(name: str, value: object) -> bool:
+    return name in SCALES and isinstance(value, float) and math.isfinite(value)
+
+
+def _checked(attributes: dict[str, Any]) -> dict[str, int | float | tuple[int, ...]]:
+    """Attributes from a file: only what :func:`_structure` can have written may be set on a module."""
+    checked: dict[str, int | float | tuple[int, ...]] = {}
     for name, value in attributes.items():
         items = value if isinstance(value, list) else [value]
-        if name.startswith("_") or not all(_is_integer(item) for item in items):
+        if name.startswith("_") or not (_is_scale(name, value) or all(_is_integer(item) for item in items)):
             raise ValueError(f"attribute {name} = {value!r} is no structure")
         checked[name] = tuple(value) if isinstance(value, list) else value
     return checked

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.borrow import ModelSnapshot
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.pruning.attention import AttentionUnit
 from tp_twoaxis.pruning.composition import Removals
 from tp_twoaxis.pruning.cost import CostModel, channel_count
 from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key
@@ -38,6 +39,7 @@ class Limits:
         min_keep: share of every group's dense channels that stays.
         round_to: keep multiples of this many channels.
         tolerance: accepted relative distance to the target.
+        attention: what attention loses.
     """
 
     ignored: list[nn.Module]
@@ -45,6 +47,7 @@ class Limits:
     min_keep: float
     round_to: int | None
     tolerance: float
+    attention: AttentionUnit = "heads"
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def cut_to(
     for attempt in range(1, TRIES + 1):
         with timed(seconds, "graph"):
             graph = build_graph(network, inputs)
-            groups, notes = sound_groups(graph, network, inputs, limits.ignored)
+            groups, notes = sound_groups(graph, network, inputs, limits.ignored, limits.attention)
         with timed(seconds, "score"):
             scored, declined = score_groups(groups, importance)
             widths = {group_key(group): earlier.width(group, network) for group in groups}

@@ -18,7 +18,13 @@ from torch.nn.modules.conv import _ConvNd
 from tp_twoaxis.borrow import kept_modes
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.importance.groups import Member, members
-from tp_twoaxis.pruning.attention import Attention, attention_owners, enclosing_attention, read_attention
+from tp_twoaxis.pruning.attention import (
+    Attention,
+    AttentionUnit,
+    attention_owners,
+    enclosing_attention,
+    read_attention,
+)
 from tp_twoaxis.pruning.cost import CostModel, Side, Term
 from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount, inside, running_layers
 from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers
@@ -35,6 +41,7 @@ class PrunableGroup:
         parts: the layers that take part, restricted to these channels.
         blocks: see :class:`~tp_twoaxis.pruning.plan.ScoredGroup`.
         run: likewise.
+        aligned: likewise.
         attention: where the channels are those of an attention module's heads.
     """
 
@@ -44,12 +51,13 @@ class PrunableGroup:
     parts: list[Member]
     blocks: int = 1
     run: int = 1
+    aligned: bool = True
     attention: Attention | None = None
 
     @property
     def scored(self) -> Any:
         """The host's group as an importance sees it; its root channels are those of :attr:`group`."""
-        return self.group if self.attention is None else self.attention.value
+        return self.group if self.attention is None else self.attention.scored
 
     @property
     def own(self) -> Any:
@@ -111,12 +119,13 @@ def tracing_allowed(model: nn.Module) -> Iterator[None]:
 
 
 def prunable_groups(
-    graph: Any, model: nn.Module, ignored_layers: Iterable[nn.Module]
+    graph: Any, model: nn.Module, ignored_layers: Iterable[nn.Module], attention: AttentionUnit = "heads"
 ) -> tuple[list[PrunableGroup], list[str]]:
     """List the groups that may be pruned.
 
     Left out are groups with an ignored layer, and groups that nobody reads (they are the model's outputs).
-    Attention that is built from linear layers loses whole heads, or nothing where its heads are not understood.
+    Attention that is built from linear layers loses whole heads or, if asked so, the same number of channels of
+    every head; nothing where its heads are not understood.
     Channels of a layer that the host's own listing passes by, because another group covers only part of the
     layer, come as a group of their own.
 
@@ -148,21 +157,13 @@ def prunable_groups(
             return
         name = names[group[0].dep.target.module]
         if (owner := enclosing_attention(parts, owners)) is not None:
-            attention = read_attention(graph, owner, parts, owners)
-            if attention is None:
+            heads = read_attention(graph, owner, parts, owners, attention)
+            if heads is None:
                 kept_whole[names[owner]] = None
                 return
-            places = list(range(attention.width))
-            found.append(
-                PrunableGroup(
-                    names[owner],
-                    attention.group,
-                    places,
-                    attention.parts,
-                    run=attention.head_width,
-                    attention=attention,
-                )
-            )
+            places = list(range(heads.width))
+            blocks, run = (1, heads.head_width) if attention == "heads" else (heads.heads, 1)
+            found.append(PrunableGroup(names[owner], heads.group, places, heads.parts, blocks, run, False, heads))
             return
         if overfull := [names[part.module] for part in parts if _overfull(part)]:
             miscounted.append(
@@ -177,6 +178,7 @@ def prunable_groups(
                 list(group[0].idxs) if channels is None else channels,
                 parts,
                 _blocks(parts) if size % _blocks(parts) == 0 else size,
+                aligned=any(_grouped(part) for part in parts),
             )
         )
 
@@ -273,10 +275,15 @@ def _blocks(parts: list[Member]) -> int:
     counts = [1]
     for part in parts:
         module = part.module
-        if isinstance(module, _ConvNd) and module.groups > 1 and not (part.writes and part.reads):
+        if isinstance(module, _ConvNd) and _grouped(part):
             counts.append(module.groups)
         elif isinstance(module, nn.GroupNorm):
             counts.append(module.num_groups)
         elif isinstance(module, nn.MultiheadAttention):
             counts.append(module.num_heads)
     return math.lcm(*counts)
+
+
+def _grouped(part: Member) -> bool:
+    """Whether a part's channels are those of a grouped, but not depthwise, convolution."""
+    return isinstance(part.module, _ConvNd) and part.module.groups > 1 and not (part.writes and part.reads)

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map
 
 from tp_twoaxis.borrow import ModelSnapshot, evaluating, preserved_rng
 from tp_twoaxis.errors import listing
+from tp_twoaxis.importance.groups import members
+from tp_twoaxis.pruning.attention import Attention, AttentionUnit
 from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, group_key, prunable_groups
 from tp_twoaxis.pruning.macs import ExampleInputs, call
 from tp_twoaxis.pruning.removal import take_out
@@ -26,20 +28,24 @@ from tp_twoaxis.statistics.layers import MIXING_NORMS, channel_layers
 
 
 def sound_groups(
-    graph: Any, model: nn.Module, example_inputs: ExampleInputs, ignored_layers: list[nn.Module]
+    graph: Any,
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    ignored_layers: list[nn.Module],
+    attention: AttentionUnit = "heads",
 ) -> tuple[list[PrunableGroup], list[str]]:
     """List the prunable groups whose channels arrive where the host says they do.
 
     Returns:
         The groups, and notes on what stays whole or may break.
     """
-    groups, notes = prunable_groups(graph, model, ignored_layers)
+    groups, notes = prunable_groups(graph, model, ignored_layers, attention)
     if any(group.attention for group in groups):
-        stuck = fixed_heads(model, example_inputs, ignored_layers)
+        stuck = fixed_heads(model, example_inputs, ignored_layers, attention)
         groups = [group for group in groups if group_key(group) not in stuck]
         if stuck:
             reason = next(iter(stuck.values()))
-            notes.append(f"{listing(stuck, 3)}: keeps its heads, its code does not run with one less ({reason})")
+            notes.append(f"{listing(stuck, 3)}: keeps its heads{_HOW[attention]} ({reason})")
     wrong = wrongly_mapped(groups, model, example_inputs)
     notes += [
         f"{name}: stays whole, because Torch-Pruning maps it to the wrong inputs of {listing(readers)}"
@@ -53,34 +59,98 @@ def sound_groups(
     return [group for group in groups if group_key(group) not in wrong], notes
 
 
-def fixed_heads(model: nn.Module, example_inputs: ExampleInputs, ignored_layers: list[nn.Module]) -> dict[str, str]:
+_HOW = {
+    "heads": ", its code does not run with one less",
+    "head-dims": " as wide as they are, its code does not work with narrower ones",
+}
+
+
+def fixed_heads(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    ignored_layers: list[nn.Module],
+    attention: AttentionUnit = "heads",
+) -> dict[str, str]:
     """Find attention modules whose code holds a width that it does not keep in a known attribute: by trying.
 
-    One head of every module of a class is removed, the model runs, and everything is put back.
+    One head of every module of a class is removed, or one channel of every head, the model runs, and everything is
+    put back. Where channels of heads were removed the projections must also write what they write when
+    the dense network's queries, keys and values are zero there: a temperature that no known attribute holds, or
+    positions rotated into queries and keys, would show.
 
     Returns:
-        Group key -> what running raised.
+        Group key -> what running raised, or that it came out otherwise.
 
     Example:
         >>> fixed_heads(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(1, 4), [])
         {}
     """
     graph = build_graph(model, example_inputs)  # of its own, because removal leaves its mark on a graph
-    groups = [group for group in prunable_groups(graph, model, ignored_layers)[0] if group.attention]
+    listed = prunable_groups(graph, model, ignored_layers, attention)[0]
+    groups = [(group, group.attention) for group in listed if group.attention]
     snapshot = ModelSnapshot(model)
     stuck: dict[str, str] = {}
-    for kind in dict.fromkeys(type(group.attention.module) for group in groups if group.attention):
-        alike = [group for group in groups if group.attention and type(group.attention.module) is kind]
+    for kind in dict.fromkeys(type(heads.module) for _, heads in groups):
+        alike = [(group, heads) for group, heads in groups if type(heads.module) is kind]
+        projections = [group.group[0].dep.target.module for group, _ in alike]
         try:
             with preserved_rng(), evaluating(model):
-                for group in alike:
-                    take_out(graph, group, list(range(group.run)))
-                call(model, example_inputs)
+                if attention == "head-dims":
+                    for _, heads in alike:
+                        _silence(heads)
+                    expected = _written(projections, model, example_inputs)
+                    snapshot.restore()
+                for group, heads in alike:
+                    take_out(graph, group, _first(heads))
+                found = _written(projections, model, example_inputs)
         except Exception as error:
-            stuck |= {group_key(group): f"{type(error).__name__}: {error}" for group in alike}
+            stuck |= {group_key(group): f"{type(error).__name__}: {error}" for group, _ in alike}
+        else:
+            if attention == "head-dims":
+                stuck |= {
+                    group_key(group): "attention comes out otherwise"
+                    for (group, _), before, after in zip(alike, expected, found, strict=True)
+                    if not _close(before, after)
+                }
         finally:
             snapshot.restore()
     return stuck
+
+
+def _first(heads: Attention) -> list[int]:
+    """Channels of the first head, or the first channel of every head."""
+    return list(range(heads.head_width) if heads.unit == "heads" else range(0, heads.width, heads.head_width))
+
+
+def _silence(heads: Attention) -> None:
+    """Let queries, keys and values be zero in the first channel of every head."""
+    leaving = torch.zeros(heads.width, dtype=torch.bool)
+    leaving[_first(heads)] = True
+    for part in heads.parts:
+        if part.writes and isinstance(part.module, nn.Linear):
+            for parameter in part.module.parameters(recurse=False):
+                silent = parameter.detach().clone()
+                silent[part.channels[leaving[part.roots]]] = 0.0
+                parameter.data = silent
+
+
+def _written(layers: list[nn.Module], model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """Run a model and give what some of its layers write."""
+    written: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, _: Any, output: Tensor) -> None:
+        written[layer] = output.detach()
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(keep).remove)
+        call(model, example_inputs)
+    return [written[layer] for layer in layers]
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    tolerance = max(1e-4, 20.0 * torch.finfo(expected.dtype).eps)
+    return bool((expected - found).abs().max() <= tolerance * expected.abs().max())
 
 
 def wrongly_mapped(
@@ -92,7 +162,8 @@ def wrongly_mapped(
     every layer that reads compares the NaN channels it receives with those the host would remove, and goes on
     with zeros instead. A layer that receives none or nothing but NaN says nothing: some operation swallowed the
     marks or spread them. Not so the projection of an attention module: where channels make up heads as supposed,
-    it receives those of the marked heads and no others.
+    it receives those of the marked heads and no others. Where heads lose some of their channels only values are
+    marked, because a query reaches all channels of its head.
 
     Args:
         groups: the prunable groups.
@@ -115,7 +186,10 @@ def wrongly_mapped(
         units = len(group.channels) // group.blocks // group.run
         unit = torch.arange(len(group.channels)) // group.run % units
         marked = unit < max(1, units // 3)
-        for part in group.parts:
+        parts = group.parts
+        if group.attention is not None and group.attention.unit == "head-dims":
+            parts = list(members(group.attention.value))
+        for part in parts:
             channels = part.channels[marked[part.roots]].tolist()
             if part.writes:
                 written.setdefault(part.module, set()).update(channels)

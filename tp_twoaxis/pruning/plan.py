@@ -24,8 +24,10 @@ class ScoredGroup:
     Attributes:
         name: the root layer's name.
         scores: [size] importance, larger keeps; comparable with other groups' (already normalised).
-        blocks: channels come in this many equally long blocks that must stay equally long (grouped
-            convolutions, GroupNorm, heads): channel i of every block leaves together, ranked by their mean score.
+        blocks: channels come in this many equally long blocks that must stay equally long (grouped convolutions,
+            GroupNorm, heads): one of every block leaves at a time, ranked by their mean score.
+        aligned: they are at the same place in every block, as grouped convolutions want it; else every block loses
+            the lowest of its own.
         run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
             their mean score.
         width: channels that it had before earlier steps of pruning, of which floors are shares; default its own number.
@@ -36,6 +38,7 @@ class ScoredGroup:
     blocks: int = 1
     run: int = 1
     width: int | None = None
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,12 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
                 f"{group.name}: {size} channels do not split into {group.blocks} blocks of runs of {group.run}"
             )
         shape = (group.blocks, -1, group.run)
-        unit_scores = group.scores.reshape(shape).mean((0, 2))
+        scores, members = group.scores.reshape(shape).mean(2), np.arange(size).reshape(shape)
+        if not group.aligned:
+            own = np.argsort(scores, axis=1, kind="stable")
+            scores, members = np.take_along_axis(scores, own, 1), np.take_along_axis(members, own[..., None], 1)
+        unit_scores = scores.mean(0)
         order = np.argsort(unit_scores, kind="stable")
-        members = np.arange(size).reshape(shape)
         floor = max(1, math.ceil(min_keep * (group.width or size)))
         removed_units = 0
         for kept in range(size - together, floor - 1, -together):

@@ -56,5 +56,5 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
             )
         place = {channel: position for position, channel in enumerate(asked[0].idxs)}
         chosen = values[[place[channel] for channel in group.channels]]
-        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.run))
+        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.run, aligned=group.aligned))
     return scored, notes

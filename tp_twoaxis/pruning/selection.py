@@ -19,6 +19,7 @@ from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.importance.entry import Importance, Needs, requires
 from tp_twoaxis.importance.registry import find_importance, make_importance
 from tp_twoaxis.pruning.apply import prune_to_flops
+from tp_twoaxis.pruning.attention import AttentionUnit
 from tp_twoaxis.pruning.macs import ExampleInputs
 from tp_twoaxis.pruning.repair import check_repair
 from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, rank_candidates, tied_with_best
@@ -44,6 +45,7 @@ def select_score(
     ignored_layers: Iterable[nn.Module | str] = (),
     min_keep: float = 0.1,
     round_to: int | None = None,
+    attention: AttentionUnit = "heads",
     tolerance: float = 0.01,
     seed: int = 0,
     progress: bool = True,
@@ -75,6 +77,7 @@ def select_score(
         ignored_layers: layers or their names that keep their channels.
         min_keep: share of every group's channels that always stays.
         round_to: keep multiples of this many channels.
+        attention: as for ``prune_to_flops``.
         tolerance: accepted relative distance to the target.
         seed: of the deal, and of ``random``.
         progress: show progress bars on stderr.
@@ -135,6 +138,7 @@ def select_score(
                     ignored_layers=ignored,
                     min_keep=min_keep,
                     round_to=round_to,
+                    attention=attention,
                     tolerance=tolerance,
                     max_images=None,
                     other_counters=False,
