@@ -1,4 +1,4 @@
-"""Prune a vision transformer: whole attention heads, MLP widths and the embedding's width, under one threshold.
+"""Prune a vision transformer: attention heads (or all heads' channels), MLP widths and the embedding's width together.
 
 python examples/vit.py                                # random weights, the digits inside scikit-learn
 python examples/vit.py --pretrained --data FOLDER     # FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg
@@ -21,6 +21,7 @@ parser.add_argument("--data", help="folder of images, a sub-folder for each clas
 parser.add_argument("--size", type=int, default=64, help="pixels a side; 224 for ImageNet's networks and photographs")
 parser.add_argument("--pretrained", action="store_true", help="download published weights")
 parser.add_argument("--flops", type=float, default=0.5, help="share of the multiply-adds to keep")
+parser.add_argument("--attention", default="heads", choices=["heads", "head-dims"], help="what attention loses")
 parser.add_argument("--images", type=int, default=256, help="images to calibrate and to test on")
 parser.add_argument("--batches", type=int, default=30, help="batches of 32 to fine-tune on")
 parser.add_argument("--out", default="vit-pruned.safetensors", help="where to save the pruned network")
@@ -48,9 +49,9 @@ def build():
 
 model = build()
 stats = calibrate(model, calibration)
-report = prune_to_flops(model, example, "capture", flops=args.flops, stats=stats)
+report = prune_to_flops(model, example, "capture", flops=args.flops, stats=stats, attention=args.attention)
 print(report)
-print("heads left a block:", [block.attn.num_heads for block in model.blocks])
+print("heads x channels left in each block:", *[f"{b.attn.num_heads}x{b.attn.head_dim}" for b in model.blocks])
 
 finetune(model, make_loader(train, 32, shuffle=True), max_batches=args.batches)
 right, total = accuracy(model, test)
