@@ -168,6 +168,7 @@ def test_plain_weights(folder, tmp_path):
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "half"], "--flops"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "0.01"], "min_keep"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--steps", "0"], "--steps"),
+        (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--attention", "dims"], "heads or head-dims"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--repair", "glue"], "repair"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--ignore", "conv9"], "conv9"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--eval-images", "3"], "--eval-split"),
