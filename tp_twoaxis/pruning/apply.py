@@ -13,7 +13,7 @@ from tp_twoaxis.borrow import ModelSnapshot, unwrap
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.pruning.attention import AttentionUnit
 from tp_twoaxis.pruning.criterion import check_steps, interim, renew, resolve
-from tp_twoaxis.pruning.cut import Budget, Limits, timed
+from tp_twoaxis.pruning.cut import Budget, Limits
 from tp_twoaxis.pruning.iterate import prune_in_steps
 from tp_twoaxis.pruning.macs import (
     ExampleInputs,
@@ -25,6 +25,7 @@ from tp_twoaxis.pruning.macs import (
     running_layers,
     thop_macs,
 )
+from tp_twoaxis.pruning.phases import timed
 from tp_twoaxis.pruning.repair import REPAIRS, check_repair, repair_network
 from tp_twoaxis.pruning.report import PruningReport, Size
 from tp_twoaxis.statistics.store import CalibrationStatistics

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from tp_twoaxis.pruning.cost import CostModel, channel_count
 from tp_twoaxis.pruning.graph import PrunableGroup, build_graph, cost_model, group_key
 from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount, count_macs, inside, running_layers
 from tp_twoaxis.pruning.mapping import sound_groups
+from tp_twoaxis.pruning.phases import timed
 from tp_twoaxis.pruning.plan import make_plan
 from tp_twoaxis.pruning.ranking import score_groups
 from tp_twoaxis.pruning.removal import group_report, refresh_widths, remove, removed_channels
@@ -181,11 +180,3 @@ def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
                 f"({type(error).__name__}: {error}); its code holds a width that the host cannot see - put the layers "
                 "concerned into ignored_layers; the model is as it was"
             ) from error
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the seconds that a block takes to a phase."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from tp_twoaxis.borrow import ModelSnapshot
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.pruning.composition import Removals
-from tp_twoaxis.pruning.cut import Cut, Limits, cut_to, timed
+from tp_twoaxis.pruning.cut import Cut, Limits, cut_to
 from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount
+from tp_twoaxis.pruning.phases import timed
 from tp_twoaxis.pruning.repair import LayerLoss, RepairReport
 
 

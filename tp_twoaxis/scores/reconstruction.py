@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tp_twoaxis.damping import damped_factor
 from tp_twoaxis.errors import TwoAxisError
 
 
@@ -66,10 +67,9 @@ def greedy_reconstruction(readings: list[Reading], size: int, *, ridge: float = 
         raise TwoAxisError(f"expected at least one reading and ridge > 0, got {len(readings)} and {ridge}")
     states = []
     for reading in readings:
-        damped = reading.covariance.double().clone()
-        scale = float(damped.diagonal().mean())
-        damped.diagonal().add_(ridge * scale if scale > 0 else 1.0)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        covariance = reading.covariance.double()
+        factor = damped_factor(covariance, ridge)
+        inverse = torch.eye(len(covariance)).to(covariance) if factor is None else torch.cholesky_inverse(factor)
         states.append((reading, inverse, reading.weight.double().clone()))
     losses, order = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
     left = torch.ones(size, dtype=torch.bool)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.damping import damped_factor
 
 # a fit from many rows needs no more than protection against rounding; from few rows it shrinks towards no change
 LEAST_RIDGE, NOISE_RIDGE, LARGEST_RIDGE = 1e-6, 1e-2, 0.1
@@ -47,30 +47,6 @@ def ridge_regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """
     factor = damped_factor(covariance, ridge)
     return torch.zeros_like(cross) if factor is None else torch.cholesky_solve(cross, factor)
-
-
-def damped_factor(covariance: Tensor, ridge: float) -> Tensor | None:
-    """Factor ``S_xx + ridge t I`` as ``L L'``, for :func:`ridge_regression` on several targets.
-
-    Args:
-        covariance: [K, K] float64.
-        ridge: see there.
-
-    Returns:
-        L [K, K], lower triangular; None where nothing varies.
-
-    Raises:
-        TwoAxisError: the ridge is not positive.
-    """
-    if not ridge > 0.0:
-        raise TwoAxisError(f"ridge: expected a positive number relative to the mean variance, got {ridge}")
-    scale = float(covariance.diagonal().mean()) if len(covariance) else 0.0
-    if scale <= 0.0:
-        return None
-    damped = covariance.clone()
-    damped.diagonal().add_(ridge * scale)
-    factor: Tensor = torch.linalg.cholesky(damped)
-    return factor
 
 
 @dataclass(frozen=True)

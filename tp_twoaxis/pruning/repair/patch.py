@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from tp_twoaxis.pruning.repair.fold import damped_factor, ridge_for
+from tp_twoaxis.damping import damped_factor
+from tp_twoaxis.pruning.repair.fold import ridge_for
 from tp_twoaxis.pruning.repair.weights import blocks_of, read_weight, write_weight
 from tp_twoaxis.statistics.layers import channels_last_view
 from tp_twoaxis.statistics.moments import CoMoments

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.pruning.phases import timed
 from tp_twoaxis.pruning.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.losses import LayerLoss
@@ -116,10 +115,10 @@ def repair_network(
         if new := sorted(before - _without_bias(network)):
             notes.append(f"{listing(new)} got a bias to hold what removed channels supplied on average")
     if "bn" in wanted and loader is not None:
-        with _timed(seconds, "repair/bn"):
+        with timed(seconds, "repair/bn"):
             reestimate_batch_norm(network, loader, max_images=max_images, progress=progress)
     if images is not None and consumers:
-        with _timed(seconds, "repair/measure"):
+        with timed(seconds, "repair/measure"):
             consumers = _measured(consumers, network, dense, losses, images.held_out)
     held = 0 if images is None or not consumers else len(images.held_out)
     return RepairReport(list(wanted), consumers, held, seconds, notes)
@@ -137,11 +136,11 @@ def _repair_weights(
 ) -> tuple[list[ConsumerRepair], list[str]]:
     """Fold at channel level, and go on from there as far as asked for; describe each reader."""
     reasons = _readers(network, dense, losses)
-    with _timed(seconds, "repair/statistics"):
+    with timed(seconds, "repair/statistics"):
         stats = _statistics(dense, [name for name, reason in reasons.items() if not reason], stats, images)
     done: dict[str, OneShot] = {}
     first = WEIGHTS[min(level, 1)]
-    with _timed(seconds, f"repair/{first}"):
+    with timed(seconds, f"repair/{first}"):
         for name in [name for name, reason in reasons.items() if not reason]:
             if stats is None or stats[name].inputs is None:
                 reasons[name] = "its input is too wide for statistics"
@@ -159,7 +158,7 @@ def _repair_weights(
     by = {name: first if name in done else "none" for name in reasons}
     notes = []
     if level >= 2 and images is not None:
-        with _timed(seconds, f"repair/{WEIGHTS[level]}"):
+        with timed(seconds, f"repair/{WEIGHTS[level]}"):
             if level == 2:
                 outcome = fit_patches(network, dense, losses, list(done), images)
             else:
@@ -269,10 +268,3 @@ def _measured(
 
 def _without_bias(network: nn.Module) -> set[str]:
     return {name for name, module in network.named_modules() if module._parameters.get("bias", ...) is None}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
