@@ -165,7 +165,7 @@ def prune_to_flops(
             seconds,
             flops=flops,
             steps=steps,
-            mend=lambda losses: repair_network(
+            mend=lambda losses, last: repair_network(
                 network,
                 original,
                 losses,
@@ -173,6 +173,7 @@ def prune_to_flops(
                 loader=loader,
                 stats=stats,
                 max_images=max_images,
+                measure=last,
                 progress=progress,
             ),
             renew=lambda losses: renew(importance, stats, interim(network, losses, loader, max_images, progress)),

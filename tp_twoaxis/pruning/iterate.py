@@ -65,7 +65,7 @@ def prune_in_steps(
     *,
     flops: float,
     steps: int,
-    mend: Callable[[dict[str, LayerLoss]], RepairReport],
+    mend: Callable[[dict[str, LayerLoss], bool], RepairReport],
     renew: Callable[[dict[str, LayerLoss]], Callable[[Any], Tensor]],
     progress: bool,
 ) -> Pruned:
@@ -91,7 +91,7 @@ def prune_in_steps(
         seconds: phase -> seconds, summed over the steps.
         flops: share of the budget to keep in the end.
         steps: how many.
-        mend: repairs the network, given all its losses since the dense one.
+        mend: repairs the network, given all its losses since the dense one and whether its errors will be read.
         renew: gives an importance for the repaired network, given the same.
         progress: show which step is running.
 
@@ -119,7 +119,7 @@ def prune_in_steps(
                 removals, count = cut.removals, cut.count
                 bare = ModelSnapshot(network) if step < steps else None
                 with timed(seconds, "repair"):
-                    mended = mend(removals.losses)
+                    mended = mend(removals.losses, step == steps)
                 for phase, time in mended.seconds.items():
                     seconds[phase] = seconds.get(phase, 0.0) + time
             notes |= dict.fromkeys(cut.notes)

@@ -44,6 +44,7 @@ def repair_network(
     stats: CalibrationStatistics | None = None,
     max_images: int | None = 5000,
     ridge: float | None = None,
+    measure: bool = True,
     progress: bool = True,
 ) -> RepairReport:
     """Let the channels that stay supply what the removed ones told the layers that read them.
@@ -72,6 +73,7 @@ def repair_network(
         stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``.
         max_images: at most so many for each step.
         ridge: relative ridge of the channel fold; default :func:`~tp_twoaxis.pruning.repair.fold.ridge_for`.
+        measure: also measure the layers' errors, on images that no fit has seen.
         progress: show progress bars on stderr.
 
     Returns:
@@ -117,10 +119,10 @@ def repair_network(
     if "bn" in wanted and loader is not None:
         with timed(seconds, "repair/bn"):
             reestimate_batch_norm(network, loader, max_images=max_images, progress=progress)
-    if images is not None and consumers:
+    if measure and images is not None and consumers:
         with timed(seconds, "repair/measure"):
             consumers = _measured(consumers, network, dense, losses, images.held_out)
-    held = 0 if images is None or not consumers else len(images.held_out)
+    held = 0 if not measure or images is None or not consumers else len(images.held_out)
     return RepairReport(list(wanted), consumers, held, seconds, notes)
 
 
