@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
@@ -47,18 +48,27 @@ class Junctions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         summed: Callable[[Tensor, Tensor, Tensor], None],
         rectified: Callable[[Tensor, float, float], None],
         normed: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+        passed: Callable[[Tensor], None] | None = None,
+        read: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._summed, self._rectified, self._normed = summed, rectified, normed
+        self._passed, self._read = passed, read
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._read is not None:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    self._read(tensor)
         if func in RECTIFIERS:
             bounds = args[1:] or ((-1.0, 1.0) if "hardtanh" in func.name() else (0.0, math.inf))
             self._rectified(args[0], float(bounds[0]), float(bounds[1]))
         out = func(*args, **kwargs)
+        if func in RECTIFIERS and self._passed is not None:
+            self._passed(out)
         if func in SUMS and isinstance(args[1], Tensor) and args[0].shape == args[1].shape and not kwargs:
             self._summed(args[0], args[1], out)
         elif func in NORMS and self._normed is not None:

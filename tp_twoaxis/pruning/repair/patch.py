@@ -67,6 +67,17 @@ def patch_rows(x: Tensor, layer: nn.Module, positions: Tensor) -> Tensor:
     return rows.reshape(len(x), len(positions), layer.groups, -1)
 
 
+def positions_for(layer: nn.Module, available: int, images: int) -> Tensor:
+    """Choose output positions of a layer, the same ones of so many images, for :class:`PatchFit`'s number of rows.
+
+    Example:
+        >>> positions_for(nn.Conv2d(4, 4, 3), 64, 512).shape, positions_for(nn.Conv2d(64, 4, 3), 64, 512).shape
+        (torch.Size([32]), torch.Size([64]))
+    """
+    wanted = min(max(ROWS_PER_NUMBER * patch_size(layer), FEWEST_ROWS), MOST_ROWS)
+    return stratified(available, min(available, max(1, -(-wanted // images))))
+
+
 class PatchFit:
     """Least squares for one layer's weights, accumulated batch by batch.
 
@@ -205,9 +216,37 @@ class PatchFit:
         self._add([change.T.double() for change in total])
         return total.reshape(self.layer.weight.shape), offset  # type: ignore[arg-type]
 
+    def change_for(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit a change of the layer's outputs, with the covariance of what was taken in; nothing is written.
+
+        Args:
+            x: the layer's input, all images that were taken in.
+            rest: what its outputs should change by, shaped like them.
+
+        Returns:
+            The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._change_for(x.to(self.layer.weight.dtype), rest)  # type: ignore[arg-type]
+
+    def _change_for(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = len(self._moments)
+        view = channels_last_view(rest, self.layer, len(x), "")
+        positions = self._positions(view.shape[1]).to(x.device)
+        goal = view.index_select(1, positions).reshape(-1, blocks, view.shape[2] // blocks)
+        sums = [CoMoments(self.width, goal.shape[2], device=m.mean.device) for m, _ in self._moments]
+        for part, rows in self._rows(x, positions):
+            chosen = goal[part.start * len(positions) :][: len(rows)]
+            for block, cross in enumerate(sums):
+                cross.update(rows[:, block], chosen[:, block])
+        fitted = [self._change(inputs, cross) for (inputs, _), cross in zip(self._moments, sums, strict=True)]
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        change = torch.stack([change.T for change, _ in fitted]).to(weight).reshape(weight.shape)
+        return change, torch.cat([shift for _, shift in fitted])
+
     def _positions(self, available: int) -> Tensor:
-        wanted = min(max(ROWS_PER_NUMBER * self.width, FEWEST_ROWS), MOST_ROWS)
-        return stratified(available, min(available, max(1, -(-wanted // self.images))))
+        return positions_for(self.layer, available, self.images)
 
     def _rows(self, x: Tensor, positions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Cut out patches, [rows, blocks, patch], so many images at a time that they stay within bounds."""

@@ -26,7 +26,7 @@ from tp_twoaxis.pruning.repair.weights import (
     shared_weights,
     write_weight,
 )
-from tp_twoaxis.pruning.repair.writers import Writers
+from tp_twoaxis.pruning.repair.writers import Writers, private_layers
 from tp_twoaxis.statistics.layers import channel_layers, channels_last_view
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import WIDEST_INPUT, stratified
@@ -82,8 +82,9 @@ def refit_in_order(
         batch = gathered.to(parameter.device, parameter.dtype)
         once = {name: layer for name, layer in layers.items() if calls.get(name) == 1}
         outcome |= {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
+        private = private_layers(network, once.values(), batch[:2])
         companion = stack.enter_context(Companion(dense, {name: originals[name] for name in once}, batch))
-        writers = Writers(companion)
+        writers = Writers(companion, private)
 
         def before_layer(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             nonlocal changed
@@ -93,7 +94,9 @@ def refit_in_order(
             loss = losses[name]
             changed = changed or bool(loss.inputs.any())
             reason = cannot_fold(layer) or (SHARED if shared[id(layer.weight)] > 1 else None)
-            if changed and reason is None:
+            lost = bool(loss.outputs.any())
+            # one that only lost outputs is fitted to change nothing, so that the next layer can ask for a change
+            if (changed or lost) and reason is None:
                 norm = None if loss.batch_norm is None else network.get_submodule(loss.batch_norm)
                 if fits(layer):
                     fit = PatchFit(layer, images=len(x))
@@ -101,12 +104,12 @@ def refit_in_order(
                     add_bias(layer, fit.solve(), norm)
                     writers.expect(layer, fit, x, norm, ~loss.outputs)
                     reason = ""
-                elif blocks_of(layer) == 1 and len(loss.inputs) <= WIDEST_INPUT:
+                elif changed and blocks_of(layer) == 1 and len(loss.inputs) <= WIDEST_INPUT:
                     add_bias(layer, _refit_channels(layer, originals[name], x, dense_x, loss), norm)
                     reason = BY_CHANNELS
-                else:
+                elif changed:
                     reason = "its patch is too large"
-            changed = changed or bool(loss.outputs.any())
+            changed = changed or lost
             outcome[name] = reason or ""
 
         def before_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -1,0 +1,133 @@
+"""Two layers fitted together: the error falls, the pass sees it, and layers that others read are left alone."""
+
+import pytest
+import torch
+from cases import batches
+from repair_cases import Residual, cut
+from torch import nn
+
+from tp_twoaxis.pruning.repair import sequential, writers
+from tp_twoaxis.pruning.repair.images import RepairImages
+from tp_twoaxis.pruning.repair.junctions import Junctions
+from tp_twoaxis.pruning.repair.pairs import Source, Writer, can_pair, pulled_back, refine_pair
+from tp_twoaxis.pruning.repair.patch import PatchFit
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, (3, 1), groups=4, dilation=2),
+        nn.Conv1d(4, 3, 3),
+        nn.Linear(5, 3),
+    ],
+    ids=str,
+)
+def test_pulling_back_is_the_transpose(layer):
+    shape = {nn.Linear: (7, 5), nn.Conv1d: (3, 4, 9), nn.Conv2d: (3, 4, 9, 9)}[type(layer)]
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    rest = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, rest)
+    with torch.no_grad():
+        torch.testing.assert_close(pulled_back(layer, x, rest), expected)
+
+
+def test_which_layers_have_a_known_transpose():
+    assert can_pair(nn.Linear(2, 2))
+    assert can_pair(nn.Conv2d(2, 2, 3, padding=1))
+    assert not can_pair(nn.Conv2d(2, 2, 3, padding="same"))
+    assert not can_pair(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+
+
+def aim(now, wanted):
+    return wanted
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_each_round_lowers_the_error_and_now_is_what_the_layers_compute(groups):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, padding=1, groups=groups)
+    dense = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU6(), nn.Conv2d(12, 6, 3, padding=1))
+    x = 2 * torch.randn(128, 3, 8, 8)
+    scale, factor = torch.tensor([1.0, 0.5, -2.0, 1.0]), torch.tensor([1.0, 2.0, -1.0, 0.5, 1.0, 1.0])
+    wanted = 3 * dense(x)
+
+    def run():
+        before = scale.reshape(-1, 1, 1) * first(x)
+        read = before.clamp(0, 6)
+        return before, read, factor.reshape(-1, 1, 1) * second(read) + 1
+
+    before, read, now = run()
+    fit = PatchFit(first, images=128)
+    fit.update(x, first(x))
+    writer = Writer(first, fit, x, None, torch.ones(4, dtype=torch.bool), scale)
+    source = Source(writer, before, 0.0, 6.0)
+    outputs = PatchFit(second, images=128)
+    pair = Writer(second, outputs, read, None, torch.ones(6, dtype=torch.bool), factor, source)
+    errors = [float((now - wanted).square().mean())]
+    for _ in range(4):
+        pair = refine_pair(pair, now, wanted, aim, 1)
+        errors.append(float((now - wanted).square().mean()))
+        again = run()
+        torch.testing.assert_close(again[0], before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again[2], now, rtol=1e-4, atol=1e-4)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.97 * errors[1]  # the second layer alone is done after one round
+
+
+class Shared(nn.Module):
+    """The rectified outputs of the first layer are read by one layer or by two."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.twice = twice
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.c, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = torch.relu_(self.a(x))
+        z = torch.relu(self.b(y))
+        return self.head((z + self.c(y) if self.twice else z).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("twice", "rounds", "changes"), [(False, 3, True), (False, 0, False), (True, 3, False)])
+def test_a_layer_that_others_read_too_is_left_alone(monkeypatch, twice, rounds, changes):
+    monkeypatch.setattr(writers, "PAIR_ROUNDS", rounds)
+    torch.manual_seed(1)
+    net = Shared(twice)
+    dense, losses = cut(net, torch.randn(1, 3, 8, 8), {"a": [0, 3, 5]})
+    before = net.a.weight.clone()
+    sequential.refit_in_order(net, dense, losses, RepairImages([batches(128, 128)[0][0]], None, False))
+    assert (not torch.allclose(net.a.weight, before, rtol=1e-3)) is changes
+
+
+def test_pairs_are_worth_their_rounds(monkeypatch):
+    x = batches(256, 256)[0][0]
+
+    def error(rounds):
+        monkeypatch.setattr(writers, "PAIR_ROUNDS", rounds)
+        torch.manual_seed(3)
+        net = Residual()
+        for layer in (net.stem, net.b, net.d):
+            nn.init.kaiming_normal_(layer.weight)
+        dense, losses = cut(net, torch.randn(1, 3, 8, 8), {"a": [0, 1, 2], "c": [3]})
+        sequential.refit_in_order(net, dense, losses, RepairImages([x], None, False))
+        with torch.no_grad():
+            return float((net(x) - dense(x)).square().mean())
+
+    assert error(3) < 0.9 * error(0)
+
+
+@torch.no_grad()
+def test_reads_and_results_are_told():
+    read, passed = [], []
+    x = torch.randn(2, 3)
+    nothing = lambda *_: None  # noqa: E731
+    with Junctions(nothing, nothing, passed=passed.append, read=lambda t: read.append(t is x)):
+        y = torch.relu(x)
+        z = torch.relu_(y + 1)
+    assert passed[0] is y
+    assert passed[1] is z
+    assert read == [True, False, False]
