@@ -43,6 +43,27 @@ def mlp():
     return net.eval()
 
 
+@torch.no_grad()
+def test_patches_supply_what_a_shifted_channel_told():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+    net[0].weight[0, :, :, 2] = 0.0
+    net[0].weight[3, :, :, 1:], net[0].weight[3, :, :, 0] = net[0].weight[0, :, :, :2], 0.0  # one pixel to the right
+    net[0].bias[3] = net[0].bias[0]
+    net[2].weight[:, 3, :, 2] = 0.0  # reads no further than channel 0 is read
+    stats = calibrate(net, LOADER, target=None, consumers=True, progress=False)
+    distortion = Distortion(net, stats, LOADER, progress=False)
+    missing = {"2": torch.tensor([False, False, False, True])}
+    patches = distortion.patches(["2", "5"])
+    assert list(patches) == ["2"]  # channels say all about a layer of one tap
+    before = copy.deepcopy(distortion.network.state_dict())
+    assert distortion(missing) > 1e-3
+    assert distortion(missing, patches) < 1e-6
+    for name, value in distortion.network.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert distortion({}, patches) == 0.0
+
+
 def test_distortion_is_that_of_a_network_that_lost_the_channels_and_was_repaired():
     net = mlp()
     loader = [x for x, _ in LOADER]

@@ -74,3 +74,21 @@ def test_constant_channels_leave_first_and_cost_nothing():
 def test_nobody_to_read_is_an_error():
     with pytest.raises(TwoAxisError, match="at least one reading and ridge > 0, got 0"):
         greedy_reconstruction([], 3)
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_the_taps_of_a_channel_leave_together(seed):
+    flat = reading(seed, 8, range(8), [0, 0, 1, 1, 2, 2, 3, 3])
+    blocks = Reading(flat.covariance, flat.weight, torch.tensor([2, 0, 3]), torch.tensor([0, 1, 2]), flat.power, taps=2)
+    columns = {0: 2, 1: 0, 2: 3}  # the group's channel -> the layer's
+
+    def error(removed):
+        return reference_scores.reconstruction_error([damped(flat)], {columns[k] for k in removed})
+
+    order, losses = greedy_reconstruction([blocks], 3, ridge=RIDGE)
+    removed = set()
+    for channel, loss in zip(order.tolist(), losses.tolist(), strict=True):
+        trials = {k: error(removed | {k}) - error(removed) for k in set(range(3)) - removed}
+        assert trials[channel] == min(trials.values())
+        assert loss == pytest.approx(trials[channel], rel=1e-6)
+        removed.add(channel)

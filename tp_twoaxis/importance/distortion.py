@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +17,37 @@ from tp_twoaxis.batches import image_batches
 from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.statistics.calibration import forward_logits
+from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # images that run at a time
 BATCH = 128
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Moments of what one output of a layer is computed from: channel by channel, each with all taps.
+
+    Attributes:
+        mean: [C_in taps] float64.
+        covariance: [C_in taps, C_in taps] float64.
+        rows: that they were taken from.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    rows: int
+
+
 class Distortion:
     """The dense network, some images, and its logits for them; told which inputs are missing, it measures.
 
     A missing input of a layer is replaced by its best affine prediction from the inputs that stay, as the ``ridge``
-    repair would fold it; nothing is removed, no weight changes. The **distortion** is the logits' mean squared
-    distance from the dense network's, relative to their variance over the images: 0 where nothing changes, 1 where the
-    logits say no more than their mean, more where they mislead. Unlike a divergence between the predicted classes it
-    does not vanish for a network that is sure of every calibration image.
+    repair would fold it, or, with moments of the layer's patches, by the least squares over patches that ``patch``
+    repair uses; nothing is removed, no weight changes for longer than a call. The **distortion** is the logits' mean
+    squared distance from the dense network's, relative to their variance over the images: 0 where nothing changes, 1
+    where the logits say no more than their mean, more where they mislead. Unlike a divergence between the predicted
+    classes it does not vanish for a network that is sure of every calibration image.
 
     Copies of an object share the network, the images and all that was measured.
 
@@ -97,15 +115,53 @@ class Distortion:
         return self._cache[key]
 
     @torch.no_grad()
-    def __call__(self, missing: dict[str, Tensor]) -> float:
+    def patches(self, names: Iterable[str]) -> dict[str, Patches]:
+        """Gather moments of the patches of some layers, in one pass over the images.
+
+        Layers of one tap are left out, for the statistics know them; and those whose patches are too large, whose
+        channels do not all mix.
+        """
+        # the package that repairs is built on importances
+        from tp_twoaxis.pruning.repair.patch import patch_rows, patch_size, positions_for
+
+        moments: dict[str, CoMoments] = {}
+        count = sum(map(len, self._batches))
+
+        def hook(name: str) -> Callable[..., None]:
+            def take(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+                x = inputs[0]
+                if name not in moments:
+                    device = x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
+                    moments[name] = CoMoments(patch_size(layer), device=device)
+                positions = positions_for(layer, output[0, 0].numel(), count).to(x.device)
+                moments[name].update(patch_rows(x, layer, positions).flatten(0, 2))
+
+            return take
+
+        with ExitStack() as stack:
+            for name in names:
+                if _has_patches(self.layers[name]):
+                    stack.callback(self.layers[name].register_forward_hook(hook(name)).remove)
+            self._logits()
+        found = {}
+        for name, taken in moments.items():
+            covariance = taken.mirror().covariance
+            found[name] = Patches(taken.mean.cpu(), covariance.cpu(), taken.count)
+        return found
+
+    @torch.no_grad()
+    def __call__(self, missing: dict[str, Tensor], patches: Mapping[str, Patches] | None = None) -> float:
         """Measure.
 
         Args:
             missing: layer name -> [C_in] bool, inputs that it has to do without.
+            patches: layer name -> moments of its patches; the other layers are mended by channels.
         """
         with ExitStack() as stack:
             for name, inputs in missing.items():
-                if bool(inputs.any()):
+                if patches is not None and name in patches and bool(inputs.any()):
+                    stack.callback(self._refit(name, inputs, patches[name]))
+                elif bool(inputs.any()):
                     hook = self._predict(name, inputs)
                     stack.callback(self.layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
             logits = self._logits()
@@ -115,6 +171,27 @@ class Distortion:
     def _logits(self) -> Tensor:
         with torch.no_grad(), preserved_rng(), evaluating(self.network):
             return torch.cat([forward_logits(self.network, images, 0).double() for images in self._batches])
+
+    def _refit(self, name: str, missing: Tensor, patches: Patches) -> Callable[[], None]:
+        """Write the best weights without some inputs into a layer; give what puts its own back."""
+        from tp_twoaxis.pruning.repair.fold import affine_fold, ridge_for
+        from tp_twoaxis.pruning.repair.weights import add_bias, read_weight, write_weight
+
+        layer = self.layers[name]
+        old = layer.weight, layer.bias
+        weight = read_weight(layer)[0].double().cpu()  # [O, C_in, taps]
+        gone = missing.cpu().repeat_interleave(weight.shape[2])
+        fold = affine_fold(patches.mean, patches.covariance, gone, ridge=ridge_for(patches.rows, len(gone)))
+        flat = weight.flatten(1)
+        new = torch.zeros_like(flat)
+        new[:, fold.kept] = flat[:, fold.kept] + flat[:, fold.removed] @ fold.weights.T
+        write_weight(layer, new)
+        add_bias(layer, flat[:, fold.removed] @ fold.shift, None)
+
+        def restore() -> None:
+            layer.weight, layer.bias = old
+
+        return restore
 
     def _predict(self, name: str, missing: Tensor) -> Callable[..., Any]:
         """Make a hook that replaces missing inputs by their prediction; where none was recorded, by zeros."""
@@ -148,3 +225,13 @@ class Distortion:
             return x.index_copy(-1, gone, predicted).movedim(-1, axis)
 
         return hook
+
+
+def _has_patches(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of several taps that mixes all its channels, and its patch small enough."""
+    from tp_twoaxis.pruning.repair.patch import fits
+    from tp_twoaxis.pruning.repair.weights import blocks_of, cannot_fold, read_weight
+
+    if not isinstance(layer, _ConvNd) or cannot_fold(layer) is not None or blocks_of(layer) > 1:
+        return False
+    return read_weight(layer).shape[-1] > 1 and fits(layer)

@@ -17,11 +17,13 @@ class Reading:
     """One layer that reads a group's channels.
 
     Attributes:
-        covariance: [C_in, C_in], of all that the layer reads.
-        weight: [M, C_in], its weight with outputs and taps in one dimension.
+        covariance: [C_in, C_in], of all that the layer reads; or [C_in taps, C_in taps] of its patches, channel by
+            channel.
+        weight: [M, C_in], its weight with outputs and taps in one dimension; [M, C_in taps] for patches.
         channels: [n] int64, inputs that belong to the group.
         roots: [n] int64, the group's channel behind each of them.
         power: > 0, summed variance of the layer's outputs; losses are relative to it.
+        taps: columns of a channel; they leave together.
     """
 
     covariance: Tensor
@@ -29,20 +31,23 @@ class Reading:
     channels: Tensor
     roots: Tensor
     power: float
+    taps: int = 1
 
 
 def greedy_reconstruction(readings: list[Reading], size: int, *, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
     """Remove a group's channels one at a time, each time the one whose removal the readers can mend best.
 
-    When channel k leaves, every reader's weights on the channels that remain take over what they can; the rest
-    raises the variance of its outputs' error by ``|w_k|^2 / [S^-1]_kk``: the part of the channel that the
-    others cannot predict, its Schur complement, times what the reader does with it. Weights and inverse are then
-    updated, so later channels are judged by what is really left (the optimal brain surgeon of Hassibi and Stork
-    1993, channel by channel; ZipLM, Kurtic et al. 2023, does so for transformers). The taps of a kernel count as
-    if their errors were uncorrelated, and losses of several readers add up.
+    When channel k leaves, every reader's weights on the channels that remain take over what they can; the rest raises
+    the variance of its outputs' error by ``|w_k|^2 / [S^-1]_kk``: the part of the channel that the others cannot
+    predict, its Schur complement, times what the reader does with it; of patches, ``tr(W_k [S^-1]_kk^-1 W_k')`` with
+    the block of the channel's taps. Weights and inverse are then updated, so later channels are judged by what is
+    really left (the optimal brain surgeon of Hassibi and Stork 1993, channel by channel; ZipLM, Kurtic et al. 2023,
+    does so for transformers). Without patches the taps of a kernel count as if their errors were uncorrelated; losses
+    of several readers add up.
 
-    Cost: O(size (C_in^2 + M C_in)) for each reader. A score that looks at each channel once, like ``hull``, is
-    O(C^2) and takes channels to be replaceable by peers that are about to leave themselves.
+    Cost: O(size (C_in^2 + M C_in)) for each reader, ``taps`` times for patches, with C_in taps for C_in. A score that
+    looks at each channel once, like ``hull``, is O(C^2) and takes channels to be replaceable by peers that are about to
+    leave themselves.
 
     Args:
         readings: layers that read the group; at least one.
@@ -76,8 +81,12 @@ def greedy_reconstruction(readings: list[Reading], size: int, *, ridge: float = 
     for step in range(size):
         total = torch.zeros(size, dtype=torch.float64)
         for reading, inverse, weight in states:
-            own = reading.channels
-            loss = weight[:, own].square().sum(0) / inverse.diagonal()[own] / reading.power
+            own, taps = reading.channels, reading.taps
+            width = len(inverse) // taps
+            each = torch.arange(width, device=inverse.device)[own]
+            blocks = inverse.reshape(width, taps, width, taps)[each, :, each]  # [n, taps, taps]
+            parts = weight.reshape(-1, width, taps)[:, own].permute(1, 2, 0)  # [n, taps, M]
+            loss = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2)) / reading.power
             total.index_add_(0, reading.roots, loss.cpu())
         total[~left] = math.inf
         leaving = int(total.argmin())
@@ -85,11 +94,13 @@ def greedy_reconstruction(readings: list[Reading], size: int, *, ridge: float = 
         left[leaving] = False
         for reading, inverse, weight in states:
             for channel in reading.channels[reading.roots == leaving].tolist():
-                column = inverse[:, channel] / inverse[channel, channel]
-                weight -= torch.outer(weight[:, channel], column)
-                weight[:, channel] = 0.0
-                inverse -= torch.outer(column, inverse[channel])
+                block = slice(channel * reading.taps, (channel + 1) * reading.taps)
+                rows = torch.linalg.solve(inverse[block, block], inverse[block])  # [taps, C_in taps]
+                weight -= weight[:, block] @ rows
+                weight[:, block] = 0.0
+                inverse -= inverse[:, block] @ rows
                 # gone: no weight, and a variance that divides nothing
-                inverse[:, channel] = inverse[channel, :] = 0.0
-                inverse[channel, channel] = 1.0
+                inverse[:, block] = 0.0
+                inverse[block] = 0.0
+                inverse[block, block] = torch.eye(reading.taps).to(inverse)
     return order, losses
