@@ -319,7 +319,7 @@ def test_heads_whose_temperature_or_norm_would_change_keep_their_width(make, not
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("repair", ["bias", "ridge", "patch", "sequential"])
+@pytest.mark.parametrize("repair", ["bias", "ridge", "patch", "sequential", "joint"])
 def test_repair_of_narrowed_heads_keeps_the_temperature(repair):
     net, groups, removed = narrowed(NETS["timm"])
     lost = torch.from_numpy(next(iter(removed.values())))

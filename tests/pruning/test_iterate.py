@@ -116,7 +116,10 @@ def test_the_target_is_met_and_one_removal_says_it_all(name, flops):
 
 @pytest.mark.parametrize(
     ("name", "repair"),
-    [*(("option_b", repair) for repair in ("bias", "ridge", "patch", "sequential")), ("vit_tiny", "sequential")],
+    [
+        *(("option_b", repair) for repair in ("bias", "ridge", "patch", "sequential", "joint")),
+        ("vit_tiny", "sequential"),
+    ],
 )
 def test_the_last_repair_is_that_of_the_same_channels_removed_at_once(name, repair):
     net, x, data = build(name)

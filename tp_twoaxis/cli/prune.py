@@ -56,7 +56,7 @@ def prune_command(
     ] = None,
     repair: Annotated[
         str,
-        typer.Option(help="bn, bias, ridge, patch, sequential, or several: ridge+bn; none.", rich_help_panel=_PRUNING),
+        typer.Option(help="bn, bias, ridge, patch, sequential, joint, or ridge+bn; none.", rich_help_panel=_PRUNING),
     ] = "bn",
     min_keep: Annotated[
         float, typer.Option(help="Share of every group's channels that always stays.", rich_help_panel=_PRUNING)

@@ -73,8 +73,8 @@ def prune_to_flops(
             protocols that remove a share of the channels and take the MACs as they come.
         steps: remove in so many steps, each the same share of what is there (``flops ** (i / steps)`` is left after
             step i): score, remove, repair, gather statistics anew, score again. See the notes.
-        repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch`` and ``sequential``
-            (let the channels that stay supply what left), from ``loader``; see
+        repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch``, ``sequential`` and
+            ``joint`` (let the channels that stay supply what left), from ``loader``; see
             :func:`~tp_twoaxis.pruning.repair.repair_network`. ``()`` leaves the cut as it is.
         stats: calibration statistics for an importance given by name; with ``consumers=True`` they serve the
             repairs as well. Later steps score by new ones, of the same layers and target.

@@ -8,12 +8,12 @@ from tp_twoaxis.pruning.repair import repair_network
 from tp_twoaxis.pruning.repair.one_shot import BEHIND_NORM
 
 
-@pytest.mark.parametrize("repair", ["ridge", "patch", "sequential"])
+@pytest.mark.parametrize("repair", ["ridge", "patch", "sequential", "joint"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_output_is_unchanged(name, repair):
     net, x, removed = case(name)
     # both halves: the first batch is held out where there are others
-    loader = [x] if repair == "sequential" else [x[:16], x[16:]]
+    loader = [x] if repair in ("sequential", "joint") else [x[:16], x[16:]]
     dense, losses = cut(net, x[:2], removed)
     with torch.no_grad():
         expected, scarred = dense(x), net(x)

@@ -6,7 +6,7 @@ from cases import batches
 from repair_cases import Residual, cut
 from torch import nn
 
-from tp_twoaxis.pruning.repair import sequential, writers
+from tp_twoaxis.pruning.repair import sequential
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.junctions import Junctions
 from tp_twoaxis.pruning.repair.pairs import Source, Writer, can_pair, pulled_back, refine_pair
@@ -92,32 +92,32 @@ class Shared(nn.Module):
         return self.head((z + self.c(y) if self.twice else z).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("twice", "rounds", "changes"), [(False, 3, True), (False, 0, False), (True, 3, False)])
-def test_a_layer_that_others_read_too_is_left_alone(monkeypatch, twice, rounds, changes):
-    monkeypatch.setattr(writers, "PAIR_ROUNDS", rounds)
+@pytest.mark.parametrize(
+    ("twice", "joint", "changes"), [(False, True, True), (False, False, False), (True, True, False)]
+)
+def test_a_layer_that_others_read_too_is_left_alone(twice, joint, changes):
     torch.manual_seed(1)
     net = Shared(twice)
     dense, losses = cut(net, torch.randn(1, 3, 8, 8), {"a": [0, 3, 5]})
     before = net.a.weight.clone()
-    sequential.refit_in_order(net, dense, losses, RepairImages([batches(128, 128)[0][0]], None, False))
+    sequential.refit_in_order(net, dense, losses, RepairImages([batches(128, 128)[0][0]], None, False), joint=joint)
     assert (not torch.allclose(net.a.weight, before, rtol=1e-3)) is changes
 
 
-def test_pairs_are_worth_their_rounds(monkeypatch):
+def test_fitting_together_is_worth_its_rounds():
     x = batches(256, 256)[0][0]
 
-    def error(rounds):
-        monkeypatch.setattr(writers, "PAIR_ROUNDS", rounds)
+    def error(joint):
         torch.manual_seed(3)
         net = Residual()
         for layer in (net.stem, net.b, net.d):
             nn.init.kaiming_normal_(layer.weight)
         dense, losses = cut(net, torch.randn(1, 3, 8, 8), {"a": [0, 1, 2], "c": [3]})
-        sequential.refit_in_order(net, dense, losses, RepairImages([x], None, False))
+        sequential.refit_in_order(net, dense, losses, RepairImages([x], None, False), joint=joint)
         with torch.no_grad():
             return float((net(x) - dense(x)).square().mean())
 
-    assert error(3) < 0.9 * error(0)
+    assert error(True) < 0.9 * error(False)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tp_twoaxis.pruning.repair.run import _readers
 from tp_twoaxis.pruning.repair.weights import SHARED, cannot_fold
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(7))
-WEIGHTS = ["bias", "ridge", "patch", "sequential"]
+WEIGHTS = ["bias", "ridge", "patch", "sequential", "joint"]
 
 
 def prune(net, repair, loader=None, **options):
@@ -50,7 +50,7 @@ def test_every_repair_through_prune_to_flops(repair, with_bn):
     assert "explained" in str(report)
 
 
-@pytest.mark.parametrize("repair", [("ridge", "bn"), ("patch",), ("sequential",)])
+@pytest.mark.parametrize("repair", [("ridge", "bn"), ("patch",), ("sequential",), ("joint",)])
 def test_a_mobilenet_of_torchvision(repair):
     torch.manual_seed(0)
     net, data = torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.25), [torch.randn(24, 3, 32, 32)] * 2

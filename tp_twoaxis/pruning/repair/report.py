@@ -37,7 +37,7 @@ class ConsumerRepair:
 
     Attributes:
         layer: its name.
-        repair: what mended it: ``bias``, ``ridge``, ``patch``, ``sequential``, or ``none``.
+        repair: what mended it: ``bias``, ``ridge``, ``patch``, ``sequential``, ``joint``, or ``none``.
         reason: why it is not what was asked for, or "".
         rows: (image, position) rows behind the covariance of its inputs; 0 without.
         kept: inputs that stay.
@@ -45,7 +45,8 @@ class ConsumerRepair:
         predicted: error expected from that covariance after ``bias`` or ``ridge``; None without. For kernels of
             several taps it is too small, as if the errors of neighbouring positions had nothing in common; the
             later repairs do better than the channel fold that it describes.
-        measured: error on held-out images, the layer alone, given the dense network's kept channels.
+        measured: error on held-out images, the layer alone, given the dense network's kept channels; large where
+            ``joint`` changed the layer, or the one before it, to suit the other.
         in_network: the same inside the pruned and repaired network, where everything before it changed too.
     """
 

@@ -12,7 +12,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.pruning.repair.batch_norm import batch_norms
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
-WEIGHTS = ("bias", "ridge", "patch", "sequential")
+WEIGHTS = ("bias", "ridge", "patch", "sequential", "joint")
 REPAIRS = ("bn", *WEIGHTS)
 """All repairs: ``bn`` re-estimates BatchNorm; of the others each contains the ones before it."""
 

@@ -53,9 +53,10 @@ def repair_network(
     prediction from the kept ones (one pass for the statistics, or none with ``stats``); ``patch`` goes on from
     there by least squares over whole patches where these have at most 4,608 numbers; ``sequential`` refits all
     layers in forward order on what the repaired network really delivers, BatchNorm included, towards what the dense
-    network has behind its sums and rectifiers. Each contains those before it, so of several the last one counts.
-    ``bn`` runs after them; after ``sequential`` it is not needed. Neighbours: He et al. 2017 (reconstruction of
-    feature maps), ThiNet (Luo et al. 2017).
+    network has behind its sums and rectifiers; ``joint`` also lets a layer that only the next one reads write what
+    that one can use best, for several times the cost. Each contains those before it, so of several the last one
+    counts. ``bn`` runs after them; after ``sequential`` and ``joint`` it is not needed. Neighbours: He et al. 2017
+    (reconstruction of feature maps), ThiNet (Luo et al. 2017).
 
     A convolution without bias whose BatchNorm alone reads it gets its shift into the running mean; other layers
     without bias get one. Frozen parameters are repaired too and stay frozen. A layer behind a LayerNorm or
@@ -164,8 +165,8 @@ def _repair_weights(
             if level == 2:
                 outcome = fit_patches(network, dense, losses, list(done), images)
             else:
-                outcome, used = refit_in_order(network, dense, losses, images)
-                notes.append(f"sequential repair ran on {used} images")
+                outcome, used = refit_in_order(network, dense, losses, images, joint=level == 4)
+                notes.append(f"{WEIGHTS[level]} repair ran on {used} images")
         for name in [name for name in reasons if name in outcome]:
             reasons[name] = outcome[name]
             by[name] = WEIGHTS[level] if outcome[name] in ("", BY_CHANNELS) else by[name]

@@ -43,6 +43,8 @@ def refit_in_order(
     dense: nn.Module,
     losses: dict[str, LayerLoss],
     images: RepairImages,
+    *,
+    joint: bool = False,
 ) -> tuple[dict[str, str], int]:
     """Refit every layer behind the first removal, and re-estimate every BatchNorm, on the way of one forward pass.
 
@@ -63,6 +65,7 @@ def refit_in_order(
         dense: its original.
         losses: from before removal.
         images: read once.
+        joint: at rectifiers, also fit a layer and the one before it together.
 
     Returns:
         Layer name -> why it was not refitted or how, ``""`` for a whole patch; and the number of images.
@@ -82,7 +85,7 @@ def refit_in_order(
         batch = gathered.to(parameter.device, parameter.dtype)
         once = {name: layer for name, layer in layers.items() if calls.get(name) == 1}
         outcome |= {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
-        private = private_layers(network, once.values(), batch[:2])
+        private = private_layers(network, once.values(), batch[:2]) if joint else set()
         companion = stack.enter_context(Companion(dense, {name: originals[name] for name in once}, batch))
         writers = Writers(companion, private)
 
@@ -95,8 +98,8 @@ def refit_in_order(
             changed = changed or bool(loss.inputs.any())
             reason = cannot_fold(layer) or (SHARED if shared[id(layer.weight)] > 1 else None)
             lost = bool(loss.outputs.any())
-            # one that only lost outputs is fitted to change nothing, so that the next layer can ask for a change
-            if (changed or lost) and reason is None:
+            # together: one that only lost outputs is fitted to change nothing, so that the next can ask for a change
+            if (changed or (joint and lost)) and reason is None:
                 norm = None if loss.batch_norm is None else network.get_submodule(loss.batch_norm)
                 if fits(layer):
                     fit = PatchFit(layer, images=len(x))

@@ -32,7 +32,7 @@ class Writers:
     network cuts off need only stay cut off: where the dense input is not above the lower bound, the target is the
     present input, cut at the bound. It is fitted in rounds, each of which lowers the error behind the rectifier
     (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The corrected
-    outputs replace those in the running pass. There, too, a layer and the one before it are fitted together, see
+    outputs replace those in the running pass. There, too, a layer and the one before it can be fitted together, see
     :func:`~tp_twoaxis.pruning.repair.pairs.refine_pair`, if no other reads what lies between.
 
     Only tensors as a layer, a BatchNorm or a sum left them are followed; behind any other operation a layer keeps
@@ -40,7 +40,7 @@ class Writers:
 
     Args:
         companion: the dense network's pass; advanced at each junction.
-        private: layers whose outputs one layer alone reads, from :func:`private_layers`.
+        private: layers that may be changed for the sake of the next, from :func:`private_layers`.
     """
 
     def __init__(self, companion: Companion, private: set[nn.Module]) -> None:
