@@ -35,7 +35,7 @@ BY_CHANNELS = "by channels because its patch is too large"
 # the images run as one batch, so many that their activations in both networks stay below this
 BYTES = 2**32
 # activations alive at a time, in units of the largest layer's input and output: a shortcut, a branch, a copy of work
-ALIVE = 3
+ALIVE, ALIVE_JOINT = 3, 5
 
 
 def refit_in_order(
@@ -81,7 +81,7 @@ def refit_in_order(
         stack.enter_context(preserved_rng())
         stack.enter_context(evaluating(network))
         stack.enter_context(evaluating(dense))
-        gathered, calls = _gather(dense, originals, images)
+        gathered, calls = _gather(dense, originals, images, ALIVE_JOINT if joint else ALIVE)
         batch = gathered.to(parameter.device, parameter.dtype)
         once = {name: layer for name, layer in layers.items() if calls.get(name) == 1}
         outcome |= {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
@@ -131,7 +131,9 @@ def refit_in_order(
     return outcome, len(batch)
 
 
-def _gather(dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages) -> tuple[Tensor, dict[str, int]]:
+def _gather(
+    dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages, alive: int
+) -> tuple[Tensor, dict[str, int]]:
     """Read as many images as fit; also count how often each layer runs."""
     calls: dict[str, int] = {}
     largest = 0
@@ -158,7 +160,7 @@ def _gather(dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages
                 finally:
                     for handle in handles:
                         handle.remove()
-                limit = max(1, BYTES // max(1, 2 * ALIVE * largest))
+                limit = max(1, BYTES // max(1, 2 * alive * largest))
             left = limit - sum(map(len, kept))
             if left <= 0:
                 break
