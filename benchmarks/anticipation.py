@@ -24,6 +24,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -105,8 +106,8 @@ def divergences(network: nn.Module, stats: CalibrationStatistics, images: Tensor
     return found
 
 
-def measure(shared: Shared) -> list[dict[str, object]]:
-    """Measure every selection on one network."""
+def measure(shared: Shared, wanted: list[str] | None) -> list[dict[str, object]]:
+    """Measure the selections that are wanted, or all, on one network."""
     network = shared.network
     stats = calibrate(network.model, shared.calibration, consumers=True, progress=False)
     images = torch.cat([split_batch(batch)[0] for batch in shared.calibration])[:512]
@@ -125,8 +126,12 @@ def measure(shared: Shared) -> list[dict[str, object]]:
         "by channels": lambda model: ByChannels(stats, model, shared.calibration),
         **{f"anticipating({ranking})": anticipating(ranking=ranking) for ranking in CURVES},
     }
+    if unknown := set(wanted or ()) - set(selections):
+        raise SystemExit(f"--selections: expected any of {', '.join(selections)}, got {', '.join(sorted(unknown))}")
     rows = []
     for name, build in selections.items():
+        if wanted and name not in wanted:
+            continue
         start = time.perf_counter()
         model = copy.deepcopy(network.model)
         report = prune_to_flops(
@@ -158,6 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of the CIFAR-10 Parquet shards")
     parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the safetensors files")
+    parser.add_argument("--selections", nargs="+", help="some of the selections alone")
+    parser.add_argument("--out", default="anticipation", help="name of the file in results")
     arguments = parser.parse_args()
     os.environ["TP_TWOAXIS_DATA"] = str(arguments.data.parent)
     os.environ["TP_TWOAXIS_CHECKPOINTS"] = str(arguments.checkpoints)
@@ -166,10 +173,11 @@ def main() -> None:
     for entry in config.networks:
         network = LoadedNetwork(config, entry.name, SEED, "cpu")
         dense[entry.name] = network.dense_accuracy
-        rows += measure(Shared(network, SEED))
+        rows += measure(Shared(network, SEED), arguments.selections)
     save(
-        "anticipation",
-        "python benchmarks/anticipation.py --data DIR/cifar10 --checkpoints DIR",
+        arguments.out,
+        "python benchmarks/anticipation.py --data DIR/cifar10 --checkpoints DIR"
+        + (f" --selections {shlex.join(arguments.selections)} --out {arguments.out}" if arguments.selections else ""),
         "CIFAR-10, of the training images 2,048 to calibrate (1,000 to repair), 8,000 others to measure accuracy",
         keep=KEEP,
         dense=dense,

@@ -1,4 +1,4 @@
-"""Mend what is left after removal, without labels and without gradients."""
+"""Mend what is left after removal, without labels and without training."""
 
 from tp_twoaxis.pruning.repair.batch_norm import batch_norms, reestimate_batch_norm
 from tp_twoaxis.pruning.repair.losses import LayerLoss, layer_losses
