@@ -58,7 +58,8 @@ def refit_in_order(
     every tap.
 
     All images run as one batch, and the dense network beside it, so the pass costs two forward passes plus the
-    fits. Memory: the activations of that batch; it is cut to about 4 GiB of them, at the price of fewer images.
+    fits. Memory: the activations of that batch; it is cut to about 4 GiB of them, at the price of fewer images
+    (``joint`` has more of them alive at a time, so fewer still).
 
     Args:
         network: the pruned network; parameters and buffers are replaced.
