@@ -18,7 +18,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from tp_twoaxis.models import build_model
 from tp_twoaxis.pruning.repair import REPAIRS
 
 CLASSES = 10
+PASSES = ("forward", "calibrate", "calibrate, consumers", "calibrate, gradients")
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -57,8 +58,8 @@ def plain(model: nn.Module, batches: Batches) -> None:
             model(images)
 
 
-def passes(model: nn.Module, batches: Batches) -> list[dict[str, object]]:
-    """Time the passes that everything else is compared with."""
+def passes(model: nn.Module, batches: Batches, wanted: list[str]) -> list[dict[str, object]]:
+    """Time the passes that everything else is compared with; ``calibrate`` always."""
     runs: dict[str, Callable[[], object]] = {
         "forward": lambda: plain(model, batches),
         "calibrate": lambda: calibrate(model, batches, max_images=None, progress=False),
@@ -67,6 +68,7 @@ def passes(model: nn.Module, batches: Batches) -> list[dict[str, object]]:
     }
     plain(model, batches[:1])  # warm
     rows = []
+    runs = {name: run for name, run in runs.items() if name in (*wanted, "calibrate")}
     for name, run in tqdm(runs.items(), desc="passes", leave=False):
         reset_peak()
         start = time.perf_counter()
@@ -78,10 +80,9 @@ def passes(model: nn.Module, batches: Batches) -> list[dict[str, object]]:
 
 def repairs(
     model: nn.Module, batches: Batches, names: list[str], score: str, flops: float, calibration: float
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     """Time each repair on a copy of its own."""
     stats = calibrate(model, batches, max_images=None, progress=False)
-    rows = []
     for name in tqdm(names, desc="repairs", leave=False):
         network = copy.deepcopy(model)
         importance = make_importance(score, stats=stats)
@@ -99,19 +100,17 @@ def repairs(
         )
         seconds = {phase: value for phase, value in report.seconds.items() if phase.split("/")[0] == "repair"}
         total = seconds["repair"]
-        rows.append(
-            {
-                "repair": name,
-                "kept MACs": round(report.achieved, 4),
-                "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
-                "repair / calibrate": round(total / calibration, 3),
-                "without measuring / calibrate": round((total - seconds.get("repair/measure", 0.0)) / calibration, 3),
-                "peak MiB": peak_mib(),
-                "notes": report.notes,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        row = {
+            "repair": name,
+            "kept MACs": round(report.achieved, 4),
+            "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
+            "repair / calibrate": round(total / calibration, 3),
+            "without measuring / calibrate": round((total - seconds.get("repair/measure", 0.0)) / calibration, 3),
+            "peak MiB": peak_mib(),
+            "notes": report.notes,
+        }
+        print(json.dumps(row), flush=True)
+        yield row
 
 
 def main() -> None:
@@ -123,23 +122,25 @@ def main() -> None:
     parser.add_argument("--score", default="hull")
     parser.add_argument("--flops", type=float, default=0.5)
     parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), choices=REPAIRS)
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     options = parser.parse_args()
     torch.manual_seed(0)
     model = build_model(options.network, num_classes=CLASSES).eval()
     images = torch.randn(options.images, 3, options.size, options.size)
     labels = torch.randint(CLASSES, (options.images,))
     batches = list(zip(images.split(options.batch), labels.split(options.batch), strict=True))
-    timed = passes(model, batches)
+    timed = passes(model, batches, options.passes)
     calibration = next(float(str(row["seconds"])) for row in timed if row["pass"] == "calibrate")
-    mended = repairs(model, batches, options.repairs, options.score, options.flops, calibration)
-    save(
-        "repair_cost",
-        shlex.join(["python", "benchmarks/repair_cost.py", *sys.argv[1:]]),
-        "random images, random weights",
-        threads=torch.get_num_threads(),
-        **vars(options) | {"repairs": mended},
-        passes=timed,
-    )
+    mended = []
+    for row in repairs(model, batches, options.repairs, options.score, options.flops, calibration):
+        mended.append(row)
+        save(
+            "repair_cost",
+            shlex.join(["python", "benchmarks/repair_cost.py", *sys.argv[1:]]),
+            "random images, random weights",
+            threads=torch.get_num_threads(),
+            **vars(options) | {"passes": timed, "repairs": mended},
+        )
 
 
 if __name__ == "__main__":
