@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, load_pruned, prune_to_flops, save_pruned
-from tp_twoaxis.pruning.composition import compose_losses
 from tp_twoaxis.pruning.graph import build_graph, cost_model, group_key
 from tp_twoaxis.pruning.macs import count_macs
 from tp_twoaxis.pruning.mapping import sound_groups
 from tp_twoaxis.pruning.plan import PruningPlan
 from tp_twoaxis.pruning.removal import remove
-from tp_twoaxis.pruning.repair import LayerLoss, layer_losses, repair_network
+from tp_twoaxis.pruning.repair import layer_losses, repair_network
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 WIDTH, HEADS, DIM = 24, 3, 8
@@ -223,7 +222,7 @@ def narrowed(make, strength=3.0):
 
 
 def silence(net, groups, removed):
-    """A copy in which queries and keys are zero, and values are not read, where channels leave."""
+    """A copy with zeros for what leaves, and products of queries and keys divided as those of narrower heads."""
     dense = copy.deepcopy(net)
     layers = {module: dense.get_submodule(name) for name, module in net.named_modules()}
     with torch.no_grad():
@@ -233,6 +232,9 @@ def silence(net, groups, removed):
                 channels = part.channels[mask[part.roots]]
                 if part.writes and isinstance(part.module, nn.Linear):
                     layers[part.module].weight[channels], layers[part.module].bias[channels] = 0.0, 0.0
+            query = group.attention.query
+            for parameter in layers[query.module].parameters():
+                parameter[query.channels] *= (WIDTH / int((~mask).sum())) ** 0.5
     return dense
 
 
@@ -320,15 +322,15 @@ def test_heads_whose_temperature_or_norm_would_change_keep_their_width(make, not
 
 
 @pytest.mark.parametrize("repair", ["bias", "ridge", "patch", "sequential", "joint"])
-def test_repair_of_narrowed_heads_keeps_the_temperature(repair):
+def test_repair_of_narrowed_heads_is_exact_where_values_depend_on_each_other(repair):
     net, groups, removed = narrowed(NETS["timm"])
     lost = torch.from_numpy(next(iter(removed.values())))
     with torch.no_grad():
-        for block in net.blocks:  # what leaves: no queries, and values that are a kept one of their head's, or constant
+        for block in net.blocks:  # no queries; values that leave are a kept one of their head's, or constant
             qkv = block.attn.qkv
+            qkv.weight[:WIDTH], qkv.bias[:WIDTH] = 0.0, 0.0
             for channel in lost.nonzero()[:, 0].tolist():
                 source = 2 * WIDTH + channel // DIM * DIM + 4
-                qkv.weight[channel], qkv.bias[channel] = 0.0, 0.0
                 qkv.weight[2 * WIDTH + channel] = 0.0 if repair == "bias" else 2.0 * qkv.weight[source]
                 qkv.bias[2 * WIDTH + channel] = 0.5
     images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
@@ -355,57 +357,9 @@ def test_narrowed_in_steps_with_repair():
     narrower = [block.attn.head_dim for block in net.blocks]
     assert min(narrower) < DIM
     errors = {c.layer: c.in_network for c in report.consumers}
-    assert max(errors.values()) < 1.0  # a query at the wrong scale would be far off
+    assert max(errors.values()) < 1.0
     for new, old in zip(net.blocks, dense.blocks, strict=True):
         assert new.attn.num_heads == old.attn.num_heads
-
-
-def test_gains_of_two_removals_multiply():
-    nothing = torch.zeros(2, dtype=torch.bool)
-    first = LayerLoss(nothing, torch.tensor([True, False, False]), gain=torch.tensor([0.5, 0.5, 1.0]))
-    then = LayerLoss(nothing, torch.tensor([False, False]), gain=torch.tensor([0.5, 1.0]))
-    assert compose_losses(first, then).gain.tolist() == [0.5, 0.25, 1.0]
-    assert compose_losses(LayerLoss(nothing, first.outputs), then).gain.tolist() == [1.0, 0.5, 1.0]
-    assert compose_losses(first, LayerLoss(nothing, then.outputs)).gain is first.gain
-
-
-class Torch(nn.Module):
-    """PyTorch's own attention, on a stream of which one channel of every head is silent."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.attention = nn.Linear(3, WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.head = nn.Linear(WIDTH, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
-
-
-def test_pytorchs_own_attention_keeps_its_temperature():
-    torch.manual_seed(0)
-    net = Torch().double().eval()
-    lost = [2, DIM + 5, 2 * DIM]
-    with torch.no_grad():
-        net.attention.in_proj_weight.mul_(3.0)
-        for layer in (net.stem, net.attention.out_proj):
-            layer.weight[lost], layer.bias[lost] = 0.0, 0.0
-        for third in range(3):
-            net.attention.in_proj_weight[[third * WIDTH + c for c in lost]] = 0.0
-            net.attention.in_proj_bias[[third * WIDTH + c for c in lost]] = 0.0
-    x = torch.randn(2, 6, 3, dtype=torch.float64)
-    expected = net(x)
-
-    def importance(group):
-        scores = torch.ones(len(group[0].idxs))
-        scores[lost] = 0.0
-        return scores
-
-    report = prune_to_flops(
-        net, x, importance, flops=0.85, tolerance=0.1, repair=(), other_counters=False, progress=False
-    )
-    assert report.groups[0].removed == lost
-    torch.testing.assert_close(net(x), expected)
 
 
 def test_unknown_ways_to_prune_attention():

@@ -84,9 +84,8 @@ def prune_to_flops(
         min_keep: share of every group's channels that always stays; of the dense network's, whatever the steps.
         round_to: keep multiples of this many channels in every group that is cut.
         attention: what attention that is built from linear layers loses: whole ``heads``, or ``head-dims``, the same
-            number of queries, keys and values of every head, at places of its own in each; queries are rescaled so
-            that the temperature stays. PyTorch's own ``nn.MultiheadAttention`` loses head dims with the stream that
-            it reads, either way.
+            number of queries, keys and values of every head, at places of its own in each. PyTorch's own
+            ``nn.MultiheadAttention`` loses head dims with the stream that it reads, either way.
         tolerance: accepted relative distance to the target.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report the host's and thop's MACs; in a sweep over small networks they take most of

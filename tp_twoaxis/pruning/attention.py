@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
 from tp_twoaxis.importance.groups import Member, members
 
@@ -60,16 +60,12 @@ class Attention:
         """What an importance should see: how a head mixes values says nothing of its worth, but of its channels'."""
         return self.value if self.unit == "heads" else self.group
 
-    def query_gain(self, width: int) -> float:
-        """Factor that queries need when so many channels of all heads together are left.
-
-        Products of queries and keys are divided by the root of the head's width, which the module takes from what
-        is left of it; so narrower heads would see their products grow.
-        """
-        return 1.0 if self.unit == "heads" else math.sqrt(width / self.width)
-
     def keep(self, width: int) -> None:
-        """Make up for lost channels: write what is left where the module's forward looks for it, rescale queries.
+        """Write how many heads are left, and how wide they are, where the module's forward looks for it.
+
+        Products of queries and keys go on being divided by the root of the heads' width as it is now, as fused kernels
+        do anyway. They have fewer terms than before, so that keeps their spread; to keep the old divisor, exact where
+        what leaves was zero, was worse without repair and with ``ridge`` (``benchmarks/attention_units.py``).
 
         Args:
             width: channels of all heads together that are left in its layers.
@@ -92,9 +88,6 @@ class Attention:
                 scale = getattr(self.module, name, None)
                 if isinstance(scale, float) and math.isclose(scale, self.head_width**-0.5):
                     setattr(self.module, name, head_width**-0.5)
-            layer = self.query.module
-            assert isinstance(layer, nn.Linear)
-            _scale_rows(width, self.query_gain(width), layer.weight, layer.bias)
 
 
 def attention_owners(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, int]]:
@@ -169,7 +162,7 @@ def read_attention(
     query, value = (_one_of_three(place, writers, owners, width) for place in (0, 2))
     if bare or query is None or value is None or not known.issuperset(owner.parameters()):
         return None
-    if unit == "head-dims" and spared:
+    if unit == "head-dims" and (spared or width == heads):
         return None
     return Attention(owner, heads, width, group, taking, _cut_down(group, value), query, frozenset(spared), unit)
 
@@ -183,29 +176,6 @@ def without(group: Any, spared: frozenset[nn.Module]) -> Any:
 def _head_count(module: nn.Module) -> int | None:
     counts = (getattr(module, name, None) for name in HEAD_COUNTS)
     return next((count for count in counts if isinstance(count, int)), None)
-
-
-def rescale_queries(attention: nn.MultiheadAttention, before: int) -> None:
-    """Keep the temperature of PyTorch's own attention when its heads became narrower; ``before`` was its width.
-
-    Example:
-        >>> attention = nn.MultiheadAttention(8, 2)
-        >>> _ = nn.init.ones_(attention.in_proj_weight)
-        >>> rescale_queries(attention, before=32)
-        >>> attention.in_proj_weight[:, 0].tolist()[6:10]
-        [0.5, 0.5, 1.0, 1.0]
-    """
-    width = attention.embed_dim
-    weight = attention.in_proj_weight if attention.in_proj_weight is not None else attention.q_proj_weight
-    _scale_rows(width, math.sqrt(width / before), weight, attention.in_proj_bias)
-
-
-def _scale_rows(rows: int, factor: float, *parameters: Tensor | None) -> None:
-    for parameter in parameters:
-        if parameter is not None:
-            values = parameter.detach().clone()
-            values[:rows] *= factor
-            parameter.data = values  # not in place: a snapshot may hold what was there
 
 
 def _one_of_three(

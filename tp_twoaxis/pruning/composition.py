@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.pruning.graph import PrunableGroup
@@ -55,19 +54,11 @@ def compose_losses(first: LayerLoss, then: LayerLoss) -> LayerLoss:
         inputs=_compose_masks(first.inputs, then.inputs),
         outputs=_compose_masks(first.outputs, then.outputs),
         norms=tuple(dict.fromkeys((*first.norms, *then.norms))),
-        gain=_compose_gains(first, then),
     )
 
 
 def _compose_masks(first: Tensor, then: Tensor) -> Tensor:
     return first.masked_scatter(~first, then)
-
-
-def _compose_gains(first: LayerLoss, then: LayerLoss) -> Tensor | None:
-    if then.gain is None:
-        return first.gain
-    before = torch.ones(len(first.outputs), dtype=then.gain.dtype) if first.gain is None else first.gain
-    return before.masked_scatter(~first.outputs, before[~first.outputs] * then.gain)
 
 
 @dataclass(frozen=True)

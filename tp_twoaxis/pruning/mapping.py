@@ -74,9 +74,9 @@ def fixed_heads(
     """Find attention modules whose code holds a width that it does not keep in a known attribute: by trying.
 
     One head of every module of a class is removed, or one channel of every head, the model runs, and everything is
-    put back. Where channels of heads were removed the projections must also write what they write when
-    the dense network's queries, keys and values are zero there: a temperature that no known attribute holds, or
-    positions rotated into queries and keys, would show.
+    put back. Where channels of heads were removed the projections must also write what they write when the dense
+    network's queries, keys and values are zero there, at the temperature of the narrower heads: one that no known
+    attribute holds, or positions rotated into queries and keys, would show.
 
     Returns:
         Group key -> what running raised, or that it came out otherwise.
@@ -123,7 +123,7 @@ def _first(heads: Attention) -> list[int]:
 
 
 def _silence(heads: Attention) -> None:
-    """Let queries, keys and values be zero in the first channel of every head."""
+    """Let queries, keys and values be zero in the first channel of every head, and products as large as without it."""
     leaving = torch.zeros(heads.width, dtype=torch.bool)
     leaving[_first(heads)] = True
     for part in heads.parts:
@@ -131,6 +131,8 @@ def _silence(heads: Attention) -> None:
             for parameter in part.module.parameters(recurse=False):
                 silent = parameter.detach().clone()
                 silent[part.channels[leaving[part.roots]]] = 0.0
+                if part.module is heads.query.module:
+                    silent[heads.query.channels] *= (heads.head_width / (heads.head_width - 1)) ** 0.5
                 parameter.data = silent
 
 

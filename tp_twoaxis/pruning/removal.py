@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.pruning.attention import rescale_queries, without
+from tp_twoaxis.pruning.attention import without
 from tp_twoaxis.pruning.graph import PrunableGroup, group_key
 from tp_twoaxis.pruning.plan import PruningPlan
 from tp_twoaxis.pruning.report import GroupReport
@@ -48,21 +48,14 @@ def remove(graph: Any, groups: list[PrunableGroup], plan: PruningPlan) -> None:
 
 
 def take_out(graph: Any, group: PrunableGroup, channels: list[int]) -> None:
-    """Remove channels of a group's root layer, as numbered now, from all its layers, and keep attention's temperature.
-
-    PyTorch's own attention, whose heads lose channels with the stream that it reads, is looked after as well.
-    """
+    """Remove channels of a group's root layer, as numbered now, from all its layers; of attention, equal heads stay."""
     root, handler = group.group[0].dep.target.module, group.group[0].dep.handler
     leaving = graph.get_pruning_group(root, handler, channels)
     if group.attention is not None:
         without(leaving, group.attention.spared).prune()
         group.attention.keep(group.attention.width - len(channels))
-        return
-    modules = [part.module for part in group.parts if isinstance(part.module, nn.MultiheadAttention)]
-    widths = {module: module.embed_dim for module in modules}
-    leaving.prune()
-    for module, width in widths.items():
-        rescale_queries(module, width)
+    else:
+        leaving.prune()
 
 
 def refresh_widths(network: nn.Module) -> None:

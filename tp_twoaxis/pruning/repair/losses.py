@@ -25,15 +25,12 @@ class LayerLoss:
         batch_norm: the BatchNorm with running statistics that alone reads its outputs, or None.
         norms: layers between its inputs and what writes them that normalise over channels and lose some, so
             that the channels that stay change too: LayerNorm, GroupNorm and their like.
-        gain: [C_out] factor by which removal multiplied the outputs that stay, or None: queries of attention
-            whose heads became narrower.
     """
 
     inputs: Tensor
     outputs: Tensor
     batch_norm: str | None = None
     norms: tuple[str, ...] = ()
-    gain: Tensor | None = None
 
 
 def layer_losses(groups: list[PrunableGroup], plan: PruningPlan, model: nn.Module) -> dict[str, LayerLoss]:
@@ -60,18 +57,11 @@ def layer_losses(groups: list[PrunableGroup], plan: PruningPlan, model: nn.Modul
     layers = channel_layers(model)
     lost: dict[tuple[nn.Module, bool], Tensor] = {}
     mixing: set[nn.Module] = set()
-    gains: dict[nn.Module, Tensor] = {}
     for group in groups:
         removed = plan.removed.get(group_key(group))
         if removed is None or not removed.any():
             continue
         mask = torch.from_numpy(removed)
-        if group.attention is not None:
-            gain = group.attention.query_gain(int((~mask).sum()))
-            if gain != 1.0:
-                query = group.attention.query
-                gains[query.module] = torch.ones(num_channels(query.module), dtype=torch.float64)
-                gains[query.module][query.channels] = gain
         for part in group.parts:
             channels = part.channels[mask[part.roots]]
             if isinstance(part.module, MIXING_NORMS) and len(channels):
@@ -91,7 +81,6 @@ def layer_losses(groups: list[PrunableGroup], plan: PruningPlan, model: nn.Modul
             lost.get((layer, True), torch.zeros(_width(layer, True), dtype=torch.bool)),
             None if node is None else _sole_batch_norm(node, names),
             () if node is None else tuple(names[norm] for norm in _norms_before(node) if norm in mixing),
-            gains.get(layer),
         )
     return losses
 

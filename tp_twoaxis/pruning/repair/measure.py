@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.borrow import evaluating, preserved_rng
 from tp_twoaxis.pruning.repair.losses import LayerLoss
-from tp_twoaxis.pruning.repair.one_shot import keep_channels, wanted
+from tp_twoaxis.pruning.repair.one_shot import keep_channels
 from tp_twoaxis.pruning.repair.report import relative
 from tp_twoaxis.statistics.layers import channels_last_view
 
@@ -61,7 +61,7 @@ def layer_errors(
 
             def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
                 x = (inputs or tuple(named.values()))[0]
-                y = _rows(wanted(output, layer, loss), layer)
+                y = _rows(keep_channels(output, layer, ~loss.outputs), layer)
                 # the layer's forward alone: its hooks, if a user has any, are for the network
                 alone[name].update(_rows(repaired.forward(keep_channels(x, layer, ~loss.inputs)), layer) - y, y)
                 targets[name].append(y)

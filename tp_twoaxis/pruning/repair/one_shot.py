@@ -36,25 +36,6 @@ def kept_blocks(dense: nn.Module, loss: LayerLoss) -> tuple[Tensor, Tensor, Tens
     return alive, inputs[alive], outputs[alive]
 
 
-def kept_rows(dense: nn.Module, loss: LayerLoss) -> list[Tensor]:
-    """Give the dense weights of outputs that stay, with their gain: [O, I, taps] for each block that stays."""
-    alive, _, outputs = kept_blocks(dense, loss)
-    weight = read_weight(dense).cpu()
-    if loss.gain is not None:
-        weight = weight * loss.gain.to(weight.dtype).reshape(len(weight), -1, 1, 1)
-    return [weight[block][~lost] for block, lost in zip(alive.tolist(), outputs, strict=True)]
-
-
-def wanted(output: Tensor, layer: nn.Module, loss: LayerLoss) -> Tensor:
-    """Give what a layer should write after removal: the dense layer's outputs that stay, with their gain."""
-    kept = keep_channels(output, layer, ~loss.outputs)
-    if loss.gain is None:
-        return kept
-    shape = [1] * kept.ndim
-    shape[channel_axis(layer)] = -1
-    return kept * loss.gain[~loss.outputs].to(kept).reshape(shape)
-
-
 def mixes(dense: nn.Module, loss: LayerLoss) -> bool:
     """Whether a layer mixes a lost input into an output that stays; a depthwise convolution never does.
 
@@ -72,14 +53,11 @@ def check_removed(name: str, layer: nn.Module, dense: nn.Module, loss: LayerLoss
     Raises:
         TwoAxisError: it is not; for example because it was repaired before.
     """
-    _, inputs, _ = kept_blocks(dense, loss)
-    now = read_weight(layer).cpu()
-    expected = [rows[:, ~lost] for rows, lost in zip(kept_rows(dense, loss), inputs, strict=True)]
-    # a gain of several steps was rounded in each
-    tolerance = 0.0 if loss.gain is None else 8.0 * torch.finfo(now.dtype).eps
+    alive, inputs, outputs = kept_blocks(dense, loss)
+    now, old = read_weight(layer), read_weight(dense).cpu()
+    expected = [old[b][~outputs[i]][:, ~inputs[i]] for i, b in enumerate(alive.tolist())]
     if len(expected) != len(now) or any(
-        part.shape != cut.shape or not torch.allclose(part, cut, rtol=tolerance, atol=0.0)
-        for part, cut in zip(now, expected, strict=True)
+        part.shape != cut.shape or not torch.equal(part, cut) for part, cut in zip(now.cpu(), expected, strict=True)
     ):
         raise TwoAxisError(
             f"{name}: expected the dense layer's weights without the removed channels, got others - it was repaired or "
@@ -135,14 +113,16 @@ def fold_layer(
         batch_norm: see :func:`~tp_twoaxis.pruning.repair.weights.add_bias`.
     """
     mean, covariance = entry.input_mean, entry.input_covariance
-    alive, inputs, _ = kept_blocks(dense, loss)
+    alive, inputs, outputs = kept_blocks(dense, loss)
     width = inputs.shape[1]
+    weight = read_weight(dense).cpu()
     folds: dict[int, Fold] = {}
     weights, shifts, errors = [], [], []
-    for i, (block, rows) in enumerate(zip(alive.tolist(), kept_rows(dense, loss), strict=True)):
+    for i, block in enumerate(alive.tolist()):
         own = slice(block * width, (block + 1) * width)
         strength = ridge_for(entry.num_input_rows, int((~inputs[i]).sum())) if ridge is None else ridge
         fold = affine_fold(mean[own], covariance[own, own], inputs[i], ridge=float("inf") if means_only else strength)
+        rows = weight[block][~outputs[i]]
         folded, shift = fold_weight(rows, fold)
         folds[own.start] = fold
         weights.append(folded)
@@ -183,7 +163,7 @@ def fit_patches(
 
             def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
                 x = (inputs or tuple(named.values()))[0]
-                fit.update(keep_channels(x, layer, ~loss.inputs), wanted(output, layer, loss))
+                fit.update(keep_channels(x, layer, ~loss.inputs), keep_channels(output, layer, ~loss.outputs))
 
             return hook
 
@@ -225,9 +205,5 @@ def keep_channels(tensor: Tensor, layer: nn.Module, kept: Tensor) -> Tensor:
     """Select channels of what a layer reads or writes; ``kept`` [C] bool."""
     if bool(kept.all()):
         return tensor
-    return tensor.index_select(channel_axis(layer), kept.nonzero()[:, 0].to(tensor.device))
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Say which dimension of what a layer reads or writes are channels, from the end."""
-    return -len(layer.kernel_size) - 1 if isinstance(layer, _ConvNd) else -1
+    dimension = -len(layer.kernel_size) - 1 if isinstance(layer, _ConvNd) else -1
+    return tensor.index_select(dimension, kept.nonzero()[:, 0].to(tensor.device))

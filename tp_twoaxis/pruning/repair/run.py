@@ -248,8 +248,6 @@ def _describe(
         for channel in removed_channels_of(fold, variance[first : first + len(fold.kept) + len(fold.removed)], first)
     ]
     power = entry.variance[~loss.outputs]
-    if loss.gain is not None:
-        power = power * loss.gain[~loss.outputs].square()
     return ConsumerRepair(name, by, reason, done.rows, kept, removed, relative(done.predicted, power))
 
 

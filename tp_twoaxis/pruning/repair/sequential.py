@@ -16,13 +16,14 @@ from tp_twoaxis.pruning.repair.fold import ridge_for, ridge_regression
 from tp_twoaxis.pruning.repair.images import RepairImages
 from tp_twoaxis.pruning.repair.junctions import untold
 from tp_twoaxis.pruning.repair.losses import LayerLoss
-from tp_twoaxis.pruning.repair.one_shot import kept_rows, wanted
+from tp_twoaxis.pruning.repair.one_shot import keep_channels
 from tp_twoaxis.pruning.repair.patch import FEWEST_ROWS, MOST_ROWS, PatchFit, fits
 from tp_twoaxis.pruning.repair.weights import (
     SHARED,
     add_bias,
     blocks_of,
     cannot_fold,
+    read_weight,
     shared_weights,
     write_weight,
 )
@@ -104,7 +105,7 @@ def refit_in_order(
                 norm = None if loss.batch_norm is None else network.get_submodule(loss.batch_norm)
                 if fits(layer):
                     fit = PatchFit(layer, images=len(x))
-                    fit.update(x, wanted(dense_y, layer, loss))
+                    fit.update(x, keep_channels(dense_y, layer, ~loss.outputs))
                     add_bias(layer, fit.solve(), norm)
                     writers.expect(layer, fit, x, norm, ~loss.outputs)
                     reason = ""
@@ -190,6 +191,7 @@ def _refit_channels(layer: nn.Module, dense: nn.Module, x: Tensor, dense_x: Tens
     covariance = inputs.covariance
     ridge = ridge_for(inputs.count, width)
     map_ = start + ridge_regression(covariance, cross.covariance - covariance @ start, ridge)  # [K, C]
-    weight = kept_rows(dense, loss)[0].double().to(device)  # [O, C, taps]
+    rows = (~loss.outputs).nonzero()[:, 0]
+    weight = read_weight(dense)[0][rows.to(x.device)].double().to(device)  # [O, C, taps]
     write_weight(layer, torch.einsum("oct,kc->okt", weight, map_)[None])
     return weight.sum(2) @ (cross.other_mean - map_.T @ inputs.mean)
