@@ -32,6 +32,8 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # fewer rows than this many an input: the fold leans on its ridge
 FEW_ROWS = 4
+# a sequential repair starts from the channel fold and goes far from it; statistics of so many images will do for that
+START_IMAGES = 256
 
 
 def repair_network(
@@ -140,7 +142,8 @@ def _repair_weights(
     """Fold at channel level, and go on from there as far as asked for; describe each reader."""
     reasons = _readers(network, dense, losses)
     with timed(seconds, "repair/statistics"):
-        stats = _statistics(dense, [name for name, reason in reasons.items() if not reason], stats, images)
+        folded = [name for name, reason in reasons.items() if not reason]
+        stats = _statistics(dense, folded, stats, images, START_IMAGES if level >= 3 else None)
     done: dict[str, OneShot] = {}
     first = WEIGHTS[min(level, 1)]
     with timed(seconds, f"repair/{first}"):
@@ -208,9 +211,13 @@ def _readers(network: nn.Module, dense: nn.Module, losses: dict[str, LayerLoss])
 
 
 def _statistics(
-    dense: nn.Module, names: list[str], stats: CalibrationStatistics | None, images: RepairImages | None
+    dense: nn.Module,
+    names: list[str],
+    stats: CalibrationStatistics | None,
+    images: RepairImages | None,
+    enough: int | None,
 ) -> CalibrationStatistics | None:
-    """Give statistics of what the layers read: those at hand if they have them all, or new ones."""
+    """Give statistics of what the layers read: those at hand if they have them all, or new ones of enough images."""
     if not names:
         return None
     if stats is not None and stats.consumers and all(name in stats for name in names):
@@ -228,7 +235,7 @@ def _statistics(
         target=None,
         layers=names,
         consumers=True,
-        max_images=images.max_images,
+        max_images=min((limit for limit in (images.max_images, enough) if limit is not None), default=None),
         progress=images.progress,
     )
 
