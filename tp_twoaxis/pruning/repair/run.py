@@ -73,7 +73,8 @@ def repair_network(
         repair: names in :data:`~tp_twoaxis.pruning.repair.request.REPAIRS`; the default kept most accuracy for every
             criterion (``benchmarks/results/cifar10_repair``).
         loader: images, re-iterable; labels are not used. Without it ``stats`` must have the inputs.
-        stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``.
+        stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``, for
+            ``sequential`` and ``joint`` from 256 images.
         max_images: at most so many for each step.
         ridge: relative ridge of the channel fold; default :func:`~tp_twoaxis.pruning.repair.fold.ridge_for`.
         measure: also measure the layers' errors, on images that no fit has seen.
