@@ -138,10 +138,12 @@ class Distortion:
 
             return take
 
+        wanted = [name for name in names if _has_patches(self.layers[name])]
+        if not wanted:
+            return {}
         with ExitStack() as stack:
-            for name in names:
-                if _has_patches(self.layers[name]):
-                    stack.callback(self.layers[name].register_forward_hook(hook(name)).remove)
+            for name in wanted:
+                stack.callback(self.layers[name].register_forward_hook(hook(name)).remove)
             self._logits()
         found = {}
         for name, taken in moments.items():
@@ -174,7 +176,7 @@ class Distortion:
 
     def _refit(self, name: str, missing: Tensor, patches: Patches) -> Callable[[], None]:
         """Write the best weights without some inputs into a layer; give what puts its own back."""
-        from tp_twoaxis.pruning.repair.fold import affine_fold, ridge_for
+        from tp_twoaxis.pruning.repair.fold import affine_fold, fold_weight, ridge_for
         from tp_twoaxis.pruning.repair.weights import add_bias, read_weight, write_weight
 
         layer = self.layers[name]
@@ -184,9 +186,10 @@ class Distortion:
         fold = affine_fold(patches.mean, patches.covariance, gone, ridge=ridge_for(patches.rows, len(gone)))
         flat = weight.flatten(1)
         new = torch.zeros_like(flat)
-        new[:, fold.kept] = flat[:, fold.kept] + flat[:, fold.removed] @ fold.weights.T
+        folded, shift = fold_weight(flat[..., None], fold)  # every number of a patch is an input of one tap
+        new[:, fold.kept] = folded[..., 0]
         write_weight(layer, new)
-        add_bias(layer, flat[:, fold.removed] @ fold.shift, None)
+        add_bias(layer, shift, None)
 
         def restore() -> None:
             layer.weight, layer.bias = old

@@ -199,15 +199,7 @@ class PatchFit:
         total = torch.zeros_like(read_weight(self.layer).flatten(2))  # [blocks, outputs, patch]
         offset = torch.zeros(len(scale), dtype=torch.float64, device=self._moments[0][0].mean.device)
         for _ in range(rounds):
-            rest = (aim(current, goal) - current) * inverse
-            sums = [CoMoments(self.width, rest.shape[2], device=m.mean.device) for m, _ in self._moments]
-            for part, rows in self._rows(x, positions):
-                chosen = rest[part.start * len(positions) :][: len(rows)]
-                for block, cross in enumerate(sums):
-                    cross.update(rows[:, block], chosen[:, block])
-            fitted = [self._change(inputs, cross) for (inputs, _), cross in zip(self._moments, sums, strict=True)]
-            step = torch.stack([change.T for change, _ in fitted]).to(total)
-            shift = torch.cat([shift for _, shift in fitted])
+            step, shift = self._fit_rest(x, (aim(current, goal) - current) * inverse, positions)
             total, offset = total + step, offset + shift
             moved = shift.to(current).reshape(blocks, -1)
             for part, rows in self._rows(x, positions):
@@ -233,17 +225,20 @@ class PatchFit:
         blocks = len(self._moments)
         view = channels_last_view(rest, self.layer, len(x), "")
         positions = self._positions(view.shape[1]).to(x.device)
-        goal = view.index_select(1, positions).reshape(-1, blocks, view.shape[2] // blocks)
-        sums = [CoMoments(self.width, goal.shape[2], device=m.mean.device) for m, _ in self._moments]
+        chosen = view.index_select(1, positions).reshape(-1, blocks, view.shape[2] // blocks)
+        step, shift = self._fit_rest(x, chosen, positions)
+        return step.reshape(self.layer.weight.shape), shift  # type: ignore[arg-type]
+
+    def _fit_rest(self, x: Tensor, rest: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit [rows, blocks, outputs] to the patches at some positions: weights [blocks, outputs, patch], and means."""
+        sums = [CoMoments(self.width, rest.shape[2], device=m.mean.device) for m, _ in self._moments]
         for part, rows in self._rows(x, positions):
-            chosen = goal[part.start * len(positions) :][: len(rows)]
+            chosen = rest[part.start * len(positions) :][: len(rows)]
             for block, cross in enumerate(sums):
                 cross.update(rows[:, block], chosen[:, block])
         fitted = [self._change(inputs, cross) for (inputs, _), cross in zip(self._moments, sums, strict=True)]
-        weight = self.layer.weight
-        assert isinstance(weight, Tensor)
-        change = torch.stack([change.T for change, _ in fitted]).to(weight).reshape(weight.shape)
-        return change, torch.cat([shift for _, shift in fitted])
+        step = torch.stack([change.T for change, _ in fitted]).to(read_weight(self.layer))
+        return step, torch.cat([shift for _, shift in fitted])
 
     def _positions(self, available: int) -> Tensor:
         return positions_for(self.layer, available, self.images)

@@ -169,7 +169,7 @@ def _repair_weights(
             if level == 2:
                 outcome = fit_patches(network, dense, losses, list(done), images)
             else:
-                outcome, used = refit_in_order(network, dense, losses, images, joint=level == 4)
+                outcome, used = refit_in_order(network, dense, losses, images, joint=WEIGHTS[level] == "joint")
                 notes.append(f"{WEIGHTS[level]} repair ran on {used} images")
         for name in [name for name in reasons if name in outcome]:
             reasons[name] = outcome[name]
