@@ -11,7 +11,7 @@ MODEL_HELP = (
     "A built-in name (cifar_resnet20_option_a, ...), a torchvision model (resnet50), a timm model "
     "(timm:deit_tiny_patch16_224) or module:factory, a function in an importable module."
 )
-_MODEL, _DATA, _OUTPUT = "Model", "Data", "Output"
+_MODEL, _DATA, _PRUNING, _OUTPUT = "Model", "Data", "Pruning", "Output"
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 OptionalModel = Annotated[
@@ -29,6 +29,10 @@ Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="Weights that torchvision or timm publish.", rich_help_panel=_MODEL)
 ]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL)]
+
+Attention = Annotated[
+    str, typer.Option(help="What attention loses: heads, or head-dims of every head.", rich_help_panel=_PRUNING)
+]
 
 _DATA_HELP = (
     "A folder with a folder of images for each class (or those of each split), a folder, file or glob of "

@@ -64,9 +64,7 @@ def prune_command(
     round_to: Annotated[
         int | None, typer.Option(help="Keep multiples of this many channels.", rich_help_panel=_PRUNING)
     ] = None,
-    attention: Annotated[
-        str, typer.Option(help="What attention loses: heads, or head-dims of every head.", rich_help_panel=_PRUNING)
-    ] = "heads",
+    attention: opt.Attention = "heads",
     ignore: Annotated[
         str | None, typer.Option(help="Layers that keep their channels: conv1,fc.", rich_help_panel=_PRUNING)
     ] = None,
