@@ -2,16 +2,16 @@
 
 Two trained CIFAR-10 ResNet-20s lose half their MACs by each selection and get ``sequential`` repair from 1,000
 images; accuracy on 8,000 training images that calibration does not see, no fine-tuning, seed 42. The greedy losses are
-those of ``tp_twoaxis.scores.reconstruction`` at channel level, relative to the variance of what their readers write.
+those of ``tp_twoaxis.reconstruction.greedy`` at channel level, relative to the variance of their consumers' outputs.
 
 - ``hull``: no anticipation, for comparison.
 - ``losses``: all layers' losses against each other as they are.
 - ``losses / mean``: over their group's mean loss with every channel present.
 - ``noise 0.1``, ``noise 0.01``: weighed by how far the predicted classes diverge when white noise of that power,
-  relative to the outputs', is added to a reader's outputs, and divided by MACs. The limit of little noise is the
+  relative to the outputs', is added to a consumer's outputs, and divided by MACs. The limit of little noise is the
   Fisher information of the outputs.
-- ``by channels``: measured curves, with losses and folds at channel level.
-- ``anticipating(...)``: the importance of that name, with folds of whole patches, and three rankings.
+- ``by channels``: measured curves, with losses and reconstructions at channel level.
+- ``anticipating(...)``: the importance of that name, with reconstructions of whole patches, and three rankings.
 
     python benchmarks/anticipation.py --data DIR/cifar10 --checkpoints DIR
 
@@ -36,14 +36,13 @@ from provenance import save
 from torch import Tensor, nn
 
 from tp_twoaxis import CalibrationStatistics, calibrate, prune_to_flops
-from tp_twoaxis.batches import split_batch
-from tp_twoaxis.benchmark.config import DataConfig, load_config
-from tp_twoaxis.benchmark.context import LoadedNetwork, Shared
-from tp_twoaxis.importance.anticipating import AnticipatingImportance
-from tp_twoaxis.importance.groups import model_of, readers, root_size
-from tp_twoaxis.importance.registry import make_importance
-from tp_twoaxis.scores.reconstruction import greedy_reconstruction
-from tp_twoaxis.statistics.layers import channel_layers
+from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared
+from tp_twoaxis.benchmark.sweep import DataConfig, load_config
+from tp_twoaxis.dependency.groups import group_consumers, model_of, root_size
+from tp_twoaxis.importance import AnticipatingImportance, make_importance
+from tp_twoaxis.reconstruction.greedy import greedy_reconstruction
+from tp_twoaxis.runtime.batches import split_batch
+from tp_twoaxis.runtime.layers import channel_layers
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10_selection.json"
 KEEP = 0.5
@@ -54,18 +53,26 @@ CURVES = ("hull", "capture", "reconstruction")
 
 
 class ByChannels(AnticipatingImportance):
-    """Order and curves from what channels say of each other, whatever the taps."""
+    """Order and curves from the moments of channels, whatever the taps."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given, progress=False)
+    def __init__(self, stats: CalibrationStatistics, model: nn.Module, loader: Any) -> None:
+        super().__init__(stats, loader=loader, model=model, progress=False)
         self._distortion.patches = lambda names: {}  # type: ignore[method-assign]
 
 
 class Losses(AnticipatingImportance):
-    """Greedy losses instead of measured curves; ``weights`` multiplies those of each reader."""
+    """Greedy losses instead of measured curves; ``weights`` multiplies those of each consumer."""
 
-    def __init__(self, *given: Any, weights: dict[str, float] | None = None, over_mean: bool = False) -> None:
-        super().__init__(*given, images=2, progress=False)
+    def __init__(
+        self,
+        stats: CalibrationStatistics,
+        model: nn.Module,
+        loader: Any,
+        *,
+        weights: dict[str, float] | None = None,
+        over_mean: bool = False,
+    ) -> None:
+        super().__init__(stats, loader=loader, model=model, images=2, progress=False)
         self.weights = weights
         self.over_mean = over_mean
 
@@ -74,7 +81,7 @@ class Losses(AnticipatingImportance):
         """Rank a group by its losses; [size] float64."""
         names = {module: name for name, module in model_of(group).named_modules()}
         readings = []
-        for member in readers(group):
+        for member in group_consumers(group):
             reading = self._reading(member, names, {})
             weight = 1.0 if self.weights is None else self.weights[names[member.module]]
             readings.append(replace(reading, power=reading.power / max(weight, 1e-12)))
@@ -113,7 +120,9 @@ def measure(shared: Shared, wanted: list[str] | None) -> list[dict[str, object]]
     images = torch.cat([split_batch(batch)[0] for batch in shared.calibration])[:512]
 
     def anticipating(**options: Any) -> Callable[[nn.Module], Any]:
-        return lambda model: AnticipatingImportance(stats, model, shared.calibration, progress=False, **options)
+        return lambda model: AnticipatingImportance(
+            stats, loader=shared.calibration, model=model, progress=False, **options
+        )
 
     def losses(**options: Any) -> Callable[[nn.Module], Any]:
         return lambda model: Losses(stats, model, shared.calibration, **options)

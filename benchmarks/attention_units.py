@@ -22,9 +22,9 @@ from torch import nn
 
 from tp_twoaxis import TwoAxisImportance, calibrate, prune_to_flops
 from tp_twoaxis.data import digits
-from tp_twoaxis.evaluation import accuracy
-from tp_twoaxis.pruning.report import PruningReport
+from tp_twoaxis.pruning.pruning_report import PruningReport
 from tp_twoaxis.training import finetune
+from tp_twoaxis.training.evaluation import accuracy
 
 SEEDS = (0, 1, 2)
 SCORES = ("norm-local", "hull")
@@ -102,12 +102,12 @@ def main() -> None:
     summary = []
     for keep in KEEP:
         for repair in dict.fromkeys(row["repair"] for row in rows):
-            cells = [row for row in rows if row["keep"] == keep and row["repair"] == repair]
+            these = [row for row in rows if row["keep"] == keep and row["repair"] == repair]
             means = {"keep": keep, "repair": repair}
             for unit in ("heads", "head-dims"):
-                own = [row["accuracy"] for row in cells if row["attention"] == unit]
+                own = [row["accuracy"] for row in these if row["attention"] == unit]
                 means[unit] = round(sum(own) / len(own), 4)
-            raw = [row["rescaled"] for row in cells if "rescaled" in row]
+            raw = [row["rescaled"] for row in these if "rescaled" in row]
             if raw:
                 means["rescaled"] = round(sum(raw) / len(raw), 4)
             summary.append(means)

@@ -22,9 +22,9 @@ from pathlib import Path
 from provenance import save
 
 from tp_twoaxis import TwoAxisImportance, calibrate, prune_to_flops
-from tp_twoaxis.benchmark.config import DataConfig, load_config
-from tp_twoaxis.benchmark.context import LoadedNetwork, Shared
-from tp_twoaxis.pruning.repair import reestimate_batch_norm
+from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared
+from tp_twoaxis.benchmark.sweep import DataConfig, load_config
+from tp_twoaxis.repair import reestimate_batch_norm
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10_selection.json"
 SCORES = ("capture", "variance", "hull")

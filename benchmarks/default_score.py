@@ -1,7 +1,7 @@
 """Which score should be the default? Every local score, and task MI, on four trained networks of three families.
 
 Two third-party CIFAR-10 ResNet-20s, the demo's digits network, and VGG-16-BN at a quarter of its widths, which is
-trained here on CIFAR-10 where its weights are missing. A score is judged by the accuracy that is left, relative to the
+trained here on CIFAR-10 where its weights are missing. A score is judged by the accuracy that remains, relative to the
 dense network's, at three shares of the MACs with BatchNorm re-estimated and without fine-tuning, on training images
 that did not calibrate; no test image is read. The VGG and the digits network were not trained on those that judge
 them either, the third-party networks were. Two seeds: of the calibration images, and of the digits network's weights.
@@ -34,18 +34,18 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from tp_twoaxis import TwoAxisImportance, calibrate, prune_to_flops
-from tp_twoaxis.benchmark.config import BenchmarkConfig, DataConfig, NetworkConfig, load_config
-from tp_twoaxis.benchmark.context import LoadedNetwork, Shared
+from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared
+from tp_twoaxis.benchmark.sweep import BenchmarkConfig, DataConfig, NetworkConfig, load_config
 from tp_twoaxis.data import digits
 from tp_twoaxis.demo.network import train as train_digits
-from tp_twoaxis.files import write_bytes
+from tp_twoaxis.importance import expand_criteria
 from tp_twoaxis.pruning.selection_result import tied_with_best
-from tp_twoaxis.scores.registry import LOCAL_FAMILY
-from tp_twoaxis.statistics.calibration import forward_logits
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.serialization import write_bytes
 from tp_twoaxis.training import finetune
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10_selection.json"
-CANDIDATES = (*LOCAL_FAMILY, "task-mi")
+CANDIDATES = (*expand_criteria(["all-local"]), "task-mi")
 KEEP = (0.7, 0.5, 0.35)
 SEEDS = (42, 123)
 DATA = DataConfig(calibration_images=2048, selection_images=2048, evaluate_on="selection")
@@ -86,11 +86,9 @@ class Case:
         return float(self.right(self.model).double().mean())
 
     def right(self, model: nn.Module) -> Tensor:
-        """Tell which of the judging images a model puts into their class, [n] bool."""
-        model.eval()
-        with torch.no_grad():
-            found = [forward_logits(model, images, 0).argmax(1) == labels for images, labels in self.judges]
-        return torch.cat(found)
+        """Find which of the judging images a model puts into their class, [n] bool."""
+        with forward_pass(model, self.judges, what="judge", labels="required") as run:
+            return torch.cat([run.logits(batch).argmax(1) == batch.labels for batch in run.batches])
 
 
 def cases(config: BenchmarkConfig, wanted: set[tuple[str, int]]) -> Iterator[tuple[str, int, Case]]:
@@ -222,7 +220,7 @@ def markdown(rows: list[dict[str, Any]], units: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_of_cells(units: list[dict[str, Any]]) -> str:
+def accuracy_table(units: list[dict[str, Any]]) -> str:
     """Write every accuracy as CSV."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -267,7 +265,7 @@ def main() -> None:
             summary=rows,
             units=units,
         )
-        write_bytes(RESULTS / "default_score.csv", table_of_cells(units).encode())
+        write_bytes(RESULTS / "default_score.csv", accuracy_table(units).encode())
         write_bytes(RESULTS / "default_score.md", markdown(rows, units).encode())
     print(markdown(summary(units), units))
 

@@ -2,8 +2,8 @@
 
 Paper: arXiv 2605.07086, tables 8 and 9: ResNet-18, VGG-16 and MobileNetV2 on CIFAR-100, five seeds; ten shares of
 channels removed by one global threshold, fine-tuned for at most 200 batches, area under accuracy retention over the
-MACs that all methods cover. Ours differs in the training recipe (30 epochs in bfloat16 instead of 200) and says so in
-every cell.
+MACs that all methods cover. Ours differs in the training recipe (30 epochs in bfloat16 instead of 200); every record
+names it.
 
 Command, once for each network and seed (and for each part of a sweep that is too long for one call):
 
@@ -11,10 +11,10 @@ Command, once for each network and seed (and for each part of a sweep that is to
 
 Each call trains what is not in STORE yet, measures what is not in OUT yet, and stops by itself after --seconds. Data
 may come in pieces: every call copies the Parquet shards that it finds in --data to STORE, and a call that still lacks
-some says which and ends. Cells of all calls make one folder, also from several machines: copy their ``cells/``
+some prints which and ends. Trials of all calls make one folder, also from several machines: copy their ``cells/``
 together. ``tp-twoaxis report OUT`` draws the tables, the paper's comparisons of families among them.
 
-Expected on an H100-class GPU: under 10 minutes a call, by its own clock; 180 cells a network and seed take several.
+Expected on an H100-class GPU: under 10 minutes a call, by its own clock; 180 trials a network and seed take several.
 Not run on a GPU yet; on two CPU cores a small form of it ran, see results/cifar100_resnet20_cpu.
 """
 
@@ -35,14 +35,15 @@ import torch
 from safetensors.torch import save
 
 from tp_twoaxis.benchmark import BenchmarkConfig, run_benchmark
-from tp_twoaxis.benchmark.cells import Cell, ResultsFolder
+from tp_twoaxis.benchmark.methods import Trial
 from tp_twoaxis.benchmark.protocol import FINETUNE_BATCHES, KEEP, SEEDS
 from tp_twoaxis.benchmark.report import make_report
-from tp_twoaxis.benchmark.work import Measurer
+from tp_twoaxis.benchmark.results import ResultsFolder
+from tp_twoaxis.benchmark.trial_runner import TrialRunner
 from tp_twoaxis.data import open_dataset
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.files import write_bytes
 from tp_twoaxis.models import build_model
+from tp_twoaxis.runtime.serialization import write_bytes
 from tp_twoaxis.training import find_recipe, finetune, training_batches
 
 NETWORKS = {
@@ -143,18 +144,18 @@ def suite(options: argparse.Namespace) -> BenchmarkConfig:
 
 @dataclass(frozen=True)
 class UntilDeadline:
-    """An engine that starts no cell which would probably end too late; the next call goes on."""
+    """An engine that starts no trial which would probably end too late; the next call goes on."""
 
     deadline: float
 
-    def fill(self, results: ResultsFolder, cells: Sequence[Cell], device: str, look: Callable[[], None]) -> None:
-        """Measure cells while there is time."""
-        measurer, longest = Measurer(results.config, device), 0.0
-        for cell in cells:
+    def fill(self, results: ResultsFolder, trials: Sequence[Trial], device: str, look: Callable[[], None]) -> None:
+        """Run trials while there is time."""
+        runner, longest = TrialRunner(results.config, device), 0.0
+        for trial in trials:
             start = time.monotonic()
             if start + longest > self.deadline:
                 return
-            results.write(cell, measurer.measure(cell))
+            results.write(trial, runner.run(trial))
             longest = max(longest, time.monotonic() - start)
             look()
 
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.out,
             engine=UntilDeadline(started + options.seconds),
             device=options.device,
-            only=lambda cell: (cell.network, cell.seed) == (options.network, options.seed),
+            only=lambda trial: (trial.network, trial.seed) == (options.network, options.seed),
             part=(int(number), int(count)),
         )
         if summary.left < summary.total:

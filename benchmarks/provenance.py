@@ -1,4 +1,4 @@
-"""What every results file says about where its numbers come from."""
+"""Provenance: what every results file records about where its numbers come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tp_twoaxis.files import write_bytes
+from tp_twoaxis.runtime.serialization import write_bytes
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,8 +1,8 @@
 """What repairs cost beside calibration: seconds, their ratio to ``calibrate()``, and peak memory.
 
 Times one pass each of a plain no-grad forward, ``calibrate()``, ``calibrate(consumers=True)`` and
-``calibrate(gradients=True)`` over the same images. Then every repair mends a fresh copy of the network that was
-pruned by ``--score``, and gathers on its own whatever it needs; its seconds are those of the report's phases, with
+``calibrate(gradients=True)`` over the same images. Then every repair is run on a fresh copy of the network
+pruned by ``--score``, and gathers its own statistics; its seconds are those of the report's phases, with
 the measuring of errors and without. Peak memory is of the whole process (resident) while a part ran. Seconds are those
 of the wall clock: run it on an idle machine.
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tp_twoaxis import calibrate, prune_to_flops
 from tp_twoaxis.importance.registry import make_importance
 from tp_twoaxis.models import build_model
-from tp_twoaxis.pruning.repair import REPAIRS
+from tp_twoaxis.repair import REPAIRS
 
 CLASSES = 10
 PASSES = ("forward", "calibrate", "calibrate, consumers", "calibrate, gradients")
@@ -131,15 +131,15 @@ def main() -> None:
     batches = list(zip(images.split(options.batch), labels.split(options.batch), strict=True))
     timed = passes(model, batches, options.passes)
     calibration = next(float(str(row["seconds"])) for row in timed if row["pass"] == "calibrate")
-    mended = []
+    repaired = []
     for row in repairs(model, batches, options.repairs, options.score, options.flops, calibration):
-        mended.append(row)
+        repaired.append(row)
         save(
             "repair_cost",
             shlex.join(["python", "benchmarks/repair_cost.py", *sys.argv[1:]]),
             "random images, random weights",
             threads=torch.get_num_threads(),
-            **vars(options) | {"passes": timed, "repairs": mended},
+            **vars(options) | {"passes": timed, "repairs": repaired},
         )
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from tp_twoaxis import CalibrationStatistics, TwoAxisImportance, calibrate
 from tp_twoaxis.data import ArrayDataset, ImageDataset, open_dataset
 from tp_twoaxis.models import build_model, load_weights
-from tp_twoaxis.statistics.layers import channel_layers
+from tp_twoaxis.runtime.layers import channel_layers
 
 IMAGES = 1024
 SCORES = ("capture", "hull", "low-overlap")
@@ -57,12 +57,12 @@ def images_or_positions(model: nn.Module, images: ArrayDataset | ImageDataset) -
     start = DRAWS * LARGE
     (reference,) = gather(range(start, start + REFERENCE), everything)
     found = []
-    for told, count, layers in (
+    for calibrated_on, count, layers in (
         (f"{LARGE} images, all positions", LARGE, everything),
         (f"{LARGE} images, a quarter of the positions", LARGE, quarters),
         (f"{SMALL} images, all positions", SMALL, everything),
     ):
-        row: dict[str, Any] = {"calibrated on": told}
+        row: dict[str, Any] = {"calibrated on": calibrated_on}
         draws = [gather(range(LARGE * draw, LARGE * draw + count), layers) for draw in range(DRAWS)]
         for score in SCORES:
             rho = [

@@ -1,6 +1,6 @@
 """What scoring a ResNet-50 costs, statistics in hand: processor seconds by score, and by score and layer width.
 
-The statistics are of random images and random weights; what they say does not matter to the time, how wide the
+The statistics are of random images and random weights; their values do not matter to the time, how wide the
 layers are does. Each score runs over all 54 layers (26,560 channels in the convolutions and 1,000 in the head, up to
 2,048 in one layer) with what every user pays: variances and correlations are derived from the moments anew for each
 score. Seconds are the processor's, summed over threads, so that other programs on the machine do not count: with
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tp_twoaxis import CalibrationStatistics, calibrate
 from tp_twoaxis.models import build_model
 from tp_twoaxis.scores import SCORES, greedy_hulls
-from tp_twoaxis.scores.registry import evaluate
+from tp_twoaxis.scores.named_scores import evaluate
 from tp_twoaxis.statistics import LayerStatistics
 
 SIZE, IMAGES, BATCH = 64, 96, 32

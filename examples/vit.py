@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from tp_twoaxis import calibrate, load_pruned, prune_to_flops, save_pruned
 from tp_twoaxis.data import ArrayDataset, digits, make_loader, open_dataset
-from tp_twoaxis.evaluation import accuracy
 from tp_twoaxis.training import finetune
+from tp_twoaxis.training.evaluation import accuracy
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="deit_tiny_patch16_224", help="any ViT or DeiT of timm")

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tp_twoaxis.benchmark import BenchmarkConfig, DataConfig, NetworkConfig, cross
-from tp_twoaxis.data import DATASETS
+from tp_twoaxis.data import DATASETS, ArrayDataset
+from tp_twoaxis.importance.baselines.weight_criteria import RandomImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.importance.weight_baselines import RandomImportance
 
 CLASSES = 5
 
@@ -70,8 +70,19 @@ def checkpoint() -> str:
     return str(path)
 
 
+def drawn_pictures(split: str, seed: int) -> ArrayDataset:
+    """A data set of a user's own, other images for each seed."""
+    labels, pixels = zip(*pictures(40 if split == "test" else 60, 2 * seed + (split == "test")), strict=True)
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return ArrayDataset(images, torch.tensor(labels), *DATASETS["imagenet"])
+
+
+def fixed_pictures(split: str) -> ArrayDataset:
+    return drawn_pictures(split, 0)
+
+
 def tiny_config(data: Path, **changes) -> BenchmarkConfig:
-    """2 seeds x 3 criteria x 2 shares on the tests' convolutional network: 12 cells."""
+    """2 seeds x 3 criteria x 2 shares on the tests' convolutional network: 12 trials."""
     options = {
         "networks": (NetworkConfig("net", "cases:conv_net", str(data), checkpoint()),),
         "methods": cross(["capture", "l2", "random"]),

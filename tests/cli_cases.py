@@ -6,7 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from tp_twoaxis.cli.app import app
+from tp_twoaxis.cli.commands import app
 
 MODEL = "cases:conv_net"
 TESTS = str(Path(__file__).parent)

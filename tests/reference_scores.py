@@ -125,7 +125,7 @@ def compact_support(rho, active):
     return out
 
 
-def hand_out(values, ranking):
+def assign_by_rank(values, ranking):
     """The i-th smallest value to the i-th lowest ranked."""
     out = np.zeros(len(values))
     for value, k in zip(sorted(values), sorted(range(len(values)), key=lambda k: (ranking[k], values[k])), strict=True):

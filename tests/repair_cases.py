@@ -8,33 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.pruning.graph import build_graph, group_key, prunable_groups
-from tp_twoaxis.pruning.plan import PruningPlan
-from tp_twoaxis.pruning.removal import remove
-from tp_twoaxis.pruning.repair import layer_losses
+from tp_twoaxis.dependency.channel_masks import pruned_channels
+from tp_twoaxis.dependency.graph import build_graph, group_key, prunable_groups
+from tp_twoaxis.dependency.removal import remove
 
 
-def cut(net: nn.Module, x: Tensor, removed: dict[str, list[int]]):
-    """Remove channels, writing layer -> its channels; give the dense copy and the losses."""
+def remove_channels(net: nn.Module, x: Tensor, removed: dict[str, list[int]]):
+    """Remove output channels, producer -> channels; return the dense copy, and the channels that each layer lost."""
     dense = copy.deepcopy(net)
     graph = build_graph(net, x)
     groups, _ = prunable_groups(graph, net, [])
-    masks = {}
+    leaving = {}
     for group in groups:
         for part in group.parts:
             for name, channels in removed.items():
-                if part.writes and part.module is net.get_submodule(name):
+                if part.is_producer and part.module is net.get_submodule(name):
                     roots = part.roots[torch.isin(part.channels, torch.tensor(channels))].numpy()
-                    masks[group_key(group)] = np.isin(np.arange(len(group.channels)), roots)
-    assert len(masks) == len(removed)
-    plan = PruningPlan(masks, 0.0, 0.0, 1.0, 0.0)
-    losses = layer_losses(groups, plan, net)
-    remove(graph, groups, plan)
-    return dense, losses
+                    leaving[group_key(group)] = np.isin(np.arange(len(group.channels)), roots)
+    assert len(leaving) == len(removed)
+    masks = pruned_channels(groups, leaving, net)
+    remove(graph, groups, leaving)
+    return dense, masks
 
 
 def double(layer: nn.Module, channel: int, source: int) -> None:
-    """Make a layer write twice another of its channels."""
+    """Make an output channel of a layer twice another one."""
     with torch.no_grad():
         layer.weight[channel] = 2 * layer.weight[source]
         if layer.bias is not None:
@@ -42,7 +40,7 @@ def double(layer: nn.Module, channel: int, source: int) -> None:
 
 
 def settle(net: nn.Module, x: Tensor) -> None:
-    """Give every BatchNorm the mean and variance of what it reads in eval mode."""
+    """Give every BatchNorm the mean and variance of its inputs in eval mode."""
 
     def hook(norm, inputs):
         rows = inputs[0].transpose(0, 1).flatten(1)
@@ -63,7 +61,7 @@ def same_norm(norm: nn.Module, channel: int, source: int, factor: float = 2.0) -
 
 
 class Residual(nn.Module):
-    """A stream that two blocks read and write: the last channel of each writer is twice its first."""
+    """A residual stream with two blocks: the last channel of each producer is twice its first."""
 
     def __init__(self):
         super().__init__()
@@ -71,8 +69,8 @@ class Residual(nn.Module):
         self.a, self.b = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
         self.c, self.d = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 1)
         self.head = nn.Linear(6, 4)
-        for writer in (self.stem, self.b, self.d):
-            double(writer, 5, 0)
+        for producer in (self.stem, self.b, self.d):
+            double(producer, 5, 0)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
@@ -84,7 +82,7 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """One head of self-attention; value channel 3 is affine in 0 and 1, and the weights of attention sum to 1.
 
-    The host couples query, key and value, so channel 3 leaves all of them; the query is 0 there.
+    Torch-Pruning couples query, key and value, so channel 3 leaves all of them; the query is 0 there.
     """
 
     def __init__(self):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+
+INSTALL = 'pip install "tp-twoaxis[cli]"'
+"""How the packages that the command line, plots and tables need are installed."""
 
 
 class TwoAxisError(ValueError):
@@ -37,3 +41,28 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     items = list(names)
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in all)"
+
+
+def check_name(what: str, name: str, valid: Iterable[str], *, more: str = "") -> None:
+    """Refuse an unknown name, with the valid ones and those near it; the same message wherever a name is given.
+
+    Args:
+        what: what is named, for the message.
+        name: what was given.
+        valid: the names there are.
+        more: what may be given besides, such as ``" or module:factory"``.
+
+    Raises:
+        TwoAxisError: the name is none of the valid ones.
+
+    Example:
+        >>> check_name("repair", "rigde", ["bias", "ridge"])
+        Traceback (most recent call last):
+        tp_twoaxis.errors.TwoAxisError: repair: expected one of bias, ridge, got 'rigde'; did you mean 'ridge'?
+    """
+    names = list(valid)
+    if name in names:
+        return
+    near = difflib.get_close_matches(str(name), names, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "choose one of them"
+    raise TwoAxisError(f"{what}: expected one of {', '.join(names) or 'none'}{more}, got {name!r}; {hint}")

@@ -51,7 +51,7 @@ def test_networks_weigh_alike_and_dense_accuracy_is_the_measure(script):
 
 
 def test_every_accuracy_is_in_the_csv(script):
-    lines = script.table_of_cells([unit(script, "a", 1, 0.8, variance=0.6)]).splitlines()
+    lines = script.accuracy_table([unit(script, "a", 1, 0.8, variance=0.6)]).splitlines()
     assert len(lines) == 1 + len(script.CANDIDATES) * len(script.KEEP)
     assert "a,1,variance,0.35,0.6,0.8" in lines
 

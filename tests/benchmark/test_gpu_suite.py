@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tp_twoaxis.benchmark.cells import open_folder
+from tp_twoaxis.benchmark.results import open_folder
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
 
@@ -49,7 +49,7 @@ def shards(tmp_path_factory):
     return first, second
 
 
-def told(capsys):
+def printed(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -70,27 +70,27 @@ def test_two_calls_bring_the_data_and_parts_make_one_folder(suite, shards, tmp_p
     small += ["--images", "24", "--selection-images", "10", "--finetune-batches", "1"]
     call = [f"--store={store}", f"--out={out}", *small]
     suite.main([*call, f"--data={shards[0]}"])
-    waiting = told(capsys)
+    waiting = printed(capsys)
     assert waiting["waiting_for"] == ["train-00001-of-00002.parquet", "test-*.parquet"]
     assert not out.exists()
     suite.main([*call, f"--data={shards[1]}", "--part=1/2"])
-    first = told(capsys)
+    first = printed(capsys)
     assert first["trained"]["recipe"]["epochs"] == 1
     assert (first["cells"], first["left"], first["failed"]) == (2, 0, [])
     suite.main([*call, "--part=2/2"])  # nothing more to bring, nothing to train
-    second = told(capsys)
+    second = printed(capsys)
     assert (second["trained"], second["cells"], second["left"]) == (None, 2, 0)
     records = open_folder(out).read_all()
     assert len(records) == 4
     assert {r["grid"] for r in records} == {"channels"}
     assert len({r["weights"] for r in records}) == 1
-    # another seed is another network in the same folder; no time is left for its cells
+    # another seed is another network in the same folder; no time remains for its trials
     suite.main([*call, "--seed=123", "--seconds=0"])
-    other = told(capsys)
+    other = printed(capsys)
     assert other["trained"]["seed"] == 123
     assert (other["cells"], other["left"]) == (4, 4)
     suite.main([*call, "--seed=123", "--part=1/2"])
-    assert told(capsys)["left"] == 0
+    assert printed(capsys)["left"] == 0
     assert len({r["weights"] for r in open_folder(out).read_all()}) == 2
 
 

@@ -10,20 +10,19 @@ import torch_pruning as tp
 from cases import batches, conv_net
 
 from tp_twoaxis import LocalImportance, TargetImportance, TwoAxisError, calibrate, prune_to_flops
-from tp_twoaxis.benchmark import methods
-from tp_twoaxis.benchmark.methods import (
-    ALIASES,
-    ALLOCATIONS,
-    Method,
-    UniformAllocation,
+from tp_twoaxis.benchmark.methods import ALLOCATIONS, Method, UniformAllocation, cross
+from tp_twoaxis.importance import (
+    CRITERIA,
+    Criterion,
+    PruningState,
     criterion_names,
-    cross,
     find_criterion,
+    make_importance,
+    registry,
 )
-from tp_twoaxis.importance.entry import ImportanceEntry
-from tp_twoaxis.importance.registry import IMPORTANCES, make_importance
-from tp_twoaxis.importance.weight_baselines import RandomImportance
-from tp_twoaxis.scores.registry import DEFAULT_SCORE
+from tp_twoaxis.importance.baselines.weight_criteria import RandomImportance
+from tp_twoaxis.importance.registry import ALIASES, ENTRY_POINTS
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 
@@ -51,13 +50,13 @@ def test_aliases_are_the_default_scores_of_their_axes(stats):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Method("tailor"), r"capture.*lamp.*module:factory, got 'tailor'; did you mean taylor"),
+        (Method("tailor"), r"capture.*lamp.*module:factory, got 'tailor'; did you mean 'taylor'"),
         (Method("l2", allocation="locale"), "global, uniform, got 'locale'"),
         (Method("l2", repair=("bm",)), "repair: expected one of bn.*got 'bm'"),
         (Method("l2", finetune_batches=-1), "0 or more"),
         (Method("l2", steps=0), "steps: expected at least 1, got 0"),
-        (Method("no.such.module:f"), r"importing 'no.such.module'.*capture"),
-        (Method("bench_cases:own_scor"), "did you mean own_score"),
+        (Method("no.such.module:f"), r"importing 'no.such.module'.*install it"),
+        (Method("bench_cases:own_scor"), "did you mean '?own_score"),
         (Method("bench_cases:CLASSES"), "function that makes an importance"),
     ],
 )
@@ -66,42 +65,41 @@ def test_unknown_names_list_the_valid_ones(method, message):
         method.checked()
 
 
-def test_factories_get_what_they_ask_for(stats):
+def test_factories_get_what_they_take(stats):
     own = find_criterion("bench_cases:own_score")
-    assert own.needs == "stats"
-    made = own.build(stats=stats, model=conv_net(), loader=[], seed=42)
+    assert own.needs == ("statistics",)
+    made = own.build(PruningState(conv_net(), [], stats, seed=42))
     assert torch.equal(made.layer_scores("conv1"), stats["conv1"].variance.sqrt())
     drawn = find_criterion("bench_cases:by_seed")
-    assert drawn.needs == "none"
-    assert drawn.build(stats=None, model=None, loader=None, seed=9).seed == 9
+    assert drawn.needs == ()
+    assert drawn.build(PruningState(seed=9)).seed == 9
     with pytest.raises(TwoAxisError, match=r"expected an importance.*int"):
-        find_criterion("bench_cases:not_callable").build(stats=None, model=None, loader=None, seed=1)
+        find_criterion("bench_cases:not_callable").build(PruningState(seed=1))
 
 
-def test_entry_points_register_factories_and_entries(monkeypatch, stats):
+def test_entry_points_register_factories_and_criteria(monkeypatch):
     points = [
-        EntryPoint("mine", "bench_cases:by_seed", methods.ENTRY_POINTS),
-        EntryPoint("l2", "bench_cases:broken", methods.ENTRY_POINTS),
-        EntryPoint("lost", "no_such_module:f", methods.ENTRY_POINTS),
+        EntryPoint("mine", "bench_cases:by_seed", ENTRY_POINTS),
+        EntryPoint("l2", "bench_cases:broken", ENTRY_POINTS),
+        EntryPoint("lost", "no_such_module:f", ENTRY_POINTS),
+        EntryPoint("plug", "bench_cases:PLUG", ENTRY_POINTS),
     ]
-    monkeypatch.setattr(methods, "entry_points", lambda group: points if group == methods.ENTRY_POINTS else [])
-    assert criterion_names() == [*IMPORTANCES, "mine", "lost"]
-    assert isinstance(find_criterion("mine").build(stats=None, model=None, loader=None, seed=3), RandomImportance)
-    assert find_criterion("l2").build(stats=None, model=None, loader=None, seed=3).p == 2  # ours, not the plugin's
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == ENTRY_POINTS else [])
+    assert criterion_names() == [*CRITERIA, "mine", "lost", "plug"]
+    assert isinstance(find_criterion("mine").build(PruningState(seed=3)), RandomImportance)
+    assert find_criterion("l2").build(PruningState(seed=3)).p == 2  # ours, not the plug-in's
     with pytest.raises(TwoAxisError, match=r"lost.*does not load"):
         find_criterion("lost")
 
-    def taylor(model, loader, **options):
-        accumulate_gradients(model, loader, **options)
+    def taylor(state):
+        accumulate_gradients(*state.images(labels=True), max_images=state.max_images, progress=False)
         return tp.importance.TaylorImportance()
 
-    entry = ImportanceEntry("labels", "gradients", taylor)
-    monkeypatch.setattr(methods, "_plugins", lambda: {"plug": EntryPoint("plug", "bench_cases:ENTRY", "")})
-    monkeypatch.setattr("bench_cases.ENTRY", entry, raising=False)
+    monkeypatch.setattr("bench_cases.PLUG", Criterion("labels", "gradients", taylor, ("labels",)), raising=False)
     net = conv_net()
     plug = find_criterion("plug")
-    assert plug.needs == "labels"
-    plug.build(stats=None, model=net, loader=batches(), seed=0)
+    assert plug.needs == ("labels",)
+    plug.build(PruningState(net, batches()))
     assert net.conv1.weight.grad is not None
 
 

@@ -9,8 +9,8 @@ from bench_cases import tiny_config, write_folders
 from rich.console import Console
 
 from tp_twoaxis.benchmark import Method, run_benchmark
-from tp_twoaxis.benchmark.cells import claim_folder
 from tp_twoaxis.benchmark.progress import Monitor
+from tp_twoaxis.benchmark.results import claim_folder
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +30,25 @@ def text(renderable):
 
 def test_the_bar_counts_and_the_table_fills(folder, tmp_path, capsys):
     live = claim_folder(tmp_path / "out", folder.config)
-    cells = folder.config.cells()
-    live.file(cells[0]).write_bytes(folder.file(cells[0]).read_bytes())
-    with Monitor(live, cells, cells[1:], enabled=True) as monitor:
+    trials = folder.config.trials()
+    live.file(trials[0]).write_bytes(folder.file(trials[0]).read_bytes())
+    with Monitor(live, trials, trials[1:], enabled=True) as monitor:
         assert "0/3" in text(monitor._draw())
-        for cell in cells[1:]:
-            live.file(cell).write_bytes(folder.file(cell).read_bytes())
+        for trial in trials[1:]:
+            live.file(trial).write_bytes(folder.file(trial).read_bytes())
         monitor.look()
         shown = text(monitor._draw())
     assert "3/3" in shown
-    assert "1 cells were there before, 2 failed" in shown
-    accuracy = folder.read(cells[0])["accuracy"]["pruned"]
+    assert "1 trials were there before, 2 failed" in shown
+    accuracy = folder.read(trials[0])["accuracy"]["pruned"]
     assert f"{100 * accuracy:.1f}" in shown
     assert "0.7" in shown
     assert capsys.readouterr().out == ""
 
 
 def test_nothing_is_drawn_without_a_terminal_or_work(folder, capsys):
-    cells = folder.config.cells()
-    for missing, enabled in ((cells, False), ([], True)):
-        with Monitor(folder, cells, missing, enabled=enabled) as monitor:
+    trials = folder.config.trials()
+    for missing, enabled in ((trials, False), ([], True)):
+        with Monitor(folder, trials, missing, enabled=enabled) as monitor:
             monitor.look()
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""The same cells on a Ray cluster of this machine, and with a worker killed midway."""
+"""The same trials on a Ray cluster of this machine, and with a worker killed midway."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def marker(tmp_path_factory):
-    """A file that says that a worker was killed."""
+    """A file that exists once a worker was killed."""
     return tmp_path_factory.mktemp("ray") / "killed"
 
 
@@ -49,7 +49,7 @@ def config(tmp_path_factory):
 
 
 def comparable(folder):
-    """Cells without the name of the criterion that kills."""
+    """Records without the name of the criterion that kills."""
     return [(r["network"]["name"], r["seed"], r["keep"], *rest) for r, (_, *rest) in folder]
 
 
@@ -64,14 +64,14 @@ def test_the_numbers_are_those_of_a_sequential_run_though_a_worker_was_killed(co
     files = list((tmp_path / "ray" / "cells").iterdir())
     assert len(files) == 12  # nothing lost, nothing doubled
 
-    def told(folder):
+    def compared(folder):
         return [(r["seed"], r["keep"], *n[1:]) for r, n in zip(folder.read_all(), numbers(folder), strict=True)]
 
-    assert told(summary.folder) == told(sequential)
+    assert compared(summary.folder) == compared(sequential)
     tables = [make_report(folder.path).summary.drop(columns=["method", "criterion"]) for folder in
               (summary.folder, sequential)]  # fmt: skip
     assert tables[0].equals(tables[1])
-    # what is there stays: Ray is not asked again
+    # what is there stays: Ray has nothing to do
     assert run_benchmark(deadly, tmp_path / "ray", engine=RayEngine(workers=2), progress=False).ran == 0
 
 
@@ -86,7 +86,7 @@ def test_a_worker_that_always_dies_ends_the_run_and_loses_nothing(config, tmp_pa
 
 @pytest.mark.usefixtures("cluster")
 def test_more_than_the_cluster_has_is_refused_before_any_work(config, tmp_path):
-    with pytest.raises(TwoAxisError, match=r"1 GPU for a cell, it has 0 in all"):
+    with pytest.raises(TwoAxisError, match=r"1 GPU for a trial, it has 0 in all"):
         run_benchmark(config, tmp_path / "out", engine=RayEngine(gpus=1), progress=False)
     assert list((tmp_path / "out" / "cells").iterdir()) == []
 

@@ -10,10 +10,10 @@ from bench_cases import tiny_config, write_parquet
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.benchmark import cross, run_benchmark
-from tp_twoaxis.benchmark.cells import claim_folder
-from tp_twoaxis.benchmark.figures import curves_figure
+from tp_twoaxis.benchmark.curves import curves_figure
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report, markdown_table, wide_table, write_report
+from tp_twoaxis.benchmark.results import claim_folder
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +33,16 @@ def test_files(folder):
         "wins.csv", "timing.csv",
         "curves-net.png",
     }  # fmt: skip
-    pd.testing.assert_frame_equal(pd.read_parquet(files["cells.parquet"]), report.cells)
+    pd.testing.assert_frame_equal(pd.read_parquet(files["cells.parquet"]), report.trials)
     summary = pd.read_csv(files["summary.csv"], keep_default_na=False)
     assert summary.accuracy.tolist() == pytest.approx(report.summary.accuracy.tolist())
     assert files["curves-net.png"].read_bytes().startswith(b"\x89PNG")
     html = files["report.html"].read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert "<script" not in html
-    for text in ("this criterion never works", "4 cells failed", "capture+bn", folder.config.digest(), "thop"):
+    for text in ("this criterion never works", "4 trials failed", "capture+bn", folder.config.digest(), "thop"):
         assert text in html
-    assert make_report(folder.path).cells.equals(report.cells)
+    assert make_report(folder.path).trials.equals(report.trials)
 
 
 def test_markdown_carries_its_provenance(folder):
@@ -58,10 +58,10 @@ def test_unfinished_sweeps_have_reports_and_say_so(folder, tmp_path):
     partial = claim_folder(tmp_path / "out", folder.config)
     with pytest.raises(TwoAxisError, match="tp-twoaxis bench"):
         make_report(partial.path)
-    for cell in folder.config.cells()[:3]:
-        partial.file(cell).write_bytes(folder.file(cell).read_bytes())
+    for trial in folder.config.trials()[:3]:
+        partial.file(trial).write_bytes(folder.file(trial).read_bytes())
     report = make_report(partial.path)
-    assert report.notes[0] == "17 of 20 cells are not measured yet"
+    assert report.notes[0] == "17 of 20 trials were not run yet"
     assert len(write_report(report, tmp_path / "elsewhere")) == 11
     with pytest.raises(TwoAxisError, match=r"no config\.json"):
         make_report(tmp_path)
@@ -71,9 +71,9 @@ def test_unfinished_sweeps_have_reports_and_say_so(folder, tmp_path):
 
 def test_only_failures(folder, tmp_path):
     failed = claim_folder(tmp_path / "out", folder.config)
-    cells = [cell for cell in folder.config.cells() if "broken" in cell.method.criterion]
-    for cell in cells:
-        failed.file(cell).write_bytes(folder.file(cell).read_bytes())
+    trials = [trial for trial in folder.config.trials() if "broken" in trial.method.criterion]
+    for trial in trials:
+        failed.file(trial).write_bytes(folder.file(trial).read_bytes())
     html = write_report(make_report(failed.path))[0].read_text()
     assert "nothing to show" in html
     assert "this criterion never works" in html

@@ -12,7 +12,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +21,12 @@ from cases import conv_net
 from safetensors.torch import save_file
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, context, cross, run_benchmark, work
-from tp_twoaxis.benchmark.cells import claim_folder, open_folder
+from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, cross, run_benchmark, trial, trial_runner
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report
-from tp_twoaxis.benchmark.work import chunks
+from tp_twoaxis.benchmark.results import claim_folder, open_folder
+from tp_twoaxis.benchmark.trial_runner import chunks
+from tp_twoaxis.importance import criterion
 
 TESTS = Path(__file__).parents[1]
 
@@ -52,8 +53,8 @@ def complete(config, tmp_path_factory):
     return summary.folder
 
 
-def test_a_cell_says_what_made_it(complete, config):
-    record = complete.read(config.cells()[0])
+def test_a_trial_records_what_made_it(complete, config):
+    record = complete.read(config.trials()[0])
     assert record["status"] == "ok"
     assert (record["seed"], record["keep"], record["method"]["name"]) == (42, 0.7, "capture+bn")
     assert record["achieved"] == record["macs"]["pruned"] / record["macs"]["dense"] == pytest.approx(0.7, abs=0.02)
@@ -69,8 +70,8 @@ def test_a_cell_says_what_made_it(complete, config):
     assert sum(kept for kept, _ in record["kept_channels"].values()) > 0
 
 
-def test_finished_cells_are_skipped(complete, config, monkeypatch):
-    monkeypatch.setattr(work, "measure_cell", None)
+def test_finished_trials_are_skipped(complete, config, monkeypatch):
+    monkeypatch.setattr(trial_runner, "run_trial", None)
     times = {path: path.stat().st_mtime_ns for path in complete.path.rglob("*.json")}
     summary = run_benchmark(config, complete.path, progress=False)
     assert (summary.ran, summary.skipped) == (0, 12)
@@ -78,9 +79,9 @@ def test_finished_cells_are_skipped(complete, config, monkeypatch):
 
 
 def test_order_does_not_matter(complete, config, tmp_path):
-    """Each cell draws its own numbers: a sweep of one cell gives what the whole sweep gave."""
-    cell = config.cells()[-1]
-    alone = dataclasses.replace(config, methods=(cell.method,), keep=(cell.keep,), seeds=(cell.seed,))
+    """Each trial draws its own numbers: a sweep of one trial gives what the whole sweep gave."""
+    last = config.trials()[-1]
+    alone = dataclasses.replace(config, methods=(last.method,), keep=(last.keep,), seeds=(last.seed,))
     summary = run_benchmark(alone, tmp_path / "out", progress=False)
     assert numbers(summary.folder) == [numbers(complete)[-1]]
 
@@ -132,7 +133,7 @@ def gone(pid):
 
 @pytest.fixture(scope="module")
 def long(images, tmp_path_factory):
-    """A sweep of more cells than can be measured between two looks, uninterrupted."""
+    """A sweep of more trials than can be run between two looks, uninterrupted."""
     config = tiny_config(images, keep=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
     return run_benchmark(config, tmp_path_factory.mktemp("long") / "out", progress=False).folder
 
@@ -168,7 +169,7 @@ def test_killed_and_started_again(workers, long, tmp_path):
     assert resumed.wins.equals(uninterrupted.wins)
 
 
-def test_a_full_disk_leaves_whole_cells_only(config, tmp_path, monkeypatch, complete):
+def test_a_full_disk_leaves_whole_trials_only(config, tmp_path, monkeypatch, complete):
     folder = claim_folder(tmp_path / "out", config)
     real, written = os.fsync, []
 
@@ -189,7 +190,7 @@ def test_a_full_disk_leaves_whole_cells_only(config, tmp_path, monkeypatch, comp
     assert numbers(folder) == numbers(complete)
 
 
-def test_an_interrupted_write_leaves_no_half_cell(config, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_half_trial(config, tmp_path, monkeypatch):
     folder = claim_folder(tmp_path / "out", config)
 
     def interrupted(_):
@@ -200,13 +201,13 @@ def test_an_interrupted_write_leaves_no_half_cell(config, tmp_path, monkeypatch)
         run_benchmark(config, folder.path, progress=False)
     assert list((folder.path / "cells").iterdir()) == []
     # what a kill in the middle of a write leaves has another name, and is not read
-    cell = config.cells()[0]
-    (folder.path / "cells" / f".{cell.file_name}.x1y2z3").write_text('{"format": "tp-tw')
-    assert folder.read(cell) is None
+    first = config.trials()[0]
+    (folder.path / "cells" / f".{first.file_name}.x1y2z3").write_text('{"format": "tp-tw')
+    assert folder.read(first) is None
     assert folder.read_all() == []
 
 
-def test_failing_cells_are_recorded_and_the_sweep_goes_on(images, tmp_path, monkeypatch):
+def test_failing_trials_are_recorded_and_the_sweep_goes_on(images, tmp_path, monkeypatch):
     methods = (Method("bench_cases:broken"), Method("l2"), Method("bench_cases:own_score"))
     config = tiny_config(images, methods=methods, keep=(0.7, 0.001))
     summary = run_benchmark(config, tmp_path / "out", progress=False)
@@ -220,7 +221,7 @@ def test_failing_cells_are_recorded_and_the_sweep_goes_on(images, tmp_path, monk
     assert records["net|42|l2+bn|0.7"]["status"] == records["net|123|bench_cases:own_score+bn|0.7"]["status"] == "ok"
     report = make_report(tmp_path / "out")
     assert len(report.failures) == 8
-    assert "8 cells failed" in report.notes
+    assert "8 trials failed" in report.notes
     assert report.failures.error[0] == "RuntimeError: this criterion never works"
     assert run_benchmark(config, tmp_path / "out", progress=False).ran == 0
     monkeypatch.setattr("bench_cases.broken", lambda seed: __import__("bench_cases").by_seed(seed))
@@ -250,14 +251,14 @@ def test_results_of_another_config_are_refused(complete, config, tmp_path):
     assert claim_folder(tmp_path / "killed", config).config == config
 
 
-def test_cells_of_another_config_are_refused(complete, config, tmp_path):
+def test_trials_of_another_config_are_refused(complete, config, tmp_path):
     other = dataclasses.replace(config, tolerance=0.02)
-    folder, cell = claim_folder(tmp_path / "out", other), config.cells()[0]
-    folder.file(cell).write_bytes(complete.file(cell).read_bytes())
+    folder, first = claim_folder(tmp_path / "out", other), config.trials()[0]
+    folder.file(first).write_bytes(complete.file(first).read_bytes())
     with pytest.raises(TwoAxisError, match="one of another"):
         run_benchmark(other, folder.path, progress=False)
     for text, message in (("{", "delete it"), ("{}", "remove it")):
-        folder.file(cell).write_text(text)
+        folder.file(first).write_text(text)
         with pytest.raises(TwoAxisError, match=message):
             make_report(folder.path)
 
@@ -291,10 +292,9 @@ def test_fine_tuning_gets_its_budget(images, tmp_path, monkeypatch):
             model.fc.bias.zero_()
             model.fc.weight.zero_()
             model.fc.bias[2] = 1.0
+        return SimpleNamespace(batches=7, losses=[2.0, 1.0])
 
-    trainer = ModuleType("tp_twoaxis.training")
-    trainer.finetune = finetune
-    monkeypatch.setitem(sys.modules, "tp_twoaxis.training", trainer)
+    monkeypatch.setattr(trial, "finetune", finetune)
     config = tiny_config(images, methods=cross(["l2"], budgets=[0, 7]), keep=(0.5,), seeds=(42,))
     folder = run_benchmark(config, tmp_path / "out", progress=False).folder
     plain, trained = folder.read_all()
@@ -306,7 +306,7 @@ def test_fine_tuning_gets_its_budget(images, tmp_path, monkeypatch):
     assert "finetune" in trained["seconds"]
 
 
-def test_counters_in_every_cell_agree_with_arithmetic(tmp_path):
+def test_counters_in_every_trial_agree_with_arithmetic(tmp_path):
     save_file(plain_conv_net().state_dict(), tmp_path / "net.safetensors")
     network = NetworkConfig(
         "plain", "bench_cases:plain_conv_net", str(write_parquet(tmp_path / "data")), str(tmp_path / "net.safetensors")
@@ -349,13 +349,13 @@ def test_layout_and_precision_are_conditions(config, images, tmp_path, monkeypat
 
 
 def test_repairs_need_no_change_of_the_runner(images, tmp_path, monkeypatch):
-    calls, calibrate = [], context.calibrate
-    monkeypatch.setattr(context, "calibrate", lambda *a, **o: calls.append(o["consumers"]) or calibrate(*a, **o))
+    calls, calibrate = [], criterion.calibrate
+    monkeypatch.setattr(criterion, "calibrate", lambda *a, **o: calls.append(o["consumers"]) or calibrate(*a, **o))
     methods = cross(["l2", "capture(site='consumer')"], repairs=[("ridge", "bn"), ("sequential",)])
     config = tiny_config(images, methods=methods, keep=(0.6, 0.4), seeds=(42,))
     summary = run_benchmark(config, tmp_path / "out", progress=False)
     assert summary.failed == []
-    assert calls == [True]  # what layers read is gathered once for all cells
+    assert calls == [True]  # what layers read is gathered once for all trials
     assert {"repair/ridge", "repair/bn"} <= set(summary.folder.read_all()[0]["seconds"])
 
 
@@ -370,12 +370,12 @@ def test_steps_are_an_axis_of_methods(images, tmp_path):
     for name, record in records.items():
         assert record["achieved"] == pytest.approx(0.6, abs=0.03)  # a channel is 2 or 3 % of this network
         assert record["method"]["steps"] == {"3": 3, "2": 2}.get(name[-1], 1)
-    for criterion in criteria:
-        once, often = (records[f"{criterion}+ridge+bn{steps}"] for steps in ("", "+steps3"))
+    for name in criteria:
+        once, often = (records[f"{name}+ridge+bn{steps}"] for steps in ("", "+steps3"))
         assert once["weights"] == often["weights"]
         accuracies = [record["accuracy"]["pruned"] for record in records.values()]
     assert accuracies[0:8:2] != accuracies[1:8:2]  # it is not the same thing under another name
-    table = make_report(tmp_path / "out").cells
+    table = make_report(tmp_path / "out").trials
     assert sorted(table.steps) == [1, 1, 1, 1, 2, 3, 3, 3, 3]
     assert "ridge+bn+steps3" in set(table.treatment)
 
@@ -396,7 +396,7 @@ def test_every_seed_may_have_its_own_weights(config, tmp_path):
         run_benchmark(lost, tmp_path / "lost", progress=False)
 
 
-def test_parts_split_a_single_seed_by_cells(config, tmp_path):
+def test_parts_split_a_single_seed_by_trials(config, tmp_path):
     one = dataclasses.replace(config, seeds=(42,))
     counts = [run_benchmark(one, tmp_path / "out", part=(k, 4), progress=False).ran for k in (1, 2, 3, 4)]
     assert sum(counts) == 6
@@ -404,8 +404,8 @@ def test_parts_split_a_single_seed_by_cells(config, tmp_path):
 
 
 def test_chunks_keep_statistics_together_where_they_can(config):
-    cells = config.cells()
-    assert [len(chunk) for chunk in chunks(cells, 2)] == [6, 6]
-    assert [len(chunk) for chunk in chunks(cells, 4)] == [3, 3, 3, 3]
-    assert sorted(c.key for chunk in chunks(cells, 3) for c in chunk) == sorted(c.key for c in cells)
-    assert all(len({(c.network, c.seed) for c in chunk}) == 1 for chunk in chunks(cells, 5))
+    trials = config.trials()
+    assert [len(chunk) for chunk in chunks(trials, 2)] == [6, 6]
+    assert [len(chunk) for chunk in chunks(trials, 4)] == [3, 3, 3, 3]
+    assert sorted(t.key for chunk in chunks(trials, 3) for t in chunk) == sorted(t.key for t in trials)
+    assert all(len({(t.network, t.seed) for t in chunk}) == 1 for chunk in chunks(trials, 5))

@@ -1,4 +1,4 @@
-"""Tables from invented cells, against numbers worked out by hand."""
+"""Tables from invented records, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tp_twoaxis import TwoAxisError
 from tp_twoaxis.benchmark.protocol import Curve, paired_interval, retention_auc
 from tp_twoaxis.benchmark.tables import (
     auc_table,
-    cell_table,
     failure_table,
     measured,
     summary_table,
     timing_table,
+    trial_table,
     warnings_of,
     win_matrix,
 )
@@ -69,14 +69,14 @@ def records():
 
 
 def test_summary(records):
-    row = summary_table(cell_table(records)).set_index(["method", "keep"]).loc[("a", 0.7)]
+    row = summary_table(trial_table(records)).set_index(["method", "keep"]).loc[("a", 0.7)]
     assert (row.seeds, row.accuracy, row.lowest, row.highest) == (2, pytest.approx(0.85), 0.8, 0.9)
     assert row["std"] == pytest.approx(np.std([0.9, 0.8], ddof=1))
-    assert np.isnan(cell_table(records).thop_macs).all()
+    assert np.isnan(trial_table(records).thop_macs).all()
 
 
 def test_auc_by_hand(records):
-    result = auc_table(cell_table(records))
+    result = auc_table(trial_table(records))
     low, high = result.intervals["net"]
     assert (low, high) == pytest.approx((0.3, 0.7))
     table = result.table.set_index("method")
@@ -94,60 +94,60 @@ def test_auc_by_hand(records):
 def test_methods_without_a_common_interval_are_named(records):
     far = [record("late", seed, keep, 0.1) for seed in (1, 2) for keep in (0.1, 0.2)]
     single = [record("single", seed, 0.5, 0.1) for seed in (1, 2)]
-    result = auc_table(cell_table(records + far))
+    result = auc_table(trial_table(records + far))
     assert result.table.empty
     assert "'late' covers 80.0 to 90.0 %" in result.notes[0]
-    result = auc_table(cell_table(records + single))
+    result = auc_table(trial_table(records + single))
     assert result.table.method.tolist() == ["a", "b"]
     assert "single left out" in result.notes[0]
 
 
-def test_failed_cells_only_shorten_the_comparison(records):
+def test_failed_trials_only_shorten_the_comparison(records):
     records[-1] = record("b", 2, 0.3, 0, failed=True)
-    cells = cell_table(records)
-    assert (len(measured(cells)), len(failure_table(cells))) == (11, 1)
-    assert failure_table(cells).error[0] == "ValueError: no"
-    result = auc_table(cells)
+    trials = trial_table(records)
+    assert (len(measured(trials)), len(failure_table(trials))) == (11, 1)
+    assert failure_table(trials).error[0] == "ValueError: no"
+    result = auc_table(trials)
     assert result.intervals["net"] == pytest.approx((0.3, 0.5))
     assert result.table.seeds.tolist() == [2, 2]
-    everything = cell_table([record("a", 1, 0.5, 0, failed=True)])
+    everything = trial_table([record("a", 1, 0.5, 0, failed=True)])
     assert summary_table(everything).empty
     assert auc_table(everything).table.empty
     assert win_matrix(everything).empty
 
 
 def test_wins(records):
-    wins = win_matrix(cell_table(records))
+    wins = win_matrix(trial_table(records))
     # seed 1: win, tie, win; seed 2: loss, win, win
     assert wins.loc["a", "b"] == pytest.approx(4.5 / 6)
     assert wins.loc["a", "b"] + wins.loc["b", "a"] == pytest.approx(1)
     assert np.isnan(wins.loc["a", "a"])
-    apart = win_matrix(cell_table([record("a", 1, 0.5, 0.5), record("b", 2, 0.5, 0.5)]))
+    apart = win_matrix(trial_table([record("a", 1, 0.5, 0.5), record("b", 2, 0.5, 0.5)]))
     assert np.isnan(apart.loc["a", "b"])
 
 
 def test_timing(records):
-    timing = timing_table(cell_table(records))
+    timing = timing_table(trial_table(records))
     assert timing.columns.tolist() == ["network", "method", "score", "total"]
     assert timing.score.tolist() == [2.5, 2.5]
 
 
-def test_what_makes_cells_hard_to_compare_is_said(records):
-    assert warnings_of(cell_table(records)) == []
+def test_what_makes_trials_hard_to_compare_is_listed(records):
+    assert warnings_of(trial_table(records)) == []
     odd = [record("a", 3, 0.5, 0.5, weights="v"), record("b", 3, 0.5, 0.5, achieved=0.6, provenance={"commit": "f00"})]
-    notes = " ".join(warnings_of(cell_table(records + odd)))
+    notes = " ".join(warnings_of(trial_table(records + odd)))
     assert "2 different dense weights" in notes
     assert "2 commits: c0ffee, f00" in notes
-    assert "1 cells keep other MACs" in notes
+    assert "1 trials keep other MACs" in notes
 
 
-def test_no_cells():
+def test_no_trials():
     with pytest.raises(TwoAxisError, match="run the sweep"):
-        cell_table([])
+        trial_table([])
 
 
 def test_rows_hold_the_treatment():
     method = {"name": "x", "criterion": "l2", "allocation": "uniform", "repair": [], "finetune_batches": 200}
-    cells = cell_table([{**record("x", 1, 0.5, 0.5), "method": method}])
-    assert isinstance(cells, pd.DataFrame)
-    assert cells.treatment[0] == "uniform ft200"
+    trials = trial_table([{**record("x", 1, 0.5, 0.5), "method": method}])
+    assert isinstance(trials, pd.DataFrame)
+    assert trials.treatment[0] == "uniform ft200"

@@ -1,4 +1,4 @@
-"""Several ranks at one cell: calibration, fine-tuning and evaluation under torchrun."""
+"""Several ranks at one trial: calibration, fine-tuning and evaluation under torchrun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from bench_cases import tiny_config, write_folders
 
 from tp_twoaxis.benchmark import cross, run_benchmark
-from tp_twoaxis.benchmark.cells import open_folder
+from tp_twoaxis.benchmark.results import open_folder
 
 TESTS = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ import pytest
 from cases import batches, conv_net
 
 from tp_twoaxis import TwoAxisError, calibrate
-from tp_twoaxis.channel_table import channel_table
+from tp_twoaxis.diagnostics.channel_table import channel_table
 from tp_twoaxis.diagnostics.explain import explain
 from tp_twoaxis.diagnostics.explain_page import explanation_figure, explanation_html, profile_table
 

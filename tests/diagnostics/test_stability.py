@@ -20,9 +20,9 @@ from tp_twoaxis.diagnostics import (
     calibration_is_enough,
     score_stability,
 )
-from tp_twoaxis.diagnostics.figures import stability_figure
 from tp_twoaxis.diagnostics.reliability import _halves, lengthening, spearman_brown
 from tp_twoaxis.diagnostics.stability import _multiplicities
+from tp_twoaxis.diagnostics.stability_figure import stability_figure
 from tp_twoaxis.scores import find_score
 
 CHANNELS = 24

@@ -73,7 +73,7 @@ def test_softmax_is_positive_of_mean_1_and_knows_no_shift(values):
 
 @pytest.mark.parametrize("name", ["best", "sentinel_", "sentinel_1", "sentinel_x", "sentinel_-0.1"])
 def test_unknown_names(name):
-    with pytest.raises(TwoAxisError, match=f"normalizer: expected 'mean'.*got '{name}'"):
+    with pytest.raises(TwoAxisError, match=f"normalizer: expected one of mean, .*got '{name}'"):
         normalize(torch.rand(3), name)
 
 

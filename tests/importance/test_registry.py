@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -10,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
-from tp_twoaxis.importance.entry import requires
-from tp_twoaxis.importance.registry import IMPORTANCES, find_importance, make_importance
-from tp_twoaxis.importance.weight_baselines import RandomImportance
-from tp_twoaxis.scores.registry import SCORES
+from tp_twoaxis.importance import CRITERIA, find_criterion, make_importance
+from tp_twoaxis.importance.baselines.weight_criteria import RandomImportance
+from tp_twoaxis.importance.criterion import Need
+from tp_twoaxis.scores.named_scores import SCORES
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 
@@ -28,11 +30,11 @@ def group_of(net, layer="conv1"):
     return graph.get_pruning_group(module, tp.prune_conv_out_channels, list(range(module.out_channels)))
 
 
-@pytest.mark.parametrize("name", IMPORTANCES)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_every_name_prunes(name, stats):
     net = conv_net()
     importance = make_importance(name, stats=stats, model=net, loader=batches(), progress=False)
-    # a convolution without a BatchNorm, and behind it a flattening layer that the host's class stumbles over
+    # a convolution without a BatchNorm, and behind it a flattening layer that Torch-Pruning's class stumbles over
     unfit = ["reduce"] if name in ("network-slimming", "host-activation") else []
     report = prune_to_flops(
         net, torch.zeros(1, 3, 8, 8), importance, flops=0.6, repair=(), ignored_layers=unfit, progress=False
@@ -42,16 +44,17 @@ def test_every_name_prunes(name, stats):
 
 
 def test_names_cover_all_scores():
-    assert set(SCORES) < set(IMPORTANCES)
-    assert {name for name, entry in IMPORTANCES.items() if entry.needs == "stats"} == set(SCORES)
-    assert find_importance("taylor").needs == "labels"
+    assert set(SCORES) < set(CRITERIA)
+    assert {name for name, entry in CRITERIA.items() if entry.needs == ("statistics",)} == set(SCORES)
+    assert find_criterion("taylor").needs == ("labels",)
 
 
 def test_needs_come_alone_or_together():
-    with_statistics = {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "stats")}
-    assert with_statistics == {*SCORES, "anticipating", "cap-qgw", "hybrid"}
-    assert {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "gradient-stats")} == {"cap-qgw"}
-    assert {"taylor", "hybrid"} <= {name for name, entry in IMPORTANCES.items() if requires(entry.needs, "labels")}
+    needing = {need: {name for name, entry in CRITERIA.items() if need in entry.needs} for need in get_args(Need)}
+    assert needing["statistics"] == {*SCORES, "anticipating", "cap-qgw", "hybrid"}
+    assert needing["gradients"] == {"cap-qgw"}
+    assert needing["consumers"] == {"anticipating"}
+    assert {"taylor", "hybrid"} <= needing["labels"]
 
 
 @pytest.mark.parametrize("name", ["cap-qgw", "hybrid"])
@@ -78,7 +81,7 @@ def test_everything_needed_is_gathered(name):
             r"with gradients, got some without; gather them with calibrate\(model, loa",
         ),
         ("cap-qgw", {"model": conv_net(), "loader": [batches()[0][0]]}, "needs labels and batch 0 has none"),
-        ("hybrid", {"model": conv_net(), "loader": [batches()[0][0]]}, "need labels, batch 0 has none"),
+        ("hybrid", {"model": conv_net(), "loader": [batches()[0][0]]}, "expected labels, batch 0 has none"),
     ],
 )
 def test_what_a_criterion_needs_is_said(name, given, message):
@@ -94,7 +97,7 @@ def test_scores_are_the_two_axis_importances(stats):
     assert torch.equal(made, TwoAxisImportance(stats, "capture")(group))
 
 
-def test_magnitudes_are_the_hosts():
+def test_magnitudes_are_those_of_torch_pruning():
     group = group_of(conv_net())
     assert torch.equal(make_importance("l1")(group), tp.importance.MagnitudeImportance(p=1)(group))
     assert torch.equal(make_importance("l2")(group), tp.importance.MagnitudeImportance(p=2)(group))
@@ -113,7 +116,7 @@ def test_what_is_missing_is_said(name):
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(TwoAxisError, match=r"capture.*lamp.*, got 'tailor'; did you mean taylor"):
+    with pytest.raises(TwoAxisError, match=r"capture.*lamp.*, got 'tailor'; did you mean 'taylor'"):
         make_importance("tailor")
 
 

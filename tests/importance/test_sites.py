@@ -12,9 +12,9 @@ from cases import batches, conv_net
 from torch import nn
 
 from tp_twoaxis import HullImportance, LocalImportance, TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
+from tp_twoaxis.dependency.groups import root_size
 from tp_twoaxis.errors import StaleStatisticsError
-from tp_twoaxis.importance.groups import root_size
-from tp_twoaxis.scores.registry import SCORES, evaluate
+from tp_twoaxis.scores.named_scores import SCORES, evaluate
 from tp_twoaxis.statistics import recorder
 
 LOADER = batches(images=64, batch_size=24)
@@ -265,7 +265,7 @@ def test_changed_producers_and_consumers_raise(layer):
     importance = TwoAxisImportance(statistics(net), "capture", site="consumer")
     importance(full_group(net, "first"))
     net.get_submodule(layer).weight.data += 0.1  # leaves no trace in the version
-    with pytest.raises(StaleStatisticsError, match=f"{layer}: the layer's weights are not those"):
+    with pytest.raises(StaleStatisticsError, match=f"{layer}: its parameters or running statistics are not those"):
         importance(full_group(net, "first"))
 
 
@@ -284,7 +284,7 @@ def test_a_loader_records_inputs_anew():
 
 def test_sites_are_checked():
     net = residual()
-    with pytest.raises(TwoAxisError, match="site: expected 'producer' or 'consumer', got 'both'"):
+    with pytest.raises(TwoAxisError, match="site: expected one of producer, consumer, got 'both'"):
         TwoAxisImportance(statistics(net), site="both")(full_group(net, "first"))
 
 
@@ -316,13 +316,13 @@ def test_inputs_that_a_consumer_does_not_have_are_named():
 @pytest.mark.parametrize("score", [name for name, entry in SCORES.items() if entry.axis == "target"])
 def test_target_scores_say_where_they_are_defined(score):
     net = residual()
-    with pytest.raises(TwoAxisError, match=r"input of (second|fc): expected.*asks for.*take site='producer'"):
+    with pytest.raises(TwoAxisError, match=r"input of (second|fc): expected.*needs.*take site='producer'"):
         TwoAxisImportance(statistics(net), score, site="consumer")(full_group(net, "first"))
 
 
 def test_the_default_asks_for_weights_that_inputs_do_not_have():
     net = residual()
-    with pytest.raises(TwoAxisError, match=r"asks for weight norms.*or score='capture'"):
+    with pytest.raises(TwoAxisError, match=r"needs weight norms.*or score='capture'"):
         TwoAxisImportance(statistics(net), site="consumer")(full_group(net, "first"))
 
 

@@ -9,7 +9,7 @@ import torchvision.models as tv
 from torch import nn
 
 from tp_twoaxis import load_pruned, prune_to_flops, save_pruned
-from tp_twoaxis.pruning.macs import count_macs
+from tp_twoaxis.dependency.flops import count_macs
 
 CLASSES = 10
 SIZE = 64

@@ -17,8 +17,8 @@ from torch.nn.parallel import DataParallel
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.errors import FileFormatError
-from tp_twoaxis.files import write_tensors
 from tp_twoaxis.pruning.checkpoint import FORMAT, VERSION, load_pruned, read_header, save_pruned
+from tp_twoaxis.runtime.serialization import write_tensors
 
 
 def resnet():

@@ -23,20 +23,20 @@ from tp_twoaxis import (
     prune_to_flops,
     save_pruned,
 )
+from tp_twoaxis.dependency.channel_masks import pruned_channels
+from tp_twoaxis.dependency.flops import count_macs
+from tp_twoaxis.dependency.graph import build_graph, group_key
+from tp_twoaxis.dependency.removal import remove, removed_channels
+from tp_twoaxis.dependency.validation import verified_groups
 from tp_twoaxis.errors import UnreachableTargetError
-from tp_twoaxis.importance.activation_baselines import VBPImportance
-from tp_twoaxis.importance.gradient_baselines import TaylorBNImportance
+from tp_twoaxis.importance.baselines.activation_criteria import VBPImportance
+from tp_twoaxis.importance.baselines.gradient_criteria import TaylorBNImportance
 from tp_twoaxis.models import cifar_resnet20_conv_shortcut, cifar_resnet20_option_a
 from tp_twoaxis.pruning.checkpoint import read_header
-from tp_twoaxis.pruning.cut import timed
-from tp_twoaxis.pruning.graph import build_graph, group_key
 from tp_twoaxis.pruning.iterate import step_shares
-from tp_twoaxis.pruning.macs import count_macs
-from tp_twoaxis.pruning.mapping import sound_groups
-from tp_twoaxis.pruning.plan import PruningPlan
-from tp_twoaxis.pruning.removal import remove, removed_channels
-from tp_twoaxis.pruning.repair import layer_losses, repair_network
-from tp_twoaxis.scores.registry import SCORES, cap_a, capture
+from tp_twoaxis.repair import REPAIRS, refits, repair_network
+from tp_twoaxis.runtime.timing import timed
+from tp_twoaxis.scores.named_scores import SCORES, cap_a, capture
 
 NETS = {
     "conv_net": (lambda: conv_net(width=32), 8),
@@ -67,18 +67,17 @@ def prune(net, x, importance="capture", **options):
 
 
 def replay(net, x, report):
-    """Remove from a dense network, at once, what a report says; give its losses."""
+    """Remove from a dense network, at once, what a report says; give the channels that each layer lost."""
     graph = build_graph(net, x)
-    groups, _ = sound_groups(graph, net, x, [])
+    groups, _ = verified_groups(graph, net, x, [])
     everywhere = {group.name: sorted(group.kept + group.removed) for group in report.groups}
     assert everywhere == {group_key(group): sorted(group.channels) for group in groups}
     removed = {group.name: group.removed for group in report.groups}
-    masks = {group_key(group): np.isin(group.channels, removed[group_key(group)]) for group in groups}
-    plan = PruningPlan(masks, 0.0, 0.0, 1.0, 0.0)
-    assert removed_channels(groups, plan, net) == report.removed_channels
-    losses = layer_losses(groups, plan, net)
-    remove(graph, groups, plan)
-    return losses
+    leaving = {group_key(group): np.isin(group.channels, removed[group_key(group)]) for group in groups}
+    assert removed_channels(groups, leaving, net) == report.removed_channels
+    masks = pruned_channels(groups, leaving, net)
+    remove(graph, groups, leaving)
+    return masks
 
 
 def assert_same(net, other):
@@ -117,7 +116,7 @@ def test_the_target_is_met_and_one_removal_says_it_all(name, flops):
 @pytest.mark.parametrize(
     ("name", "repair"),
     [
-        *(("option_b", repair) for repair in ("bias", "ridge", "patch", "sequential", "joint")),
+        *(("option_b", repair) for repair in REPAIRS if refits([repair])),
         ("vit_tiny", "sequential"),
     ],
 )
@@ -126,8 +125,8 @@ def test_the_last_repair_is_that_of_the_same_channels_removed_at_once(name, repa
     stats = calibrate(net, data, consumers=True, progress=False)
     report = prune(net, x, flops=0.5, steps=2, repair=(repair, "bn"), loader=data, stats=stats)
     at_once = copy.deepcopy(dense(name))
-    losses = replay(at_once, x, report)
-    mended = repair_network(at_once, dense(name), losses, (repair, "bn"), loader=data, stats=stats, progress=False)
+    masks = replay(at_once, x, report)
+    mended = repair_network(at_once, dense(name), masks, (repair, "bn"), loader=data, stats=stats, progress=False)
     images = torch.cat([images for images, _ in data])
     torch.testing.assert_close(net(images), at_once(images), rtol=1e-4, atol=1e-5)
     assert [c.layer for c in report.consumers] == [c.layer for c in mended.consumers]
@@ -349,7 +348,7 @@ TAYLOR = tp.importance.TaylorImportance()
 def test_bad_requests_are_refused_before_anything_is_removed(importance, options, message, monkeypatch):
     net, x, data = build("conv_net")
     stats = calibrate(net, data, progress=False)
-    monkeypatch.setattr("tp_twoaxis.pruning.cut.remove", None)
+    monkeypatch.setattr("tp_twoaxis.pruning.step.remove", None)
     before = everything(net)
     with pytest.raises(TwoAxisError, match=message):
         prune(net, x, importance, **{"stats": stats, "loader": data, **options})
@@ -359,7 +358,7 @@ def test_bad_requests_are_refused_before_anything_is_removed(importance, options
 @pytest.mark.parametrize("options", [{"flops": 0.005}, {"flops": 0.5, "min_keep": 0.9}])
 def test_a_target_out_of_reach_is_found_before_anything_is_removed(options, monkeypatch):
     net, x, data = build("conv_net")
-    monkeypatch.setattr("tp_twoaxis.pruning.cut.remove", None)
+    monkeypatch.setattr("tp_twoaxis.pruning.step.remove", None)
     before = everything(net)
     with pytest.raises(UnreachableTargetError, match=f"^flops={options['flops']}: expected a target between"):
         prune(net, x, loader=data, steps=5, **options)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tp_twoaxis import TwoAxisError
+from tp_twoaxis.dependency.cost import CostModel, Side, Term
 from tp_twoaxis.errors import UnreachableTargetError
-from tp_twoaxis.pruning.cost import CostModel, Side, Term
 from tp_twoaxis.pruning.plan import ScoredGroup, make_plan
 
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from tp_twoaxis import TwoAxisError, calibrate
-from tp_twoaxis.statistics.layers import channel_layers
+from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.statistics.targets import LABEL_FREE, TARGETS
 
 

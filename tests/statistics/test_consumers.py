@@ -8,8 +8,8 @@ from cases import batches, conv_net
 from torch import nn
 
 from tp_twoaxis import CalibrationStatistics, TwoAxisError, calibrate
+from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.statistics import recorder
-from tp_twoaxis.statistics.layers import channel_layers
 
 
 def run(model, loader, **options):

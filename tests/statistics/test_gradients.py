@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tp_twoaxis import CalibrationStatistics, TwoAxisError, calibrate
-from tp_twoaxis.files import read_tensors, write_tensors
-from tp_twoaxis.statistics.layers import channel_layers
+from tp_twoaxis.runtime.layers import channel_layers
+from tp_twoaxis.runtime.serialization import read_tensors, write_tensors
 from tp_twoaxis.statistics.store import FORMAT, VERSION
 
 

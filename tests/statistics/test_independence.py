@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference_baselines import channel_independence
 from torch import nn
 
-from tp_twoaxis.statistics.independence import ChannelIndependence, nuclear_norm_drops
+from tp_twoaxis.statistics.nuclear_norms import ChannelIndependence, nuclear_norm_drops
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -62,7 +62,7 @@ def test_blocks_are_memory_only(monkeypatch):
     maps = randn(7, 5, 9)
     wanted = nuclear_norm_drops(maps).mean(0)
     for block in (1, 100, 10**9):
-        monkeypatch.setattr("tp_twoaxis.statistics.independence._BLOCK_NUMBERS", block)
+        monkeypatch.setattr("tp_twoaxis.statistics.nuclear_norms._BLOCK_NUMBERS", block)
         independence = ChannelIndependence(nn.Conv2d(5, 1, 1))
         independence.update(maps.mT, maps)
         torch.testing.assert_close(independence.mean, wanted)

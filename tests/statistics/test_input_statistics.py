@@ -6,8 +6,8 @@ import reference
 from cases import batches, conv_net
 
 from tp_twoaxis import TwoAxisError, calibrate
-from tp_twoaxis.scores.registry import SCORES, evaluate
-from tp_twoaxis.statistics.input_statistics import InputStatistics
+from tp_twoaxis.scores.named_scores import SCORES, evaluate
+from tp_twoaxis.statistics.layer_statistics import InputStatistics
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_local_scores_take_inputs(stats, name):
     ],
 )
 def test_what_inputs_do_not_have_is_said(stats, ask, what):
-    with pytest.raises(TwoAxisError, match=rf"input of conv2: expected.*asks for {what}; take site='producer'"):
+    with pytest.raises(TwoAxisError, match=rf"input of conv2: expected.*needs {what}; take site='producer'"):
         ask(InputStatistics(stats["conv2"]))
 
 

@@ -130,12 +130,12 @@ def test_empty_parts_are_neutral():
 def test_mirror_makes_the_scatter_symmetric_to_the_last_bit():
     moments = of(*draw(1000, 40).split(77))
     upper = moments.scatter.triu()
-    assert moments.mirror() is moments
+    assert moments.symmetrize() is moments
     assert torch.equal(moments.scatter, moments.scatter.T)
     assert torch.equal(moments.scatter.triu(), upper)
     paired = of(draw(), other=[draw()])
     before = paired.scatter.clone()
-    assert torch.equal(paired.mirror().scatter, before)
+    assert torch.equal(paired.symmetrize().scatter, before)
 
 
 def test_all_reduce_without_a_process_group_is_the_identity():

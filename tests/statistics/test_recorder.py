@@ -8,7 +8,7 @@ from cases import batches, conv_net
 from torch import nn
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.statistics.layers import channel_layers
+from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.statistics.recorder import PENDING_IMAGES, Recorder, stratified
 
 

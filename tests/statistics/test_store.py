@@ -13,7 +13,8 @@ from torch.nn.parallel import DataParallel
 
 from tp_twoaxis import CalibrationStatistics, TwoAxisError, calibrate
 from tp_twoaxis.errors import FileFormatError, StaleStatisticsError
-from tp_twoaxis.files import read_tensors, write_tensors
+from tp_twoaxis.runtime.serialization import read_tensors, write_tensors
+from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.store import FORMAT, VERSION
 
 
@@ -232,10 +233,13 @@ def test_a_pruned_model_is_refused():
     graph.get_pruning_group(net.reduce, tp.prune_conv_out_channels, idxs=[1, 5]).prune()
     stats.verify(net, ["conv1", "conv2", "depthwise"])
     with pytest.raises(
-        StaleStatisticsError, match=r"reduce: statistics hold 8 channels, the layer has 6 - it was pruned.*again"
+        StaleStatisticsError,
+        match=r"reduce: statistics hold 8 channels and .*, the layer has 6 .* - it was pruned.*again",
     ):
         stats.verify(net)
-    with pytest.raises(StaleStatisticsError, match=r"fc: .* weight \[5, 32\], the layer has \[5, 24\] - its inputs"):
+    with pytest.raises(
+        StaleStatisticsError, match=r"fc: .* weight \[5, 32\], the layer has .* weight \[5, 24\] - it was pruned"
+    ):
         stats.verify(net, ["fc"])
 
 
@@ -248,13 +252,15 @@ def test_a_trained_model_is_refused_where_it_was_trained():
     torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-4).step()
     stats.verify(net, ["conv1"])
     for name in ("conv2", "depthwise", "reduce", "fc"):
-        with pytest.raises(StaleStatisticsError, match=f"{name}: the layer's weights are not those.*calibrate"):
+        with pytest.raises(
+            StaleStatisticsError, match=f"{name}: its parameters or running statistics are not those.*calibrate"
+        ):
             stats.verify(net, [name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_cast_model_is_refused(dtype):
-    with pytest.raises(StaleStatisticsError, match=r"conv1: the layer's weights are not those.*cast"):
+    with pytest.raises(StaleStatisticsError, match=r"conv1: its parameters or running statistics are not those.*cast"):
         run().verify(conv_net().to(dtype))
 
 
@@ -266,7 +272,7 @@ def test_a_moved_model_is_accepted():
 def test_another_model_is_refused():
     with pytest.raises(StaleStatisticsError, match="conv1: statistics hold this layer, Sequential has no such layer"):
         run().verify(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(StaleStatisticsError, match="conv1: statistics hold 16 channels, the layer has 8"):
+    with pytest.raises(StaleStatisticsError, match=r"conv1: statistics hold 16 channels and .*, the layer has 8 "):
         run().verify(conv_net(width=8))
     with pytest.raises(TwoAxisError, match="no statistics of layer 'bn1'"):
         run().verify(conv_net(), ["bn1"])
@@ -288,3 +294,12 @@ def test_statistics_are_a_mapping_of_layers():
     assert torch.equal(entry.covariance.diagonal(), entry.variance)
     with pytest.raises(TwoAxisError, match=r"depthwise: task variable 'loss' was not recorded .recorded: pred"):
         entry.target_correlation("loss")
+
+
+def test_statistics_that_hold_other_moments_do_not_merge():
+    mine, theirs = run(), run()
+    theirs["conv1"].pooled = CoMoments.from_parts(4, torch.zeros(16), torch.zeros(16, 0), torch.zeros(0))
+    before = mine["conv1"].rows.count
+    with pytest.raises(TwoAxisError, match="differ in their recorded moments"):
+        mine.merge(theirs)
+    assert mine["conv1"].rows.count == before

@@ -1,4 +1,4 @@
-"""Who measures the cells: this process, a pool of processes on this machine, or Ray on many."""
+"""Who runs the trials: this process, a pool of processes on this machine, or Ray on many."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 
-from tp_twoaxis.benchmark.cells import Cell, ResultsFolder
-from tp_twoaxis.benchmark.work import Measurer, chunks, run_cells
+from tp_twoaxis.benchmark.methods import Trial
+from tp_twoaxis.benchmark.results import ResultsFolder
+from tp_twoaxis.benchmark.trial_runner import TrialRunner, chunks, run_trials
 from tp_twoaxis.errors import TwoAxisError
 
 # seconds between two looks at the folder while a pool works
@@ -26,11 +27,11 @@ LOOK = 0.5
 class Engine(Protocol):
     """Fills a results folder."""
 
-    def fill(self, results: ResultsFolder, cells: Sequence[Cell], device: str, look: Callable[[], None]) -> None:
-        """Measure and write all of ``cells``; call ``look`` now and then, so that progress can be shown.
+    def fill(self, results: ResultsFolder, trials: Sequence[Trial], device: str, look: Callable[[], None]) -> None:
+        """Run and write all of ``trials``; call ``look`` now and then, so that progress can be shown.
 
         Raises:
-            TwoAxisError: a cell could not be written, or workers died.
+            TwoAxisError: a trial could not be written, or workers died.
         """
 
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
 class LocalEngine:
     """Processes on this machine.
 
-    A script that asks for more than one must run under ``if __name__ == "__main__":``, because the workers import
+    A script that uses more than one must run under ``if __name__ == "__main__":``, because the workers import
     it. Threads are shared out among them (``OMP_NUM_THREADS`` decides if it is set); with another number of
     threads, sums are rounded in another order, and an accuracy may differ by an image.
 
@@ -55,17 +56,17 @@ class LocalEngine:
         if self.workers < 1:
             raise TwoAxisError(f"workers: expected at least 1, got {self.workers}")
 
-    def fill(self, results: ResultsFolder, cells: Sequence[Cell], device: str, look: Callable[[], None]) -> None:
-        """Measure and write all of ``cells``."""
-        if self.workers == 1 or len(cells) < 2:
-            run_cells(results, cells, Measurer(results.config, device), look)
+    def fill(self, results: ResultsFolder, trials: Sequence[Trial], device: str, look: Callable[[], None]) -> None:
+        """Run and write all of ``trials``."""
+        if self.workers == 1 or len(trials) < 2:
+            run_trials(results, trials, TrialRunner(results.config, device), look)
             return
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // self.workers))
         context = multiprocessing.get_context("spawn")
         stop = context.Event()
         pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(threads, stop))
         try:
-            pending = {pool.submit(_work, results, chunk, device) for chunk in chunks(cells, self.workers)}
+            pending = {pool.submit(_work, results, chunk, device) for chunk in chunks(trials, self.workers)}
             while pending:
                 finished, pending = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
                 look()
@@ -73,27 +74,27 @@ class LocalEngine:
                     future.result()
         except BrokenProcessPool as error:
             raise TwoAxisError(
-                f"{results.path}: a worker process ended without a word, probably for lack of memory; what is done "
+                f"{results.path}: a worker process ended without an error, probably for lack of memory; what is done "
                 "is kept, run again, perhaps with fewer workers"
             ) from error
         finally:
-            # after a failure or Ctrl-C the other workers end with the cell that they are at, not with their chunk
+            # after a failure or Ctrl-C the other workers end with the trial that they are at, not with their chunk
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 # a worker's own; it serves one sweep and ends with it
 _stop: Event | None = None
-_measurer: Measurer | None = None
+_runner: TrialRunner | None = None
 
 
-def _work(results: ResultsFolder, cells: Sequence[Cell], device: str) -> None:
-    global _measurer
-    _measurer = _measurer or Measurer(results.config, device)
-    run_cells(results, cells, _measurer, _end_if_asked)
+def _work(results: ResultsFolder, trials: Sequence[Trial], device: str) -> None:
+    global _runner
+    _runner = _runner or TrialRunner(results.config, device)
+    run_trials(results, trials, _runner, _end_if_stopped)
 
 
-def _end_if_asked() -> None:
+def _end_if_stopped() -> None:
     if _stop is not None and _stop.is_set():
         raise KeyboardInterrupt
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tp_twoaxis.benchmark.cells import Cell, ResultsFolder
+from tp_twoaxis.benchmark.methods import Trial
+from tp_twoaxis.benchmark.results import ResultsFolder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,30 +21,30 @@ ROWS = 24
 class Monitor:
     """Watches a results folder and draws what it finds; without ``enabled`` it does nothing.
 
-    It looks at the cells' files alone, so it shows whatever engine fills the folder.
+    It looks at the trials' files alone, so it shows whatever engine fills the folder.
 
     Args:
         results: the folder.
-        cells: all that the preview shows.
-        missing: those that this run measures, which the bar counts.
+        trials: all that the preview shows.
+        missing: those that this call runs, which the bar counts.
         enabled: draw on stderr; needs rich.
     """
 
     def __init__(
-        self, results: ResultsFolder, cells: Sequence[Cell], missing: Sequence[Cell], *, enabled: bool
+        self, results: ResultsFolder, trials: Sequence[Trial], missing: Sequence[Trial], *, enabled: bool
     ) -> None:
         self.results = results
-        self.waiting = {cell.file_name: cell for cell in missing}
-        self.there = len(cells) - len(missing)
+        self.waiting = {trial.file_name: trial for trial in missing}
+        self.there = len(trials) - len(missing)
         self.enabled = enabled and bool(missing)
         self.failures = 0
         self.sums: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         self.started = time.time()
         self._live: Any = None
         if self.enabled:
-            for cell in cells:
-                if cell.file_name not in self.waiting:
-                    self._add(cell)
+            for trial in trials:
+                if trial.file_name not in self.waiting:
+                    self._add(trial)
 
     def __enter__(self) -> Monitor:
         if self.enabled:
@@ -63,12 +64,12 @@ class Monitor:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                # an hour's memory: cells of one method may take much longer than those of another
+                TextColumn("remaining"),
+                # an hour's memory: trials of one method may take much longer than those of another
                 TimeRemainingColumn(elapsed_when_finished=True),
                 speed_estimate_period=3600,
             )
-            self._task = self._bar.add_task("cells", total=len(self.waiting))
+            self._task = self._bar.add_task("trials", total=len(self.waiting))
             self._live = Live(self._draw(), console=Console(stderr=True), refresh_per_second=2, transient=True)
             self._live.__enter__()
         return self
@@ -80,26 +81,26 @@ class Monitor:
             self._live.__exit__(kind, error, trace)
 
     def look(self) -> None:
-        """Take in the cells that were written since the last look."""
+        """Take in the trials that were written since the last look."""
         if not self.enabled:
             return
-        for name, cell in list(self.waiting.items()):
-            path = self.results.file(cell)
-            # a failed cell that is measured again has a file from before
+        for name, trial in list(self.waiting.items()):
+            path = self.results.file(trial)
+            # a failed trial that is run again has a file from before
             if path.exists() and path.stat().st_mtime >= self.started - 1:
                 del self.waiting[name]
-                self._add(cell)
+                self._add(trial)
                 if self._live is not None:
                     self._bar.advance(self._task)
         if self._live is not None:
             self._live.update(self._draw())
 
-    def _add(self, cell: Cell) -> None:
-        record = self.results.read(cell)
+    def _add(self, trial: Trial) -> None:
+        record = self.results.read(trial)
         if record is None or record["status"] != "ok":
             self.failures += 1
             return
-        self.sums[cell.network, cell.method.name][cell.keep].append(record["accuracy"]["pruned"])
+        self.sums[trial.network, trial.method.name][trial.keep].append(record["accuracy"]["pruned"])
 
     def preview(self) -> Table:
         """Draw the mean accuracy over the seeds so far: a row for each network and method, a column for each keep."""
@@ -120,6 +121,6 @@ class Monitor:
     def _draw(self) -> Any:
         from rich.console import Group
 
-        notes = [f"{self.there} cells were there before"] if self.there else []
+        notes = [f"{self.there} trials were there before"] if self.there else []
         notes += [f"{self.failures} failed"] if self.failures else []
         return Group(self.preview(), *([", ".join(notes)] if notes else []), self._bar)

@@ -56,7 +56,7 @@ def covered(curve: Curve) -> tuple[float, float]:
         (0.3, 0.5)
     """
     if len(curve.removed) == 0:
-        raise TwoAxisError("curve: expected at least one measurement, got none; run its cells")
+        raise TwoAxisError("curve: expected at least one measurement, got none; run its trials")
     return min(curve.removed), max(curve.removed)
 
 
@@ -81,7 +81,7 @@ def common_interval(curves: Mapping[str, Sequence[Curve]]) -> tuple[float, float
     for method, own in curves.items():
         ends = [covered(curve) for curve in own]
         if not ends:
-            raise TwoAxisError(f"{method}: expected at least one curve, got none; run its cells")
+            raise TwoAxisError(f"{method}: expected at least one curve, got none; run its trials")
         ranges[method] = max(low for low, _ in ends), min(high for _, high in ends)
     if not ranges:
         raise TwoAxisError("expected at least one method with measurements, got none; run the sweep first")
@@ -164,7 +164,7 @@ def paired_interval(
 
     Seeds are drawn with replacement and each brings both methods' numbers, so what is easy or hard about a seed
     cancels. With five seeds an interval is coarse and rather too narrow: it can hold no more than 126 distinct
-    means. It says how much the seeds agree, nothing about other networks.
+    means. It shows how much the seeds agree, nothing about other networks.
 
     Args:
         first: [seeds] of one method.
@@ -191,7 +191,7 @@ def paired_interval(
 
 def _bootstrap(values: Any, level: float, resamples: int, seed: int) -> Interval:
     if values.ndim != 1 or values.size == 0:
-        raise TwoAxisError(f"expected one number a seed, got shape {list(values.shape)}; run the cells first")
+        raise TwoAxisError(f"expected one number a seed, got shape {list(values.shape)}; run the trials first")
     mean = float(values.mean())
     if values.size == 1:
         return Interval(mean, math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""A sweep on a Ray cluster: the same cells in the same folder, measured on as many machines as there are."""
+"""A sweep on a Ray cluster: the same trials in the same folder, run on as many machines as there are."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 
 import torch
 
-from tp_twoaxis.benchmark.cells import Cell, ResultsFolder
-from tp_twoaxis.benchmark.config import BenchmarkConfig
 from tp_twoaxis.benchmark.engines import LOOK
-from tp_twoaxis.benchmark.work import Measurer, chunks
+from tp_twoaxis.benchmark.methods import Trial
+from tp_twoaxis.benchmark.results import ResultsFolder
+from tp_twoaxis.benchmark.sweep import BenchmarkConfig
+from tp_twoaxis.benchmark.trial_runner import TrialRunner, chunks
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.files import Json
+from tp_twoaxis.runtime.serialization import Json
 
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Ray actors, one cell at a time each; the calling process alone writes the folder.
+    """Ray actors, one trial at a time each; the calling process alone writes the folder.
 
-    So the folder need not be shared between machines, and a cell is never there twice. Weights and images must be
+    So the folder need not be shared between machines, and a trial is never there twice. Weights and images must be
     found at the config's paths on every machine. An actor that dies (a machine is lost, memory runs out) is started
-    again by Ray and measures its cell anew.
+    again by Ray and runs its trial anew.
 
     Attributes:
         workers: actors.
         cpus: of each, and its torch threads unless ``OMP_NUM_THREADS`` is set where it runs.
-        gpus: of each; 0.25 puts four on one GPU. Above 0 they run on ``cuda`` whatever the device asked for.
+        gpus: of each; 0.25 puts four on one GPU. Above 0 they run on ``cuda`` whatever the device given.
         retries: how often a dead actor is started again.
         address: of a running cluster, ``auto`` finds the machine's own; None takes ``RAY_ADDRESS``, or else starts
             one on this machine and ends it afterwards. A cluster that this process is connected to is used as it is.
@@ -51,14 +52,14 @@ class RayEngine:
                 f"{self.workers}, {self.cpus:g}, {self.gpus:g} and {self.retries}"
             )
 
-    def fill(self, results: ResultsFolder, cells: Sequence[Cell], device: str, look: Callable[[], None]) -> None:
-        """Measure and write all of ``cells``.
+    def fill(self, results: ResultsFolder, trials: Sequence[Trial], device: str, look: Callable[[], None]) -> None:
+        """Run and write all of ``trials``.
 
         Raises:
-            TwoAxisError: Ray is missing, the cluster has not the resources, an actor died too often, or a cell could
+            TwoAxisError: Ray is missing, the cluster has not the resources, an actor died too often, or a trial could
                 not be written.
         """
-        if not cells:
+        if not trials:
             return
         ray = _ray()
         own = not ray.is_initialized()
@@ -66,7 +67,7 @@ class RayEngine:
             ray.init(address=self.address, include_dashboard=False, log_to_driver=False, logging_level="warning")
         try:
             self._check_resources(ray.cluster_resources())
-            self._fill(ray, results, cells, "cuda" if self.gpus else device, look)
+            self._fill(ray, results, trials, "cuda" if self.gpus else device, look)
         finally:
             if own:
                 ray.shutdown()
@@ -77,23 +78,23 @@ class RayEngine:
         if short:
             name, number = next(iter(short.items()))
             raise TwoAxisError(
-                f"ray: expected a cluster with {number:g} {name} for a cell, it has {there.get(name, 0.0):g} in all; "
-                "ask for less, or connect to a larger one with RAY_ADDRESS"
+                f"ray: expected a cluster with {number:g} {name} for a trial, it has {there.get(name, 0.0):g} in all; "
+                "request less, or connect to a larger one with RAY_ADDRESS"
             )
 
     def _fill(
-        self, ray: Any, results: ResultsFolder, cells: Sequence[Cell], device: str, look: Callable[[], None]
+        self, ray: Any, results: ResultsFolder, trials: Sequence[Trial], device: str, look: Callable[[], None]
     ) -> None:
         actor = ray.remote(_Worker).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=self.retries, max_task_retries=self.retries
         )
-        waiting = deque(deque(chunk) for chunk in chunks(cells, self.workers))
-        running: dict[Any, tuple[Any, deque[Cell], Cell]] = {}
+        waiting = deque(deque(chunk) for chunk in chunks(trials, self.workers))
+        running: dict[Any, tuple[Any, deque[Trial], Trial]] = {}
         workers = []
 
-        def start(worker: Any, chunk: deque[Cell]) -> None:
-            cell = chunk.popleft()
-            running[worker.measure.remote(cell)] = worker, chunk, cell
+        def start(worker: Any, chunk: deque[Trial]) -> None:
+            trial = chunk.popleft()
+            running[worker.run.remote(trial)] = worker, chunk, trial
 
         try:
             for _ in range(min(self.workers, len(waiting))):
@@ -102,8 +103,8 @@ class RayEngine:
             while running:
                 finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK)
                 for reference in finished:
-                    worker, chunk, cell = running.pop(reference)
-                    results.write(cell, self._record(ray, reference, results))
+                    worker, chunk, trial = running.pop(reference)
+                    results.write(trial, self._record(ray, reference, results))
                     if chunk or waiting:
                         start(worker, chunk or waiting.popleft())
                 look()
@@ -127,10 +128,10 @@ class _Worker:
 
     def __init__(self, config: BenchmarkConfig, device: str, threads: int) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or threads))
-        self.measurer = Measurer(config, device)
+        self.runner = TrialRunner(config, device)
 
-    def measure(self, cell: Cell) -> Json:
-        return self.measurer.measure(cell)
+    def run(self, trial: Trial) -> Json:
+        return self.runner.run(trial)
 
 
 def _ray() -> Any:

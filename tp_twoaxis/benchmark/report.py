@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 import pandas as pd
 
 from tp_twoaxis.benchmark import tables
-from tp_twoaxis.benchmark.axes import axis_table, selector_table
-from tp_twoaxis.benchmark.cells import ResultsFolder, open_folder
-from tp_twoaxis.benchmark.figures import curves_figure
+from tp_twoaxis.benchmark.curves import curves_figure
+from tp_twoaxis.benchmark.families import axis_table, selector_table
+from tp_twoaxis.benchmark.results import ResultsFolder, open_folder
+from tp_twoaxis.diagnostics.html_page import image_element, page, png_bytes, table_element
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.files import write_bytes
-from tp_twoaxis.html_page import image_element, page, png_bytes, table_element
-from tp_twoaxis.pruning.report import UNITS
+from tp_twoaxis.pruning.pruning_report import UNITS
+from tp_twoaxis.runtime.serialization import write_bytes
 
 REPORT = "report"
 
@@ -30,21 +31,21 @@ class Report:
     """All tables of a results folder.
 
     Attributes:
-        folder: where the cells are.
-        cells: a row a cell; see :func:`~tp_twoaxis.benchmark.tables.cell_table`.
+        folder: where the results are.
+        trials: a row a trial; see :func:`~tp_twoaxis.benchmark.tables.trial_table`.
         summary: means over seeds.
         auc: areas under curves.
-        axes: families compared; see :func:`~tp_twoaxis.benchmark.axes.axis_table`.
+        axes: families compared; see :func:`~tp_twoaxis.benchmark.families.axis_table`.
         selector: the local score chosen without the seed it is judged on.
         wins: the win matrix.
         timing: seconds by phase.
-        failures: failed cells.
+        failures: failed trials.
         notes: what a reader must know.
-        provenance: of the cell that was measured last.
+        provenance: of the trial that ran last.
     """
 
     folder: ResultsFolder
-    cells: pd.DataFrame
+    trials: pd.DataFrame
     summary: pd.DataFrame
     auc: tables.AucResult
     axes: pd.DataFrame
@@ -58,7 +59,7 @@ class Report:
     def markdown(self) -> str:
         """Return tables for a README: accuracy in percent, mean and sample standard deviation over seeds."""
         parts = []
-        for network in self.cells.network.unique():
+        for network in self.trials.network.unique():
             own = self.summary[self.summary.network == network]
             if own.empty:
                 continue
@@ -67,7 +68,7 @@ class Report:
             parts.append(markdown_table(wide_table(own)) + "\n")
         where = self.provenance
         machine = where.get("machine", {})
-        seeds = _seeds(self.cells)
+        seeds = _seeds(self.trials)
         parts.append(
             f"Seeds {seeds}; mean ± sample standard deviation over seeds; measured on the "
             f"{self.folder.config.data.evaluate_on} images. `{where.get('command')}`, commit {where.get('commit')}, "
@@ -81,30 +82,30 @@ def make_report(folder: str | Path) -> Report:
     """Read a results folder, finished or not.
 
     Raises:
-        TwoAxisError: it is no results folder, holds foreign cells, or none yet.
+        TwoAxisError: it is no results folder, holds foreign records, or none yet.
     """
     results = open_folder(folder)
     records = results.read_all()
     if not records:
-        raise TwoAxisError(f"{results.path}: expected at least one cell, got none; run `tp-twoaxis bench` first")
-    cells = tables.cell_table(records)
-    auc = tables.auc_table(cells)
-    absent = len(results.config.cells()) - len(records)
-    failures = tables.failure_table(cells)
-    notes = [f"{absent} of {len(records) + absent} cells are not measured yet"] if absent else []
-    notes += [f"{len(failures)} cells failed"] if len(failures) else []
+        raise TwoAxisError(f"{results.path}: expected at least one trial, got none; run `tp-twoaxis bench` first")
+    trials = tables.trial_table(records)
+    auc = tables.auc_table(trials)
+    absent = len(results.config.trials()) - len(records)
+    failures = tables.failure_table(trials)
+    notes = [f"{absent} of {len(records) + absent} trials were not run yet"] if absent else []
+    notes += [f"{len(failures)} trials failed"] if len(failures) else []
     latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
     return Report(
         results,
-        cells,
-        tables.summary_table(cells),
+        trials,
+        tables.summary_table(trials),
         auc,
-        axis_table(auc, cells),
-        selector_table(auc, cells),
-        tables.win_matrix(cells),
-        tables.timing_table(cells),
+        axis_table(auc, trials),
+        selector_table(auc, trials),
+        tables.win_matrix(trials),
+        tables.timing_table(trials),
         failures,
-        notes + tables.warnings_of(cells) + auc.notes,
+        notes + tables.warnings_of(trials) + auc.notes,
         latest,
     )
 
@@ -131,11 +132,11 @@ def write_report(report: Report, folder: str | Path | None = None) -> list[Path]
         network: png_bytes(curves_figure(report.summary, network)) for network in report.summary.network.unique()
     }
     parquet = io.BytesIO()
-    report.cells.to_parquet(parquet)
+    report.trials.to_parquet(parquet)
     files = {"report.html": _html(report, figures).encode(), "report.md": report.markdown().encode()}
     files |= {"cells.parquet": parquet.getvalue()}
     frames = {
-        "cells": report.cells,
+        "cells": report.trials,
         "summary": report.summary,
         "auc": report.auc.table,
         "axes": report.axes,
@@ -181,59 +182,71 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 def _html(report: Report, figures: dict[str, bytes]) -> str:
     config = report.folder.config
-    unit = UNITS[config.grid]
-    sections = [
-        f"<h1>Pruning at equal {unit}</h1>",
-        f"<p class='soft'>{len(report.cells)} cells, seeds {_seeds(report.cells)}; accuracy on the "
-        f"{config.data.evaluate_on} images. Calibration, selection and test images do not overlap; how they are "
-        "split, the config below shows.</p>",
-        *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),
-    ]
+    failures = report.failures
+    return page(
+        "tp-twoaxis benchmark",
+        [
+            f"<h1>Pruning at equal {UNITS[config.grid]}</h1>",
+            f"<p class='soft'>{len(report.trials)} trials, seeds {_seeds(report.trials)}; accuracy on the "
+            f"{config.data.evaluate_on} images. Calibration, selection and test images do not overlap; how they are "
+            "split, the config below shows.</p>",
+            *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),
+            *_accuracy_sections(report, figures),
+            *_comparison_sections(report),
+            "<h2>Three counters</h2><p class='soft'>Mean share of MACs kept by our counter, by Torch-Pruning's and by "
+            "thop's.</p>",
+            _table(_counters(report.trials)),
+            "<h2>Time</h2><p class='soft'>Mean seconds a trial. Statistics and gradients are gathered once for a "
+            "network and seed and shared.</p>",
+            _table(report.timing, "{:.2f}"),
+            *(["<h2>Failed trials</h2>", f"<div class='text'>{_table(failures)}</div>"] if len(failures) else []),
+            f"<h2>Provenance</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre>",
+            f"<details><summary>Config {config.digest()}</summary>"
+            f"<pre>{escape(json.dumps(config.to_dict(), indent=1))}</pre></details>",
+        ],
+    )
+
+
+def _accuracy_sections(report: Report, figures: dict[str, bytes]) -> Iterator[str]:
+    """Draw each network's curves and table."""
+    unit = UNITS[report.folder.config.grid]
     for network, png in figures.items():
         own = report.summary[report.summary.network == network]
-        sections.append(f"<h2>{escape(str(network))}: accuracy over MACs</h2>")
-        sections.append(image_element(png, f"accuracy over MACs of {network}"))
-        sections.append(
+        yield f"<h2>{escape(str(network))}: accuracy over MACs</h2>"
+        yield image_element(png, f"accuracy over MACs of {network}")
+        yield (
             f"<p class='soft'>Accuracy in %, mean ± sample standard deviation over seeds, by share of {unit} kept. "
             f"Dense: {100 * own.dense.mean():.2f} %.</p>" + _table(wide_table(own))
         )
-    sections += ["<h2>Area under accuracy retention</h2>", _auc_words(report.auc), _table(report.auc.table)]
-    sections += [
+
+
+def _comparison_sections(report: Report) -> Iterator[str]:
+    """Compare methods by areas, by families, by the chosen local score and by wins."""
+    yield "<h2>Area under accuracy retention</h2>"
+    yield _auc_words(report.auc)
+    yield _table(report.auc.table)
+    yield (
         "<h2>Families</h2><p class='soft'>The best score of a family against the best of another, in points of area; "
-        "“best” is by the mean over these seeds, so a family of more members has an advantage.</p>",
-        f"<div class='text'>{_table(report.axes, '{:.1f}')}</div>",
-    ]
+        "“best” is by the mean over these seeds, so a family of more members has an advantage.</p>"
+    )
+    yield f"<div class='text'>{_table(report.axes, '{:.1f}')}</div>"
     if len(report.selector):
-        sections += [
+        yield (
             "<h2>Choosing a local score</h2><p class='soft'>For each held-out seed the local score that was best on "
-            "the other seeds, against the best local score of that seed and against others, in points of area.</p>",
-            f"<div class='text'>{_table(report.selector, '{:.2f}')}</div>",
-        ]
-    wins = (100 * report.wins).round(0).reset_index()
-    sections += [
-        f"<h2>Wins</h2><p class='soft'>Share of cells (%) of equal network, seed and {unit} in which the row's method "
-        "is more accurate than the column's; ties count half.</p>",
-        _table(wins, "{:.0f}"),
-        "<h2>Three counters</h2><p class='soft'>Mean share of MACs kept by our counter, the host's and thop's.</p>",
-        _table(_counters(report.cells)),
-        "<h2>Time</h2><p class='soft'>Mean seconds a cell. Statistics and gradients are gathered once for a network "
-        "and seed and shared.</p>",
-        _table(report.timing, "{:.2f}"),
-    ]
-    if len(report.failures):
-        sections += ["<h2>Failed cells</h2>", f"<div class='text'>{_table(report.failures)}</div>"]
-    provenance = json.dumps(report.provenance, indent=1)
-    settings = json.dumps(config.to_dict(), indent=1)
-    sections += [
-        f"<h2>Provenance</h2><pre>{escape(provenance)}</pre>",
-        f"<details><summary>Config {config.digest()}</summary><pre>{escape(settings)}</pre></details>",
-    ]
-    return page("tp-twoaxis benchmark", sections)
+            "the other seeds, against the best local score of that seed and against others, in points of area.</p>"
+        )
+        yield f"<div class='text'>{_table(report.selector, '{:.2f}')}</div>"
+    yield (
+        f"<h2>Wins</h2><p class='soft'>Share of trials (%) of equal network, seed and "
+        f"{UNITS[report.folder.config.grid]} in which the row's method is more accurate than the column's; ties count "
+        "half.</p>"
+    )
+    yield _table((100 * report.wins).round(0).reset_index(), "{:.0f}")
 
 
-def _seeds(cells: pd.DataFrame) -> str:
-    """List the seeds that were measured: a suite may name more."""
-    return ", ".join(map(str, sorted(cells.seed.unique())))
+def _seeds(trials: pd.DataFrame) -> str:
+    """List the seeds that have results: a suite may name more."""
+    return ", ".join(map(str, sorted(trials.seed.unique())))
 
 
 def _auc_words(auc: tables.AucResult) -> str:
@@ -241,12 +254,12 @@ def _auc_words(auc: tables.AucResult) -> str:
     return (
         "<p class='soft'>Mean of accuracy over dense accuracy on the interval of MACs removed that all methods cover "
         f"({escape(ends) or 'there is none'}); 95 % bootstrap intervals over seeds, differences paired. With few "
-        "seeds these are coarse, and they say nothing about other networks.</p>"
+        "seeds these are coarse, and they hold for no other networks.</p>"
     )
 
 
-def _counters(cells: pd.DataFrame) -> pd.DataFrame:
-    good = tables.measured(cells)
+def _counters(trials: pd.DataFrame) -> pd.DataFrame:
+    good = tables.measured(trials)
     shares = {name: good[name] / good[f"dense_{name}"] for name in tables.COUNTERS}
     return good.assign(**shares).groupby(["network", "keep"], sort=False)[list(shares)].mean().reset_index()
 

@@ -1,4 +1,4 @@
-"""From cells to tables: one row a cell, means over seeds, areas under curves, wins, times."""
+"""From records to tables: one row a trial, means over seeds, areas under curves, wins, times."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ Areas = dict[str, dict[int, float]]
 ACCURACIES = ("accuracy", "before_finetuning", "dense")
 
 
-def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Lay records out, one row a cell.
+def trial_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Lay records out, one row a trial.
 
     Args:
-        records: of :meth:`~tp_twoaxis.benchmark.cells.ResultsFolder.read_all`.
+        records: of :meth:`~tp_twoaxis.benchmark.results.ResultsFolder.read_all`.
 
     Returns:
         Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, steps, treatment, keep,
         grid, status, error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network
-        and ``dense_...`` of the dense one, ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``,
-        ``seconds_...`` by phase, ``checkpoint``, ``weights``, and what made the cell: ``commit, torch, machine,
-        command, date``. Measurements of failed cells are missing.
+        and ``dense_...`` of the dense one (``host_macs`` by Torch-Pruning's counter), ``accuracy, before_finetuning,
+        dense`` in [0, 1], ``retention``, ``seconds_...`` by phase, ``checkpoint``, ``weights``, and what made the
+        trial: ``commit, torch, machine, command, date``. Measurements of failed trials are missing.
 
     Raises:
-        TwoAxisError: there are no cells.
+        TwoAxisError: there are no records.
 
     Example:
         >>> record = {"network": {"name": "net"}, "seed": 1, "keep": 0.5, "grid": "macs", "status": "failed",
         ...     "seconds": {},
         ...     "provenance": {}, "error": {"type": "ValueError", "message": "no"}, "method": {"name": "l2",
         ...     "criterion": "l2", "allocation": "global", "repair": [], "finetune_batches": 0}}
-        >>> cell_table([record])[["method", "treatment", "status", "error"]].iloc[0].tolist()
+        >>> trial_table([record])[["method", "treatment", "status", "error"]].iloc[0].tolist()
         ['l2', 'none', 'failed', 'ValueError: no']
     """
     if not records:
-        raise TwoAxisError("expected at least one cell, got none; run the sweep first")
+        raise TwoAxisError("expected at least one trial, got none; run the sweep first")
     return pd.DataFrame([_row(record) for record in records])
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     method = record["method"]
     error = record.get("error")
-    steps = method.get("steps", 1)  # older cells do not say
+    steps = method.get("steps", 1)  # older records lack it
     made = Method(method["criterion"], method["allocation"], tuple(method["repair"]), method["finetune_batches"], steps)
     accuracy = record.get("accuracy", {})
     values = {
@@ -100,12 +100,12 @@ def _number(counts: Mapping[str, Any] | None, which: str) -> float:
     return np.nan if value is None else float(value)
 
 
-def measured(cells: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of cells that did not fail."""
-    return cells[cells.status == "ok"]
+def measured(trials: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of trials that did not fail."""
+    return trials[trials.status == "ok"]
 
 
-def summary_table(cells: pd.DataFrame) -> pd.DataFrame:
+def summary_table(trials: pd.DataFrame) -> pd.DataFrame:
     """Mean and spread over seeds for every network, method and share kept.
 
     Returns:
@@ -113,7 +113,7 @@ def summary_table(cells: pd.DataFrame) -> pd.DataFrame:
         deviation, missing for one seed), ``lowest, highest, retention, dense``, in the config's order.
     """
     keys = ["network", "method", "criterion", "treatment", "keep"]
-    groups = measured(cells).groupby(keys, sort=False)
+    groups = measured(trials).groupby(keys, sort=False)
     return groups.agg(
         seeds=("seed", "nunique"),
         achieved=("achieved", "mean"),
@@ -145,7 +145,7 @@ class AucResult:
     notes: list[str]
 
 
-def auc_table(cells: pd.DataFrame) -> AucResult:
+def auc_table(trials: pd.DataFrame) -> AucResult:
     """Compare methods by the area under accuracy retention over MACs removed; see the protocol.
 
     A method whose curve has fewer than two points on some seed is compared on its other seeds, and left out when
@@ -155,8 +155,8 @@ def auc_table(cells: pd.DataFrame) -> AucResult:
     found: dict[str, Areas] = {}
     intervals: dict[str, tuple[float, float]] = {}
     notes: list[str] = []
-    for network in cells.network.unique():
-        mine = cells[cells.network == network]
+    for network in trials.network.unique():
+        mine = trials[trials.network == network]
         curves = {method: _curves(measured(mine[mine.method == method])) for method in mine.method.unique()}
         absent = [method for method, own in curves.items() if not own]
         if absent:
@@ -178,10 +178,10 @@ def auc_table(cells: pd.DataFrame) -> AucResult:
     return AucResult(pd.DataFrame(rows, columns=columns), found, intervals, notes)
 
 
-def _curves(cells: pd.DataFrame) -> dict[int, Curve]:
+def _curves(trials: pd.DataFrame) -> dict[int, Curve]:
     return {
         int(seed): Curve((1.0 - own.achieved).tolist(), own.retention.tolist())
-        for seed, own in cells.groupby("seed", sort=False)
+        for seed, own in trials.groupby("seed", sort=False)
         if own.achieved.nunique() > 1
     }
 
@@ -196,13 +196,13 @@ def _auc_row(network: str, method: str, own: dict[int, float], best: dict[int, f
     return row | {"behind_best": behind.mean, "behind_low": behind.low, "behind_high": behind.high}
 
 
-def win_matrix(cells: pd.DataFrame) -> pd.DataFrame:
+def win_matrix(trials: pd.DataFrame) -> pd.DataFrame:
     """Count how often the row's method is more accurate than the column's, at equal network, seed and MACs.
 
     Returns:
-        [methods, methods] shares in [0, 1], ties count half; missing on the diagonal and where no cell is shared.
+        [methods, methods] shares in [0, 1], ties count half; missing on the diagonal and where no trial is shared.
     """
-    wide = measured(cells).pivot_table(
+    wide = measured(trials).pivot_table(
         index=["network", "seed", "keep"], columns="method", values="accuracy", sort=False
     )
     names = list(wide.columns)
@@ -217,36 +217,36 @@ def win_matrix(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shares, index=pd.Index(names, name="method"), columns=names)
 
 
-def timing_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Mean seconds a cell by phase, for every network and method.
+def timing_table(trials: pd.DataFrame) -> pd.DataFrame:
+    """Mean seconds a trial by phase, for every network and method.
 
     ``statistics`` and ``gradients`` are what gathering them took once for a network and seed; ``total`` is the
-    wall-clock time of the cell itself, which includes them only where it was the first to need them.
+    wall-clock time of the trial itself, which includes them only where it was the first to need them.
     """
-    phases = [name for name in cells.columns if name.startswith("seconds_")]
+    phases = [name for name in trials.columns if name.startswith("seconds_")]
     phases = [name for name in phases if name != "seconds_total"] + ["seconds_total"]
-    means = measured(cells).groupby(["network", "method"], sort=False)[phases].mean().reset_index()
+    means = measured(trials).groupby(["network", "method"], sort=False)[phases].mean().reset_index()
     return means.rename(columns=lambda name: name.removeprefix("seconds_"))
 
 
-def failure_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """List failed cells with their errors."""
-    return cells[cells.status == "failed"][["network", "seed", "method", "keep", "error"]].reset_index(drop=True)
+def failure_table(trials: pd.DataFrame) -> pd.DataFrame:
+    """List failed trials with their errors."""
+    return trials[trials.status == "failed"][["network", "seed", "method", "keep", "error"]].reset_index(drop=True)
 
 
-def warnings_of(cells: pd.DataFrame) -> list[str]:
-    """Say what makes cells hard to compare: other weights, other commits, targets that were missed."""
-    good = measured(cells)
+def warnings_of(trials: pd.DataFrame) -> list[str]:
+    """List what makes trials hard to compare: other weights, other commits, targets that were missed."""
+    good = measured(trials)
     notes = []
     for (network, checkpoint), own in good.groupby(["network", "checkpoint"], sort=False, dropna=False):
         if own.weights.nunique() > 1:
             which = f"{network} ({checkpoint})" if checkpoint else str(network)
-            notes.append(f"{which}: its cells have {own.weights.nunique()} different dense weights; run them anew")
+            notes.append(f"{which}: its trials have {own.weights.nunique()} different dense weights; run them anew")
     if good.commit.nunique() > 1:
-        notes.append(f"cells come from {good.commit.nunique()} commits: {', '.join(map(str, good.commit.unique()))}")
+        notes.append(f"trials come from {good.commit.nunique()} commits: {', '.join(map(str, good.commit.unique()))}")
     off = good[(good.grid == "macs") & ((good.achieved - good.keep).abs() > 0.02 * good.keep)]
     if len(off):
         notes.append(
-            f"{len(off)} cells keep other MACs than asked for by more than 2 %: {', '.join(off.method.unique())}"
+            f"{len(off)} trials keep other MACs than their share by more than 2 %: {', '.join(off.method.unique())}"
         )
     return notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-INSTALL = 'pip install "tp-twoaxis[cli]"'
+from tp_twoaxis.errors import INSTALL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         # not at the top: this module must also load where typer is missing, to say so
-        from tp_twoaxis.cli.app import app
+        from tp_twoaxis.cli.commands import app
     except ImportError as error:
         print(f"tp-twoaxis: error: {error}; the command line needs more than the library: {INSTALL}", file=sys.stderr)
         return 2

@@ -1,84 +1,332 @@
-"""Options that several commands share, with their help texts."""
+"""Options that several commands share, declared once, and what they lead to: models, images, statistics, files."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from tp_twoaxis.cli.option_groups import panel
+from tp_twoaxis.cli.option_values import names, numbers, position_rule
+from tp_twoaxis.data import ArrayDataset, ImageDataset, has_splits, make_loader, open_dataset
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.models import build_model, load_weights
+from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
+from tp_twoaxis.pruning.checkpoint import load_pruned
+from tp_twoaxis.pruning.config import PruningConfig
+from tp_twoaxis.repair import REPAIRS, parse_repair
+from tp_twoaxis.runtime.serialization import write_bytes
+from tp_twoaxis.statistics.store import FORMAT as STATISTICS
+from tp_twoaxis.statistics.targets import TARGETS
+
+RANDOM_WEIGHTS = "the model has random weights; give --checkpoint or --pretrained"
 MODEL_HELP = (
     "A built-in name (cifar_resnet20_option_a, ...), a torchvision model (resnet50), a timm model "
     "(timm:deit_tiny_patch16_224) or module:factory, a function in an importable module."
 )
-_MODEL, _DATA, _PRUNING, _OUTPUT = "Model", "Data", "Pruning", "Output"
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
-OptionalModel = Annotated[
-    str | None, typer.Argument(help=f"{MODEL_HELP} With --stats optional: then the statistics are checked against it.")
-]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        help="Weights: a safetensors file of a state dict, or a network that `prune` wrote.",
-        rich_help_panel=_MODEL,
-    ),
-]
-NumClasses = Annotated[int | None, typer.Option(help="Outputs of the head.", rich_help_panel=_MODEL, min=1)]
-Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="Weights that torchvision or timm publish.", rich_help_panel=_MODEL)
-]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", rich_help_panel=_MODEL)]
+_model, _data, _statistics = panel("Model"), panel("Data"), panel("Statistics")
+_pruning, _evaluation, _output = panel("Pruning"), panel("Evaluation"), panel("Output")
 
-Attention = Annotated[
-    str, typer.Option(help="What attention loses: heads, or head-dims of every head.", rich_help_panel=_PRUNING)
-]
 
-_DATA_HELP = (
-    "A folder with a folder of images for each class (or those of each split), a folder, file or glob of "
-    "Parquet shards in the Hugging Face schema, or cifar10:/root of torchvision."
-)
-Data = Annotated[str, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA, show_default=False)]
-OptionalData = Annotated[str | None, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA)]
-Split = Annotated[str, typer.Option(help="Split to calibrate on.", rich_help_panel=_DATA)]
-Images = Annotated[int, typer.Option(help="Images to draw at random.", rich_help_panel=_DATA, min=1)]
-BatchSize = Annotated[int, typer.Option(help="Images a batch; memory only.", rich_help_panel=_DATA, min=1)]
-Workers = Annotated[int, typer.Option(help="Processes that decode large images.", rich_help_panel=_DATA, min=0)]
-Seed = Annotated[int, typer.Option(help="Seed of the draw (and of --score random).", rich_help_panel=_DATA)]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(help="Side of the images; default their own up to 64 pixels, else 224.", rich_help_panel=_DATA, min=1),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        help="Three numbers subtracted from pixels in 0..1, as in training: 0.485,0.456,0.406. Default CIFAR's "
-        "where the data is named after it, else ImageNet's.",
-        rich_help_panel=_DATA,
-    ),
-]
-Std = Annotated[str | None, typer.Option(help="Three numbers that divide, like --mean.", rich_help_panel=_DATA)]
-LabelColumn = Annotated[
-    str | None, typer.Option(help="Parquet column of the labels, where there are several.", rich_help_panel=_DATA)
-]
-Target = Annotated[
-    str,
-    typer.Option(
-        help="Task variable of the target axis: margin, correct_logit, negative_loss, one_vs_rest, "
-        "predicted_margin, predicted_logit; none for the local axis alone.",
-        rich_help_panel="Statistics",
-    ),
-]
-Layers = Annotated[
-    str | None,
-    typer.Option(help="Only these layers: conv1,layer1.0.conv1. Default all.", rich_help_panel="Statistics"),
-]
-Positions = Annotated[
-    str,
-    typer.Option(
-        help="Positions of each image that enter the covariance: auto, all, or a number.",
-        rich_help_panel="Statistics",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_OUTPUT)]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)]
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions:
+    """Where the weights of a model come from, and where it runs."""
+
+    checkpoint: Annotated[
+        Path | None, _model("Weights: a safetensors file of a state dict, or a network that `prune` wrote.")
+    ] = None
+    num_classes: Annotated[int | None, _model("Outputs of the head.", min=1)] = None
+    pretrained: Annotated[bool, _model("Weights that torchvision or timm publish.", "--pretrained")] = False
+    device: Annotated[str, _model("Where to run: cpu, cuda, cuda:1, mps.")] = "cpu"
+
+    def of(self, model: str) -> ModelOptions:
+        """Give the weights to a model."""
+        return ModelOptions(**{**vars(self), "model": model})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(WeightOptions):
+    """A model and its weights."""
+
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+
+    def build(self) -> nn.Module:
+        """Build the model in eval mode on its device, pruned as its checkpoint is.
+
+        Raises:
+            TwoAxisError: the model, its weights or the device do not fit.
+        """
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise TwoAxisError(f"--device: expected one that is there, got {self.device!r}: {error}") from error
+        if self.checkpoint is None:
+            return self._dense(self.pretrained).to(self.device).eval()
+        if self.pretrained:
+            raise TwoAxisError("expected --checkpoint or --pretrained, got both; leave one out")
+        kind = _format(self.checkpoint)
+        if kind == STATISTICS:
+            raise TwoAxisError(f"--checkpoint: {self.checkpoint} holds statistics, no weights; give it to --stats")
+        if kind == PRUNED:
+            return load_pruned(self.checkpoint, self._dense).to(self.device)
+        model = self._dense()
+        load_weights(model, self.checkpoint)
+        return model.to(self.device).eval()
+
+    def _dense(self, pretrained: bool = False) -> nn.Module:
+        return build_model(self.model, num_classes=self.num_classes, pretrained=pretrained)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the checkpoint holds a pruned network, whose shapes the model's factory does not know."""
+        return self.checkpoint is not None and _format(self.checkpoint) == PRUNED
+
+    def notes(self) -> list[str]:
+        """Say what a user may have overlooked; ``module:factory`` may load weights itself."""
+        library, colon, _ = self.model.partition(":")
+        from_factory = bool(colon) and library not in ("torchvision", "timm")
+        return [] if self.checkpoint or self.pretrained or from_factory else [RANDOM_WEIGHTS]
+
+
+def _format(path: Path) -> str | None:
+    """Read what a safetensors file says it is; None for plain weights and for what load_weights refuses."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            kind: str | None = (file.metadata() or {}).get("format")
+            return kind
+    except (SafetensorError, OSError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Images, how many of them, and how they are read; ``--mean`` and ``--std`` must be numbers."""
+
+    data: Annotated[
+        str,
+        _data(
+            "A folder with a folder of images for each class (or those of each split), a folder, file or glob of "
+            "Parquet shards in the Hugging Face schema, or cifar10:/root of torchvision.",
+            show_default=False,
+        ),
+    ]
+    split: Annotated[str, _data("Split to calibrate on.")] = "train"
+    images: Annotated[int | None, _data("Images to draw at random.", min=1)] = 5000
+    batch_size: Annotated[int, _data("Images a batch; memory only.", min=1)] = 64
+    workers: Annotated[int, _data("Processes that decode large images.", min=0)] = 0
+    seed: Annotated[int, _data("Seed of the draw (and of --score random).")] = 0
+    image_size: Annotated[
+        int | None, _data("Side of the images; default their own up to 64 pixels, else 224.", min=1)
+    ] = None
+    mean: Annotated[
+        str | None,
+        _data(
+            "Three numbers subtracted from pixels in 0..1, as in training: 0.485,0.456,0.406. Default CIFAR's "
+            "where the data is named after it, else ImageNet's."
+        ),
+    ] = None
+    std: Annotated[str | None, _data("Three numbers that divide, like --mean.")] = None
+    label_column: Annotated[str | None, _data("Parquet column of the labels, where there are several.")] = None
+
+    def __post_init__(self) -> None:
+        self.normalisation()
+
+    def normalisation(self) -> dict[str, Any]:
+        """Read ``--mean`` and ``--std``; None leaves the data's."""
+        return {"mean": numbers("--mean", self.mean), "std": numbers("--std", self.std)}
+
+    def open(self) -> ArrayDataset | ImageDataset:
+        """Open the data and draw the images.
+
+        Raises:
+            TwoAxisError: there is no such data, or the numbers do not fit.
+        """
+        return open_dataset(
+            self.data,
+            split=self.split,
+            image_size=self.image_size,
+            label_column=self.label_column,
+            num_images=self.images,
+            seed=self.seed,
+            **self.normalisation(),
+        )
+
+    def loader(self) -> Any:
+        """Open the data and split it into batches; see :meth:`open`."""
+        return make_loader(self.open(), self.batch_size, workers=self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Images to measure accuracy on, which are never those of the calibration or the training."""
+
+    eval_split: Annotated[str | None, _evaluation("Split to measure accuracy on, before and after.")] = None
+    eval_data: Annotated[str | None, _evaluation("Where it is, if not in --data: then a file of its own.")] = None
+    eval_images: Annotated[int | None, _evaluation("Images to draw from it; default all.", min=1)] = None
+
+    def beside(self, source: DataOptions) -> DataOptions | None:
+        """Give the options of these images, which are read as those of ``source`` are; None without them.
+
+        Raises:
+            TwoAxisError: the images would be those of ``source``.
+        """
+        if self.eval_split is None and self.eval_data is None:
+            if self.eval_images is not None:
+                raise TwoAxisError("--eval-images: expected --eval-split or --eval-data with it, got neither; add one")
+            return None
+        if self.eval_data is None and not has_splits(source.data):
+            raise TwoAxisError(f"--eval-split: {source.data} has no splits; name the files for it with --eval-data")
+        return replace(
+            source, data=self.eval_data or source.data, split=self.eval_split or "test", images=self.eval_images
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions:
+    """What the calibration records; an unknown target and positions that are none are refused."""
+
+    target: Annotated[
+        str,
+        _statistics(
+            "Task variable of the target axis: margin, correct_logit, negative_loss, one_vs_rest, "
+            "predicted_margin, predicted_logit; none for the local axis alone."
+        ),
+    ] = "margin"
+    layers: Annotated[str | None, _statistics("Only these layers: conv1,layer1.0.conv1. Default all.")] = None
+    positions: Annotated[
+        str, _statistics("Positions of each image that enter the covariance: auto, all, or a number.")
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        position_rule(self.positions)
+        check_name("--target", self.target, [*TARGETS, "none"])
+
+    @property
+    def task_variable(self) -> str | None:
+        """The target as the library knows it: None for the local axis alone."""
+        return None if self.target == "none" else self.target
+
+    def keywords(self) -> dict[str, Any]:
+        """Give these options as keywords of ``calibrate`` and ``PruningState``."""
+        return {
+            "target": self.task_variable,
+            "layers": names(self.layers),
+            "positions": position_rule(self.positions),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions:
+    """What every pruning of a network keeps to; unknown names and numbers out of range are refused."""
+
+    repair: Annotated[str, _pruning(f"{', '.join(REPAIRS)}, or ridge+bn; none.")] = "bn"
+    min_keep: Annotated[float, _pruning("Share of every group's channels that always stays.")] = 0.1
+    round_to: Annotated[int | None, _pruning("Keep multiples of this many channels.")] = None
+    attention: Annotated[str, _pruning("What attention loses: heads, or head-dims of every head.")] = "heads"
+    ignore: Annotated[str | None, _pruning("Layers that keep their channels: conv1,fc.")] = None
+
+    def __post_init__(self) -> None:
+        PruningConfig(**self.keywords())
+
+    def check(self, network: nn.Module) -> None:
+        """Refuse layers of ``--ignore`` that the network does not have, before images are read."""
+        PruningConfig(**self.keywords()).ignored_in(network)
+
+    def keywords(self) -> dict[str, Any]:
+        """Give these options as keywords of ``prune_to_flops`` and ``select_score``."""
+        return {
+            "repair": parse_repair(self.repair),
+            "min_keep": self.min_keep,
+            "round_to": self.round_to,
+            "attention": self.attention,
+            "ignored_layers": names(self.ignore) or (),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """What is printed."""
+
+    json_output: Annotated[bool, _output("Print one JSON object and nothing else.", "--json")] = False
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show bars: they are for people at a terminal."""
+        return sys.stderr.isatty() and not self.json_output
+
+    def show(self, payload: Mapping[str, Any], *lines: str) -> None:
+        """Print the object for programs, or the lines for people."""
+        for line in [json.dumps(payload)] if self.json_output else lines:
+            typer.echo(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(JsonOptions):
+    """What is printed, and what may be replaced."""
+
+    force: Annotated[bool, _output("Replace existing files.", "--force")] = False
+
+    def check(self, *files: Path | None, folder: Path | None = None) -> None:
+        """Refuse outputs that could not be written, or that would replace something, before anything is computed.
+
+        Args:
+            files: files to be written; None ones are skipped.
+            folder: a folder to be filled, made if it does not exist.
+
+        Raises:
+            TwoAxisError: saying which and why.
+
+        Example:
+            >>> OutputOptions().check(Path("stats.safetensors"), None)
+        """
+        paths = [path for path in (*files, folder) if path is not None]
+        if len({path.absolute() for path in paths}) < len(paths):
+            raise TwoAxisError(f"expected a name for each output, got {', '.join(map(str, paths))}; rename one")
+        for path in paths:
+            if not path.absolute().parent.is_dir():
+                raise TwoAxisError(f"{path}: the folder {path.parent} does not exist; create it first")
+            if not os.access(path if path.is_dir() else path.absolute().parent, os.W_OK):
+                raise TwoAxisError(f"{path}: the folder cannot be written; choose another")
+        for path in paths:
+            if path is folder:
+                if path.exists() and not path.is_dir():
+                    raise TwoAxisError(f"{path}: expected a folder, got a file; choose another name")
+                if path.is_dir() and not self.force and any(path.iterdir()):
+                    raise TwoAxisError(f"{path}: the folder is not empty; choose another, or --force to write into it")
+            elif path.is_dir():
+                raise TwoAxisError(f"{path}: expected a file name, got a folder; add a name to it")
+            elif path.exists() and not self.force:
+                raise TwoAxisError(f"{path}: the file exists; choose another name, or --force to replace it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(OutputOptions):
+    """What is printed, and a file of the same."""
+
+    report: Annotated[Path | None, _output("Write what --json prints to a file.")] = None
+
+    def show(self, payload: Mapping[str, Any], *lines: str) -> None:
+        """Write the object to the file, then print it or the lines."""
+        if self.report is not None:
+            write_bytes(self.report, f"{json.dumps(payload)}\n".encode())
+        super().show(payload, *lines)
+
+
+def noted(notes: Iterable[str]) -> list[str]:
+    """Turn notes into lines to print.
+
+    Example:
+        >>> noted(["few images"])
+        ['note: few images']
+    """
+    return [f"note: {note}" for note in notes]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tp_twoaxis.borrow import preserved_rng
 from tp_twoaxis.data import ArrayDataset
 from tp_twoaxis.models import BasicBlock
+from tp_twoaxis.runtime.model_state import fork_rng
 
 WIDTHS = (16, 24, 32)
 BLOCKS = 2
@@ -66,7 +66,7 @@ def train(data: ArrayDataset, *, epochs: int, seed: int, tick: Callable[[], obje
     Returns:
         The network in evaluation mode.
     """
-    with preserved_rng():
+    with fork_rng():
         torch.manual_seed(seed)
         network = DigitsResNet()
     generator = torch.Generator().manual_seed(seed)

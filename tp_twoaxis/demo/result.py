@@ -1,4 +1,4 @@
-"""The demo's numbers: one record a pruned network, their summary, and the table for a terminal."""
+"""What the demo gives back: where its files are, and the table for a terminal."""
 
 from __future__ import annotations
 
@@ -6,89 +6,24 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tp_twoaxis.demo.methods import METHODS, Method
+from tp_twoaxis.runtime.serialization import Json
 
+# what each criterion looks at
+METHODS = {
+    "capture": "local axis",
+    "hull": "local axis",
+    "task-mi": "task axis",
+    "l2": "weights",
+    "fpgm": "weights",
+    "taylor": "gradients",
+    "random": "chance",
+}
+HALF, LOCAL = 0.5, "capture"  # the main target, and the criterion whose choice is shown
+STYLES = {"local axis": "cyan", "task axis": "yellow"}
 BAR = 14  # characters; with it the table fits into 80 columns
 HEADER = ("method", "looks at", "kept MACs", "test accuracy", "to rank")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One network, pruned once.
-
-    Attributes:
-        method: the criterion's name.
-        seed: of the network and its split.
-        target: share of MACs asked for.
-        achieved: share of MACs left, by :func:`~tp_twoaxis.pruning.macs.count_macs`.
-        accuracy: on the test images, in [0, 1].
-        seconds: to rank the channels, its calibration or backward pass included.
-        kept: root layer of each group -> (channels kept, channels of the dense network).
-        removed: layer -> output channels that left it.
-    """
-
-    method: str
-    seed: int
-    target: float
-    achieved: float
-    accuracy: float
-    seconds: float
-    kept: dict[str, tuple[int, int]]
-    removed: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """One trained network before pruning: its seed, its test accuracy in [0, 1], MACs, seconds of training."""
-
-    seed: int
-    accuracy: float
-    macs: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A method at one target, over the networks.
-
-    Attributes:
-        method: the criterion's name.
-        target: share of MACs asked for.
-        achieved: mean share of MACs left.
-        accuracy: mean test accuracy.
-        standard_error: binomial, of that mean: from the number of test images alone, not from the networks.
-        lowest: accuracy of the worst network.
-        highest: accuracy of the best network.
-        seconds: mean time to rank.
-    """
-
-    method: str
-    target: float
-    achieved: float
-    accuracy: float
-    standard_error: float
-    lowest: float
-    highest: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Group:
-    """One group of coupled channels of the first network, on both axes.
-
-    Attributes:
-        name: the root layer.
-        stream: whether the channels run along a residual stream, shared by several layers.
-        capture: [C] local capture in nats, mean over the layers that write the channel.
-        task: [C] task information in nats, likewise.
-        removed: channels that the local plan removes at the main target.
-    """
-
-    name: str
-    stream: bool
-    capture: list[float]
-    task: list[float]
-    removed: list[int]
+RANKING = ("statistics", "gradients", "activations", "importance", "score")
+QUICK_NOTE = "quick run: hardly trained, the order means nothing"
 
 
 @dataclass(frozen=True)
@@ -100,7 +35,7 @@ class DemoResult:
         results_path: the same numbers and their provenance as JSON.
         title: what the table is of.
         note: how to read it.
-        rows: the main target's summaries.
+        rows: a summary a method at the main target, from the best to the worst.
         dense: mean test accuracy of the dense networks.
     """
 
@@ -108,13 +43,30 @@ class DemoResult:
     results_path: Path
     title: str
     note: str
-    rows: list[Summary] = field(repr=False)
+    rows: list[Json] = field(repr=False)
     dense: float
+
+    @classmethod
+    def of(cls, out: Path, result: Json) -> DemoResult:
+        """Take the table at half the MACs from what ``results.json`` holds.
+
+        Args:
+            out: the folder of both files.
+            result: content of ``results.json``.
+        """
+        count = len(result["dense"])
+        note = (
+            f"mean of {count} network{'s' if count > 1 else ''}; ± one binomial standard error of {count} x "
+            f"{result['test_images']} test images"
+        ) + (f"\n{QUICK_NOTE}" if result["quick"] else "")
+        title = f"digits, {HALF:.0%} of the MACs kept, BatchNorm re-estimated, not fine-tuned"
+        rows = at_target(result["summary"], HALF)
+        return cls(out / "report.html", out / "results.json", title, note, rows, dense_accuracy(result))
 
     @property
     def table(self) -> str:
         """The main target's results as plain text: the dense network on top, then from best to worst."""
-        lines = [HEADER, *(cells for _, cells in _cells(self.rows, self.dense))]
+        lines = [HEADER, *self._lines()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         text.insert(1, "  ".join("-" * width for width in widths))
@@ -145,80 +97,62 @@ class DemoResult:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for name in HEADER:
             table.add_column(name, no_wrap=True)
-        styles = {"local axis": "cyan", "task axis": "yellow"}
-        for method, cells in _cells(self.rows, self.dense):
-            table.add_row(*cells, style="bold" if method is None else styles.get(method.kind))
-        console = Console(highlight=False)
+        for line in self._lines():
+            table.add_row(*line, style="bold" if line[0] == "dense" else STYLES.get(line[1]))
         # paths stay on one line each, so that a terminal can open them
-        console.print(self.title, table, self.note, "", sep="\n")
+        Console(highlight=False).print(self.title, table, self.note, "", sep="\n")
         print(self.where)
 
+    def _lines(self) -> list[tuple[str, ...]]:
+        dense = ("dense", "", "100.0 %", f"{bar(self.dense)} {self.dense:6.1%}", "")
+        pruned = (
+            (
+                row["method"],
+                METHODS[row["method"]],
+                f"{100 * row['achieved']:.1f} %",
+                f"{bar(row['accuracy'])} {row['accuracy']:6.1%} ± {row['standard_error']:.1%}",
+                f"{row['seconds']:.2f} s",
+            )
+            for row in self.rows
+        )
+        return [dense, *pruned]
 
-def summarise(runs: list[Measurement], images: int) -> list[Summary]:
-    """Average over networks.
 
-    Args:
-        runs: all measurements.
-        images: test images of each network.
+def at_target(summary: list[Json], target: float) -> list[Json]:
+    """Choose the rows of a target, ordered from the best to the worst.
 
     Example:
-        >>> runs = [Measurement("l2", seed, 0.5, 0.5, p, 0.1, {}, {}) for seed, p in ((0, 0.85), (1, 0.95))]
-        >>> row = summarise(runs, images=400)[0]
-        >>> round(row.accuracy, 3), round(row.standard_error, 4), row.lowest
-        (0.9, 0.0106, 0.85)
+        >>> at_target([{"target": 0.5, "accuracy": 0.8}, {"target": 0.5, "accuracy": 0.9}], 0.5)[0]["accuracy"]
+        0.9
     """
-    rows = []
-    for method in METHODS:
-        for target in sorted({run.target for run in runs}, reverse=True):
-            same = [run for run in runs if (run.method, run.target) == (method.name, target)]
-            if not same:
-                continue
-            n, right = len(same), [run.accuracy for run in same]
-            rows.append(
-                Summary(
-                    method.name,
-                    target,
-                    sum(run.achieved for run in same) / n,
-                    sum(right) / n,
-                    binomial_error(sum(right) / n, n * images),
-                    min(right),
-                    max(right),
-                    sum(run.seconds for run in same) / n,
-                )
-            )
-    return rows
+    return sorted((row for row in summary if row["target"] == target), key=lambda row: -row["accuracy"])
+
+
+def rank_seconds(record: Json) -> float:
+    """Seconds that a trial took to rank the channels, its calibration or backward pass included.
+
+    Example:
+        >>> rank_seconds({"seconds": {"statistics": 1.0, "score": 0.5, "remove": 2.0}})
+        1.5
+    """
+    seconds: dict[str, float] = record["seconds"]
+    return sum(seconds.get(phase, 0.0) for phase in RANKING)
+
+
+def dense_accuracy(result: Json) -> float:
+    """Mean test accuracy of the networks before pruning."""
+    accuracies: list[float] = [network["accuracy"] for network in result["dense"]]
+    return sum(accuracies) / len(accuracies)
 
 
 def binomial_error(share: float, count: int) -> float:
-    """Return the standard error of a share of ``count`` independent trials.
+    """Return the standard error of a share of ``count`` independent attempts.
 
     Example:
         >>> binomial_error(0.9, 400)
         0.015
     """
     return math.sqrt(max(share * (1 - share), 0.0) / count)
-
-
-def by_accuracy(rows: list[Summary]) -> list[Summary]:
-    """Order rows from the best to the worst."""
-    return sorted(rows, key=lambda row: -row.accuracy)
-
-
-def method_of(name: str) -> Method:
-    """Return the method of that name."""
-    return next(method for method in METHODS if method.name == name)
-
-
-def _cells(rows: list[Summary], dense: float) -> list[tuple[Method | None, tuple[str, ...]]]:
-    lines: list[tuple[Method | None, tuple[str, ...]]] = [
-        (None, ("dense", "", "100.0 %", f"{bar(dense)} {dense:6.1%}", ""))
-    ]
-    for row in by_accuracy(rows):
-        method = method_of(row.method)
-        accuracy = f"{bar(row.accuracy)} {row.accuracy:6.1%} ± {row.standard_error:.1%}"
-        cells = (method.label, method.kind, f"{100 * row.achieved:.1f} %", accuracy, f"{row.seconds:.2f} s")
-        lines.append((method, cells))
-    return lines
 
 
 def bar(share: float) -> str:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tp_twoaxis.borrow import unwrap
 from tp_twoaxis.diagnostics.lesions import Lesions, checked_channels, lesion, recovered_share
 from tp_twoaxis.diagnostics.peers import PEERS, ChannelProfile, profile_channels
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.layers import channel_layers, out_channels_of
+from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.calibration import calibrate
-from tp_twoaxis.statistics.layers import channel_layers, num_channels
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Removal = Literal["mean", "zero"]
@@ -72,7 +72,7 @@ class Explanation:
         return order[:count], order[count:][::-1][:count]
 
     def sentences(self, channel: int) -> list[str]:
-        """Say in words what is known about a channel."""
+        """Describe in words what is known about a channel."""
         profile = self.profiles[channel]
         if profile.constant:
             text = [f"Channel {channel} never varies on the {self.score_images} images: a bias can replace it."]
@@ -198,7 +198,7 @@ def explain(
         raise TwoAxisError(f"removal: expected mean or zero, got {removal!r}")
     network = unwrap(model)
     module = channel_layers(network, [layer])[layer]
-    wanted = [] if channels is None else checked_channels(channels, num_channels(module), layer)
+    wanted = [] if channels is None else checked_channels(channels, out_channels_of(module), layer)
     notes = []
     if loader is None and (stats is None or wanted):
         what = "lesions" if wanted else "statistics"

@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tp_twoaxis.diagnostics.explain import IN_ITS_PLACE, TOO_SMALL, Explanation
+from tp_twoaxis.diagnostics.html_page import image_element, page, png_bytes, table_element
 from tp_twoaxis.diagnostics.peers import ChannelProfile
-from tp_twoaxis.html_page import image_element, page, png_bytes, table_element
-from tp_twoaxis.plots import plot_layer
+from tp_twoaxis.diagnostics.plots import plot_layer
 
 READING = (
     "In the pictures each point is a channel. To the right: its signal captures more of the layer's input. Up: its "
@@ -41,7 +41,7 @@ def explanation_figure(explanation: Explanation) -> Figure:
 
 
 def profile_table(explanation: Explanation) -> pd.DataFrame:
-    """Every channel of the layer, one row each, columns named as in :func:`~tp_twoaxis.channel_table.channel_table`.
+    """Every channel of the layer, one row each, with the column names of a channel table.
 
     Example:
         >>> import torch

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from tp_twoaxis.batches import image_batches
-from tp_twoaxis.borrow import eager, evaluating, preserved_rng, unwrap
 from tp_twoaxis.diagnostics.peers import PEERS, Prediction, predict_from_peers
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.calibration import forward_logits
-from tp_twoaxis.statistics.layers import channel_layers, num_channels
+from tp_twoaxis.runtime.batches import mixed_labels
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.layers import channel_axis, channel_layers, out_channels_of
+from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.store import CalibrationStatistics
 from tp_twoaxis.statistics.targets import task_variables
 
@@ -123,44 +121,36 @@ def lesion(
     """
     network = unwrap(model)
     module = channel_layers(network, [layer])[layer]
-    wanted = checked_channels(channels, num_channels(module), layer)
+    wanted = checked_channels(channels, out_channels_of(module), layer)
     substitutes = _substitutes(network, layer, wanted, _checked_replacements(replacement), stats, peers)
-    surgeon = _Surgeon(module, layer)
-    parameter = next(network.parameters())
+    ablation = AblationHook(module)
     losses: list[list[Tensor]] = [[] for _ in range(len(substitutes) + 1)]
     right = [0] * len(losses)
     reference: str | None = None
-    with ExitStack() as stack:
-        for borrowed in (preserved_rng(), evaluating(network), eager(network), surgeon.operating()):
-            stack.enter_context(borrowed)
-        batches = stack.enter_context(
-            image_batches(loader, max_images=max_images, labels=True, description=f"lesions of {layer}",
-                          progress=progress)
-        )  # fmt: skip
-        for index, images, labels in batches:
+    with forward_pass(
+        network, loader, what=f"lesions of {layer}", max_images=max_images, labels=True, progress=progress
+    ) as run:
+        run.hook(module, ablation)
+        for batch in run.batches:
+            labels, index = batch.labels, batch.number
             kind = "dense predictions" if labels is None else "labels"
             if kind != (reference or kind):
-                raise TwoAxisError(
-                    f"loader: batch {index} comes {'with' if labels is not None else 'without'} labels, earlier ones "
-                    "did not agree; yield labels always or never"
-                )
+                raise TwoAxisError(mixed_labels(index, labels))
             reference = kind
-            images = images.to(parameter.device, parameter.dtype, non_blocking=True)
-            for place, (_, substitute) in enumerate([("whole", None), *substitutes]):
-                surgeon.substitute = substitute
-                logits = forward_logits(network, images, index)
-                if logits.ndim != 2 or len(logits) != len(images):
+            for place, substitute in enumerate([None, *(substitute for _, substitute in substitutes)]):
+                ablation.substitute = substitute
+                logits = run.logits(batch)
+                if logits.ndim != 2 or len(logits) != len(batch.images):
                     raise TwoAxisError(
-                        f"lesions: expected class logits [{len(images)}, K] of batch {index}, got "
+                        f"lesions: expected class logits [{len(batch.images)}, K] of batch {index}, got "
                         f"{list(logits.shape)}; pass a classifier"
                     )
                 if labels is None:
                     labels = logits.argmax(1)  # of the first pass, which leaves the network whole
                 losses[place].append(_losses(logits, labels, index))
                 right[place] += int((logits.argmax(1) == labels.to(logits.device)).sum())
-    if reference is None:
-        raise TwoAxisError("lesions: expected at least one batch of images, got none; check the data path and split")
-    if not surgeon.called:
+    assert reference is not None
+    if not ablation.called:
         raise TwoAxisError(f"{layer}: the layer did not run in the forward pass; choose one that does")
     whole = torch.cat(losses[0])
     count = len(whole)
@@ -264,41 +254,31 @@ def _substitutes(
     return made
 
 
-class _Surgeon:
-    """Replaces one channel of a layer's output while ``substitute`` is set."""
+class AblationHook:
+    """Forward hook that replaces one channel of a layer's output while ``substitute`` is set."""
 
-    def __init__(self, module: nn.Module, layer: str) -> None:
-        self.module = module
-        self.layer = layer
+    def __init__(self, module: nn.Module) -> None:
+        self.axis = channel_axis(module)
         self.substitute: Prediction | None = None
         self.called = False
 
-    @contextmanager
-    def operating(self) -> Iterator[None]:
-        handle = self.module.register_forward_hook(self._hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Replace the channel; attention's output is a tuple that starts with it."""
         self.called = True
         if self.substitute is None:
             return None
-        if isinstance(output, tuple):  # attention returns its weights too
+        if isinstance(output, tuple):
             return (self._replaced(output[0], self.substitute), *output[1:])
         return self._replaced(output, self.substitute)
 
     def _replaced(self, output: Tensor, substitute: Prediction) -> Tensor:
-        # counted from the end: an image without a batch dimension has its channels there too
-        place = -len(self.module.kernel_size) - 1 if isinstance(self.module, _ConvNd) else -1
         replaced = output.clone()
-        channel = replaced.select(place, substitute.channel)
+        channel = replaced.select(self.axis, substitute.channel)
         # in single precision at least: sums of large terms that cancel are common among correlated peers
         wide = torch.promote_types(output.dtype, torch.float32)
         value = torch.full_like(channel, substitute.intercept, dtype=wide)
         for peer, weight in zip(substitute.peers, substitute.weights, strict=True):
-            value.add_(output.select(place, peer).to(wide), alpha=weight)
+            value.add_(output.select(self.axis, peer).to(wide), alpha=weight)
         channel.copy_(value)
         return replaced
 

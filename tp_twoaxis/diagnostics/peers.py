@@ -10,7 +10,7 @@ from torch import Tensor
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.scores import local
 from tp_twoaxis.scores.hull import Hulls, greedy_hulls
-from tp_twoaxis.scores.registry import capture, target_excess, task_mi
+from tp_twoaxis.scores.named_scores import capture, target_excess, task_mi
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 PEERS = 8  # of a replacement (paper, appendix K.2)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tp_twoaxis.diagnostics.ranks import FEWEST_CHANNELS, chosen, rank_correlation, scores_of
+from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, chosen, rank_correlation, scores_of
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.scores.registry import Score
-from tp_twoaxis.statistics.mixture import LayerMixture
+from tp_twoaxis.scores.named_scores import Score
+from tp_twoaxis.statistics.resampling import LayerMixture
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 
@@ -31,7 +31,7 @@ class LayerReliability:
         reliability: the same between two sets as large as this one, in [0, 1], by the Spearman-Brown formula;
             its square root is the correlation with a set without end.
         images_needed: images at which the reliability reaches the target; None where the halves do not agree at
-            all, so that nothing can be said.
+            all, so that it is unknown.
         enough: whether it does with these.
     """
 
@@ -50,7 +50,7 @@ class CalibrationSize:
     Attributes:
         score: the score's name.
         images: in all shards together.
-        target: reliability asked for.
+        target: the reliability to reach.
         layers: one entry a layer.
     """
 
@@ -74,7 +74,7 @@ class CalibrationSize:
 
     @property
     def images_needed(self) -> int | None:
-        """Images at which every judged layer would reach the target, or None where that cannot be said."""
+        """Images at which every judged layer would reach the target, or None where that is unknown."""
         needed = [layer.images_needed for layer in self.judged]
         known = [count for count in needed if count is not None]
         return max(known) if known and len(known) == len(needed) else None
@@ -159,7 +159,7 @@ def calibration_is_enough(
     seed: int = 0,
     progress: bool = True,
 ) -> CalibrationSize:
-    """Ask whether another calibration set of this size would rank the channels alike.
+    """Find out whether another calibration set of this size would rank the channels alike.
 
     The shards are split into two halves, each half is scored, and the channels' ranks are correlated; the mean over
     many splits is the reliability of half the images. The Spearman-Brown formula carries it over to all of them, and

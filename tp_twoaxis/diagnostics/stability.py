@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tp_twoaxis.diagnostics.ranks import FEWEST_CHANNELS, chosen, lowest_overlap, rank_correlation, scores_of
+from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, chosen, lowest_overlap, rank_correlation, scores_of
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.scores.registry import Score
-from tp_twoaxis.statistics.mixture import LayerMixture
+from tp_twoaxis.scores.named_scores import Score
+from tp_twoaxis.statistics.resampling import LayerMixture
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 LOWEST_SHARE = 0.3
@@ -100,7 +100,7 @@ def score_stability(
     """Bootstrap a score over calibration shards (Efron 1979; percentile intervals).
 
     A resample takes as many shards as there are, with replacement, and scores the merged statistics; nothing is
-    run through the model again. The intervals say what the images decide: the model, its weights and the target
+    run through the model again. The intervals show what the images decide: the model, its weights and the target
     are taken as given. Few shards make them too narrow: with S shards the bootstrap's variance is ``(S - 1) / S``
     of the right one, and its tails are a normal's.
 

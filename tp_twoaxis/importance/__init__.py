@@ -1,8 +1,20 @@
-"""Scores as Torch-Pruning importances."""
+"""Criteria: scores as Torch-Pruning importances, and the one way to find and build them."""
 
-from tp_twoaxis.importance.anticipating import AnticipatingImportance
-from tp_twoaxis.importance.cap import CapQGWImportance
+from tp_twoaxis.importance import criteria as _criteria  # noqa: F401  # fills the registry
+from tp_twoaxis.importance.cap_qgw import CapQGWImportance
+from tp_twoaxis.importance.criterion import Criterion, Importance, PruningState
 from tp_twoaxis.importance.hybrid import HybridImportance
+from tp_twoaxis.importance.registry import (
+    CRITERIA,
+    FAMILIES,
+    as_criterion,
+    criterion_names,
+    expand_criteria,
+    find_criterion,
+    layer_score,
+    make_importance,
+)
+from tp_twoaxis.importance.repair_aware import AnticipatingImportance
 from tp_twoaxis.importance.two_axis import (
     HullImportance,
     LocalImportance,
@@ -11,11 +23,22 @@ from tp_twoaxis.importance.two_axis import (
 )
 
 __all__ = [
+    "CRITERIA",
+    "FAMILIES",
     "AnticipatingImportance",
     "CapQGWImportance",
+    "Criterion",
     "HullImportance",
     "HybridImportance",
+    "Importance",
     "LocalImportance",
+    "PruningState",
     "TargetImportance",
     "TwoAxisImportance",
+    "as_criterion",
+    "criterion_names",
+    "expand_criteria",
+    "find_criterion",
+    "layer_score",
+    "make_importance",
 ]

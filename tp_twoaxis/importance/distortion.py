@@ -1,4 +1,4 @@
-"""What a network's logits lose when channels leave and the layers that read them are mended: measured, not modelled."""
+"""How far a network's logits move when channels leave and their consumers are refitted: measured, not modelled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
-from tp_twoaxis.batches import image_batches
-from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.calibration import forward_logits
+from tp_twoaxis.reconstruction.affine import absorb_into_weight, affine_reconstruction, ridge_for
+from tp_twoaxis.reconstruction.patches import fits, patch_rows, patch_size, positions_for
+from tp_twoaxis.runtime.batches import image_batches
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.layers import blocks_of, channel_axis, weight_blocks
+from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.weights import add_bias, cannot_refit, write_weight
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -40,13 +44,13 @@ class Patches:
 
 
 class Distortion:
-    """The dense network, some images, and its logits for them; told which inputs are missing, it measures.
+    """Measures the distortion of a dense network's logits for given missing inputs of its layers, on a few images.
 
-    A missing input of a layer is replaced by its best affine prediction from the inputs that stay, as the ``ridge``
-    repair would fold it, or, with moments of the layer's patches, by the least squares over patches that ``patch``
+    A missing input of a layer is replaced by its best affine prediction from the inputs that remain, as the ``ridge``
+    repair does it, or, with moments of the layer's patches, by the least squares over patches that ``patch``
     repair uses; nothing is removed, no weight changes for longer than a call. The **distortion** is the logits' mean
     squared distance from the dense network's, relative to their variance over the images: 0 where nothing changes, 1
-    where the logits say no more than their mean, more where they mislead. Unlike a divergence between the predicted
+    where the logits hold no more than their mean, more where they mislead. Unlike a divergence between the predicted
     classes it does not vanish for a network that is sure of every calibration image.
 
     Copies of an object share the network, the images and all that was measured.
@@ -109,7 +113,7 @@ class Distortion:
         return self
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Give what was computed under a key, for all copies; it must not be changed."""
+        """Return what was computed under a key, once for all copies; it must not be changed."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
@@ -121,9 +125,6 @@ class Distortion:
         Layers of one tap are left out, for the statistics know them; and those whose patches are too large, whose
         channels do not all mix.
         """
-        # the package that repairs is built on importances
-        from tp_twoaxis.pruning.repair.patch import patch_rows, patch_size, positions_for
-
         moments: dict[str, CoMoments] = {}
         count = sum(map(len, self._batches))
 
@@ -147,7 +148,7 @@ class Distortion:
             self._logits()
         found = {}
         for name, taken in moments.items():
-            covariance = taken.mirror().covariance
+            covariance = taken.symmetrize().covariance
             found[name] = Patches(taken.mean.cpu(), covariance.cpu(), taken.count)
         return found
 
@@ -157,7 +158,7 @@ class Distortion:
 
         Args:
             missing: layer name -> [C_in] bool, inputs that it has to do without.
-            patches: layer name -> moments of its patches; the other layers are mended by channels.
+            patches: layer name -> moments of its patches; the other layers are refitted by channels.
         """
         with ExitStack() as stack:
             for name, inputs in missing.items():
@@ -171,23 +172,24 @@ class Distortion:
         return float((logits - self._dense).square().sum(1).mean()) / self._power
 
     def _logits(self) -> Tensor:
-        with torch.no_grad(), preserved_rng(), evaluating(self.network):
-            return torch.cat([forward_logits(self.network, images, 0).double() for images in self._batches])
+        with forward_pass(self.network, self._batches, what="anticipate") as run:
+            return torch.cat([run.logits(batch).double() for batch in run.batches])
 
     def _refit(self, name: str, missing: Tensor, patches: Patches) -> Callable[[], None]:
-        """Write the best weights without some inputs into a layer; give what puts its own back."""
-        from tp_twoaxis.pruning.repair.fold import affine_fold, fold_weight, ridge_for
-        from tp_twoaxis.pruning.repair.weights import add_bias, read_weight, write_weight
-
+        """Write the best weights without some inputs into a layer; returns what puts its own back."""
         layer = self.layers[name]
         old = layer.weight, layer.bias
-        weight = read_weight(layer)[0].double().cpu()  # [O, C_in, taps]
+        weight = weight_blocks(layer)[0].double().cpu()  # [O, C_in, taps]
         gone = missing.cpu().repeat_interleave(weight.shape[2])
-        fold = affine_fold(patches.mean, patches.covariance, gone, ridge=ridge_for(patches.rows, len(gone)))
+        reconstruction = affine_reconstruction(
+            patches.mean, patches.covariance, gone, ridge=ridge_for(patches.rows, len(gone))
+        )
         flat = weight.flatten(1)
         new = torch.zeros_like(flat)
-        folded, shift = fold_weight(flat[..., None], fold)  # every number of a patch is an input of one tap
-        new[:, fold.kept] = folded[..., 0]
+        absorbed, shift = absorb_into_weight(
+            flat[..., None], reconstruction
+        )  # every number of a patch is an input of one tap
+        new[:, reconstruction.kept] = absorbed[..., 0]
         write_weight(layer, new)
         add_bias(layer, shift, None)
 
@@ -199,8 +201,6 @@ class Distortion:
     def _predict(self, name: str, missing: Tensor) -> Callable[..., Any]:
         """Make a hook that replaces missing inputs by their prediction; where none was recorded, by zeros."""
         # the package that repairs is built on importances
-        from tp_twoaxis.pruning.repair.fold import affine_fold, ridge_for
-
         layer = self.layers[name]
         entry = self.stats.layers.get(name)
         parameter = next(layer.parameters())
@@ -208,18 +208,18 @@ class Distortion:
         gone = missing.nonzero()[:, 0].to(parameter.device)
         weights, shift = None, None
         if entry is not None and entry.inputs is not None:
-            fold = affine_fold(
+            reconstruction = affine_reconstruction(
                 entry.input_mean, entry.input_covariance, missing, ridge=ridge_for(entry.num_input_rows, len(missing))
             )
-            weights, shift = fold.weights.to(parameter), fold.shift.to(parameter)
-        axis = 1 if isinstance(layer, _ConvNd) else -1
+            weights, shift = reconstruction.weights.to(parameter), reconstruction.shift.to(parameter)
+        axis = channel_axis(layer)
         read = 3 if isinstance(layer, nn.MultiheadAttention) else 1  # query, key, value
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            changed = [mended(x) for x in inputs[:read]]
+            changed = [completed(x) for x in inputs[:read]]
             return (*changed, *inputs[read:]), named
 
-        def mended(x: Tensor) -> Tensor:
+        def completed(x: Tensor) -> Tensor:
             x = x.movedim(axis, -1)
             known = x.index_select(-1, kept)
             predicted = known.new_zeros(*known.shape[:-1], len(gone))
@@ -232,9 +232,6 @@ class Distortion:
 
 def _has_patches(layer: nn.Module) -> bool:
     """Whether a layer is a convolution of several taps that mixes all its channels, and its patch small enough."""
-    from tp_twoaxis.pruning.repair.patch import fits
-    from tp_twoaxis.pruning.repair.weights import blocks_of, cannot_fold, read_weight
-
-    if not isinstance(layer, _ConvNd) or cannot_fold(layer) is not None or blocks_of(layer) > 1:
+    if not isinstance(layer, _ConvNd) or cannot_refit(layer) is not None or blocks_of(layer) > 1:
         return False
-    return read_weight(layer).shape[-1] > 1 and fits(layer)
+    return weight_blocks(layer).shape[-1] > 1 and fits(layer)

@@ -1,43 +1,43 @@
-"""Two importances in one: the first says how many channels each group loses, the second which."""
+"""Two importances in one: the first decides how many channels each group loses, the second which."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from tp_twoaxis.dependency.groups import root_name, root_size
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.entry import Importance
-from tp_twoaxis.importance.groups import root_size
-from tp_twoaxis.importance.renewal import Interim, renewed, told
+from tp_twoaxis.importance.criterion import Importance, PruningState, criterion_from_importance
+from tp_twoaxis.importance.registry import make_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.scores.ranks import hand_out
+from tp_twoaxis.scores.quantiles import assign_by_rank
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 
 class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
     """The allocation of one importance with the ranking of another.
 
-    Inside each group the sorted values of the allocation are handed out in the order of the ranking: the group's
+    Inside each group the sorted values of the allocation are assigned in the order of the ranking: the group's
     largest value goes to its highest ranked channel. A global threshold then removes as many channels of every group
     as the allocation alone would, and those that the ranking puts last (the paper's hybrid: Taylor decides how
     many, the local axis which). Equal ranks go by the allocation's own value.
 
-    With the host's Taylor as allocation and capture as ranking, two CIFAR-10 ResNet-20 (conv shortcuts / option A) keep
-    60.1 / 64.4 % at half the MACs where capture alone keeps 58.0 / 65.5 %; protocol:
+    With Torch-Pruning's Taylor as allocation and capture as ranking, two CIFAR-10 ResNet-20 (conv shortcuts / option A)
+    keep 60.1 / 64.4 % at half the MACs where capture alone keeps 58.0 / 65.5 %; protocol:
     :mod:`~tp_twoaxis.scores.composite`.
 
     The exact numbers hold for groups whose channels leave one by one. Where they leave in blocks (grouped
-    convolutions, ``round_to``), the planner averages over a block after the values were handed out.
+    convolutions, ``round_to``), the planner averages over a block after the values were assigned.
 
     Args:
-        allocation: an importance, ours or the host's, or a name in ``tp_twoaxis.importance.registry.IMPORTANCES``.
+        allocation: an importance, ours or Torch-Pruning's, or a criterion expression.
             Its normalisation is the hybrid's.
-        ranking: likewise; only its order counts, so its normalisation does not.
+        ranking: the same for the order; only that counts, so its normalisation does not.
         stats: for names that need statistics.
         model: for names that need gradients: they are gathered here and **stay on the model**, as with
             :func:`~tp_twoaxis.importance.registry.make_importance`.
@@ -65,9 +65,6 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module | None = None,
         loader: Iterable[Any] | None = None,
     ) -> None:
-        # the registry offers this class by name, so it cannot be imported from there while that module loads
-        from tp_twoaxis.importance.registry import make_importance
-
         def build(what: str | Importance) -> Importance:
             if not isinstance(what, str):
                 return what
@@ -85,17 +82,17 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
         ours = (getattr(part, "stats", None) for part in (self.ranking, self.allocation))
         return next((stats for stats in ours if stats is not None), None)
 
-    def told(self, interim: Interim) -> HybridImportance:
-        """Copy the hybrid for a network from which earlier steps removed channels."""
-        return self._of(told, interim)
+    @property
+    def is_ready(self) -> bool:
+        """Whether both parts can rank as they are."""
+        return all(getattr(part, "is_ready", True) for part in (self.allocation, self.ranking))
 
-    def renewed(self, interim: Interim) -> HybridImportance:
-        """Copy the hybrid for the next step of pruning, each part renewed; this one stays as it is."""
-        return self._of(renewed, interim)
-
-    def _of(self, change: Callable[[Importance, Interim], Importance], interim: Interim) -> HybridImportance:
+    def build(self, state: PruningState) -> HybridImportance:
+        """Copy the hybrid for a network as it is now, each part built anew; this one stays as it is."""
         made = copy.copy(self)
-        made.allocation, made.ranking = change(self.allocation, interim), change(self.ranking, interim)
+        made.allocation, made.ranking = (
+            criterion_from_importance(part).build(state) for part in (self.allocation, self.ranking)
+        )
         return made
 
     @torch.no_grad()
@@ -111,9 +108,9 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
                 got = f"shape {shape}" if shape != [root_size(group)] else "values that are not finite"
                 raise TwoAxisError(
                     f"{role} {_name(what)}: expected {root_size(group)} finite scores for the group of "
-                    f"{group[0].dep.target.name}, got {got}"
+                    f"{root_name(group)}, got {got}"
                 )
-        return hand_out(values.detach().double().cpu(), ranking.detach().double().cpu()).float()
+        return assign_by_rank(values.detach().double().cpu(), ranking.detach().double().cpu()).float()
 
 
 def _name(importance: Importance) -> str:

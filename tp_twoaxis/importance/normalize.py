@@ -1,4 +1,4 @@
-"""Make the scores of different groups comparable, with the host's names for how."""
+"""Make the scores of different groups comparable, with Torch-Pruning's names for how."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, check_name
 
 Normalizer = str | Callable[[Tensor], Tensor] | None
 
 _SIGNED = "'softmax', 'standarization', 'gaussian' or None"
+
+
+NAMES = ("mean", "sum", "max", "lamp", "softmax", "standarization", "gaussian")
+
+
+def check_normalizer(normalizer: Normalizer) -> None:
+    """Refuse a normaliser that is not there, before anything is computed.
+
+    Raises:
+        TwoAxisError: the name is unknown.
+
+    Example:
+        >>> check_normalizer("sentinel_0.5")
+    """
+    if normalizer is None or callable(normalizer) or _sentinel_share(normalizer) is not None:
+        return
+    check_name("normalizer", normalizer, NAMES, more=", 'sentinel_q' with 0 <= q < 1, None or a function")
 
 
 def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
@@ -76,14 +93,16 @@ def _divisor(scores: Tensor, normalizer: str) -> Tensor:
         ordered, order = scores.sort(stable=True)
         remaining = ordered.flip(0).cumsum(0).flip(0)
         return torch.empty_like(scores).scatter_(0, order, remaining)
-    if normalizer.startswith("sentinel_"):
-        try:
-            share = float(normalizer.removeprefix("sentinel_"))
-        except ValueError:
-            share = -1.0
-        if 0.0 <= share < 1.0:
-            return scores.sort().values[int(share * len(scores))] + 1e-8
-    raise TwoAxisError(
-        "normalizer: expected 'mean', 'sum', 'max', 'lamp', 'sentinel_q' with 0 <= q < 1, "
-        f"{_SIGNED} or a function, got {normalizer!r}"
-    )
+    share = _sentinel_share(normalizer)
+    if share is None:
+        check_normalizer(normalizer)
+        raise AssertionError(normalizer)
+    return scores.sort().values[int(share * len(scores))] + 1e-8
+
+
+def _sentinel_share(normalizer: str) -> float | None:
+    try:
+        share = float(normalizer.removeprefix("sentinel_"))
+    except ValueError:
+        return None
+    return share if normalizer.startswith("sentinel_") and 0.0 <= share < 1.0 else None

@@ -1,103 +1,170 @@
-"""Every criterion by name: ours, and the baselines to compare with."""
+"""One way to a criterion: every command and function that takes an expression finds it here."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
-from functools import partial
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.anticipating import AnticipatingImportance
-from tp_twoaxis.importance.baseline_registry import BASELINES
-from tp_twoaxis.importance.cap import CapQGWImportance
-from tp_twoaxis.importance.entry import Importance, ImportanceEntry, option_names, requires
-from tp_twoaxis.importance.hybrid import HybridImportance
-from tp_twoaxis.importance.spec import parse_spec
-from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.scores.registry import SCORES
-from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.importance.criterion import (
+    Axis,
+    Criterion,
+    Importance,
+    PruningState,
+    criterion_from_factory,
+    criterion_from_importance,
+    parse_expression,
+)
+from tp_twoaxis.runtime.factories import load_attribute
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, Score
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
-
-def _ours(name: str) -> ImportanceEntry:
-    score = SCORES[name]
-    own = option_names(score.function)
-
-    def build(stats: CalibrationStatistics, **options: Any) -> TwoAxisImportance:
-        of_score = {option: options.pop(option) for option in own if option in options}
-        made = partial(score.function, **of_score) if of_score else name
-        return TwoAxisImportance(stats, made, **{"normalizer": score.normalizer, **options})
-
-    taken = (*own, *(option for option in option_names(TwoAxisImportance) if option != "score"))
-    return ImportanceEntry("stats", f"{score.summary} ({score.axis} axis)", build, score.axis, taken)
-
-
-def _hybrid(
-    stats: CalibrationStatistics,
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    max_images: int | None = 5000,
-    progress: bool = True,
-    allocation: str = "taylor",
-    ranking: str = "capture",
-) -> HybridImportance:
-    given: dict[str, Any] = {"stats": stats, "model": model, "loader": loader, "max_images": max_images}
-    return HybridImportance(*(make_importance(name, progress=progress, **given) for name in (allocation, ranking)))
-
-
-IMPORTANCES: dict[str, ImportanceEntry] = {
-    **{name: _ours(name) for name in SCORES},
-    "cap-qgw": ImportanceEntry(
-        "gradient-stats",
-        "capture's quantiles in clusters, weighted by gradients",
-        CapQGWImportance,
-        "local",
-        option_names(CapQGWImportance),
-    ),
-    "anticipating": ImportanceEntry(
-        ("consumer-stats", "images"),
-        "what the logits lose for a channel's MACs once its readers are mended",
-        AnticipatingImportance,
-        "local",
-        option_names(AnticipatingImportance),
-    ),
-    "hybrid": ImportanceEntry(
-        ("stats", "labels"), "Taylor's allocation, capture's ranking", _hybrid, "both", ("allocation", "ranking")
-    ),
-    **BASELINES,
+CRITERIA: dict[str, Criterion] = {}
+"""Every criterion of the package by name; filled by :mod:`tp_twoaxis.importance.criteria`."""
+ENTRY_POINTS = "tp_twoaxis.importances"
+ALIASES = {"local": DEFAULT_SCORE, "target": "task-mi"}
+"""Short names of the default score of each axis."""
+FAMILIES: dict[str, tuple[Axis, ...]] = {
+    "all": ("local", "target", "both", "baseline"),
+    "all-local": ("local",),
+    "all-target": ("target",),
+    "all-baselines": ("baseline",),
 }
+"""Names that stand for several criteria, where several are taken. ``all-local`` are the scores of the local axis."""
 
 
-def find_importance(name: str) -> ImportanceEntry:
-    """Look a criterion up without building it.
+def find_criterion(expression: str) -> Criterion:
+    """Look a criterion up.
 
     Args:
-        name: one of :data:`IMPORTANCES`, perhaps with options: ``hull(strength=1.0)``, ``capture(normalizer='max')``;
-            see :func:`~tp_twoaxis.importance.spec.parse_spec`.
+        expression: a name in :data:`CRITERIA`; ``local`` or ``target``, the default score of an axis; the name of an
+            entry point of the group ``tp_twoaxis.importances``; or ``module:factory``. Options are written as in a
+            call: ``hull(strength=1.0)``. An entry point is a :class:`~tp_twoaxis.importance.criterion.Criterion` or a
+            factory; for factories see :func:`~tp_twoaxis.importance.criterion.criterion_from_factory`. The package's
+            own names cannot be replaced.
 
     Raises:
-        TwoAxisError: no such criterion, or no such option; the message lists all names and those near it.
+        TwoAxisError: there is no such criterion or option; the message lists the valid names and those near it.
 
     Example:
-        >>> find_importance("taylor").needs
-        'labels'
-        >>> find_importance("hull(strength=1.0)").axis
-        'local'
+        >>> find_criterion("taylor").needs, find_criterion("hull(strength=1.0)").axis
+        (('labels',), 'local')
+        >>> find_criterion("local(normalizer='max')").name
+        "norm-local(normalizer='max')"
+        >>> find_criterion("torch_pruning.pruner.importance:RandomImportance").needs
+        ()
     """
-    plain, options = parse_spec(name)
-    if plain not in IMPORTANCES:
-        near = difflib.get_close_matches(plain, IMPORTANCES, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; choose one of them"
-        raise TwoAxisError(f"score: expected one of {', '.join(IMPORTANCES)}, got {plain!r}{hint}")
-    return IMPORTANCES[plain].configured(name, options)
+    if not isinstance(expression, str):
+        raise TwoAxisError(f"criterion: expected a name, got {type(expression).__name__}; names are strings")
+    name, options = parse_expression(expression)
+    canonical = ALIASES.get(name, name)
+    expression = canonical + expression.strip()[len(name) :]
+    if canonical in CRITERIA:
+        return CRITERIA[canonical].configured(options, expression)
+    plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if canonical in plugins:
+        try:
+            made = plugins[canonical].load()
+        except Exception as error:  # another package's import may raise anything
+            raise TwoAxisError(
+                f"criterion {expression!r}: its entry point {plugins[canonical].value} does not load "
+                f"({type(error).__name__}: {error}); repair or uninstall that package"
+            ) from error
+    elif ":" in canonical:
+        made = load_attribute(
+            canonical, "criterion", otherwise=f"names without a colon are {', '.join(criterion_names())}"
+        )
+    else:
+        check_name("criterion", name, [*criterion_names(), *ALIASES], more=" or module:factory")
+    if isinstance(made, Criterion):
+        return made.configured(options, expression)
+    return criterion_from_factory(expression, made, options)
+
+
+def as_criterion(importance: str | Criterion | Importance) -> Criterion:
+    """Take what users give to rank channels by: an expression, a criterion, or an importance.
+
+    Raises:
+        TwoAxisError: it is none of these.
+
+    Example:
+        >>> as_criterion("local").name, as_criterion(lambda group: 1.0).name
+        ('norm-local', 'function')
+    """
+    if isinstance(importance, str):
+        return find_criterion(importance)
+    return importance if isinstance(importance, Criterion) else criterion_from_importance(importance)
+
+
+def criterion_names() -> list[str]:
+    """List the criteria that have a name: the package's, then those of installed entry points.
+
+    Example:
+        >>> criterion_names()[:2]
+        ['capture', 'variance']
+    """
+    return list(dict.fromkeys([*CRITERIA, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
+
+
+def expand_criteria(expressions: Iterable[str]) -> list[str]:
+    """Replace families by their members, and check every name.
+
+    Args:
+        expressions: as of :func:`find_criterion`, or names in :data:`FAMILIES`.
+
+    Returns:
+        Canonical expressions, each once, in the order given.
+
+    Raises:
+        TwoAxisError: an unknown name.
+
+    Example:
+        >>> expand_criteria(["local", "all-target", "task-mi"])[:3]
+        ['norm-local', 'task-mi', 'target-redundancy']
+    """
+    found: dict[str, None] = {}
+    for expression in expressions:
+        if expression in FAMILIES:
+            found |= dict.fromkeys(_family(expression))
+        else:
+            found[find_criterion(expression).name] = None
+    return list(found)
+
+
+def _family(name: str) -> list[str]:
+    if name == "all":
+        return criterion_names()
+    # criteria that look at more than the layer itself belong to no axis' family of scores
+    return [
+        key for key, c in CRITERIA.items() if c.axis in FAMILIES[name] and (c.axis == "baseline" or c.score is not None)
+    ]
+
+
+def layer_score(expression: str) -> Score:
+    """Look up a criterion that scores the channels of a single layer from its statistics.
+
+    Raises:
+        TwoAxisError: there is no such criterion, or it ranks groups only.
+
+    Example:
+        >>> layer_score("capture").__name__
+        'capture'
+    """
+    criterion = find_criterion(expression)
+    if criterion.score is None:
+        scores = [name for name, entry in CRITERIA.items() if entry.score is not None]
+        raise TwoAxisError(
+            f"score: expected one that a layer's statistics are enough for ({', '.join(scores)}), got {expression!r}, "
+            "which ranks whole groups; choose one of these"
+        )
+    return criterion.score
 
 
 def make_importance(
-    name: str,
+    expression: str,
     *,
     stats: CalibrationStatistics | None = None,
     model: nn.Module | None = None,
@@ -113,11 +180,11 @@ def make_importance(
     model's activations or gradients leaves it as it was.
 
     Args:
-        name: one of :data:`IMPORTANCES`, perhaps with options in parentheses, see :func:`find_importance`.
-        stats: calibration statistics, for entries that need them; without, they are gathered here from
+        expression: see :func:`find_criterion`.
+        stats: calibration statistics, for criteria that need them; without, they are gathered here from
             ``model`` and ``loader``.
         model: the model to prune.
-        loader: yields ``(images, labels)``; labels are not used by entries that need ``"images"``.
+        loader: yields ``(images, labels)``; labels are not used by criteria that need ``"images"``.
         seed: of ``random``; the others do not use it.
         max_images: gather from at most this many images; None reads the loader to its end.
         progress: show progress bars on stderr.
@@ -136,89 +203,5 @@ def make_importance(
         >>> make_importance("capture", model=net, loader=[torch.randn(64, 8)], progress=False)
         TwoAxisImportance(score='capture', normalizer='mean')
     """
-    entry = find_importance(name)
-    return build_importance(
-        name, entry, stats=stats, model=model, loader=loader, seed=seed, max_images=max_images, progress=progress
-    )
-
-
-def build_importance(
-    name: str,
-    entry: ImportanceEntry,
-    *,
-    stats: CalibrationStatistics | None = None,
-    model: nn.Module | None = None,
-    loader: Iterable[Any] | None = None,
-    seed: int = 0,
-    max_images: int | None = 5000,
-    progress: bool = True,
-) -> Importance:
-    """Build a criterion that :func:`make_importance` need not know by name, and gather first what it needs.
-
-    Args:
-        name: for messages.
-        entry: the criterion.
-        stats: see :func:`make_importance`.
-        model: likewise.
-        loader: likewise.
-        seed: likewise.
-        max_images: read at most this many; None reads the loader to its end.
-        progress: show progress bars on stderr.
-
-    Raises:
-        TwoAxisError: what the criterion needs is not given.
-
-    Example:
-        >>> import torch_pruning as tp
-        >>> entry = ImportanceEntry("none", "an entry point's", tp.importance.MagnitudeImportance)
-        >>> type(build_importance("mine", entry)).__name__
-        'MagnitudeImportance'
-    """
-    given: list[Any] = []
-    options: dict[str, Any] = {"seed": seed} if entry.seeded else {}
-    if requires(entry.needs, "stats"):
-        given.append(_statistics(name, entry, stats, model, loader, max_images, progress))
-    if requires(entry.needs, "labels") or requires(entry.needs, "images"):
-        what = "model=... and loader=..." + (" with labels" if requires(entry.needs, "labels") else "")
-        given += _required(name, model, loader, what)
-        options |= {"max_images": max_images, "progress": progress}
-    return entry.build(*given, **options)
-
-
-def _statistics(
-    name: str,
-    entry: ImportanceEntry,
-    stats: CalibrationStatistics | None,
-    model: nn.Module | None,
-    loader: Iterable[Any] | None,
-    max_images: int | None,
-    progress: bool,
-) -> CalibrationStatistics:
-    """Give the statistics that a criterion needs: those at hand, or new ones."""
-    gradients, consumers = requires(entry.needs, "gradient-stats"), requires(entry.needs, "consumer-stats")
-    asked = ", gradients=True" * gradients + ", consumers=True" * consumers
-    if stats is None:
-        labels = " with labels" if gradients else ""
-        what = f"stats=calibrate(model, loader{asked}), or model=... and loader=...{labels}"
-        network, images = _required(name, model, loader, what)
-        return calibrate(
-            network, images, max_images=max_images, gradients=gradients, consumers=consumers, progress=progress
-        )
-    lacking = ["gradients"] * (gradients and not stats.has_gradients) + ["consumers"] * (
-        consumers and not stats.consumers
-    )
-    if lacking:
-        raise TwoAxisError(
-            f"importance {name!r}: expected statistics with {' and '.join(lacking)}, got some without; gather them "
-            f"with calibrate(model, loader{asked})"
-            + (" or tp-twoaxis calibrate --gradients, which need labels" if gradients else "")
-        )
-    return stats
-
-
-def _required(
-    name: str, model: nn.Module | None, loader: Iterable[Any] | None, what: str
-) -> tuple[nn.Module, Iterable[Any]]:
-    if model is None or loader is None:
-        raise TwoAxisError(f"importance {name!r}: expected {what}, got neither or only one; pass them")
-    return model, loader
+    state = PruningState(model, loader, stats, max_images=max_images, seed=seed, progress=progress)
+    return find_criterion(expression).build(state)

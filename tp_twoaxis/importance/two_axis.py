@@ -6,28 +6,27 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, listing
-from tp_twoaxis.importance.groups import members, merge_repeats, model_of, readers, reduce_members, root_size
+from tp_twoaxis.dependency.groups import group_consumers, members, model_of, root_name, root_size
+from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name, listing
+from tp_twoaxis.importance.base import GroupImportance, merge_repeats, reduce_members
+from tp_twoaxis.importance.criterion import PruningState
 from tp_twoaxis.importance.normalize import Normalizer, normalize
-from tp_twoaxis.importance.renewal import Interim
-from tp_twoaxis.scores.registry import DEFAULT_SCORE, SCORES, Score, evaluate, find_score, hull_refined
-from tp_twoaxis.statistics.calibration import calibrate
-from tp_twoaxis.statistics.input_statistics import InputStatistics
-from tp_twoaxis.statistics.layer_statistics import LayerStatistics
-from tp_twoaxis.statistics.layers import CHANNEL_LAYERS, channel_layers, num_channels
+from tp_twoaxis.runtime.fingerprints import ModelFingerprints
+from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES, Score, evaluate, find_score, hull_refined
+from tp_twoaxis.statistics.layer_statistics import InputStatistics, LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Site = Literal["producer", "consumer"]
 Ours = TypeVar("Ours", bound="TwoAxisImportance")
 
 
-class Part(NamedTuple):
+class LayerPart(NamedTuple):
     """A calibrated layer that gives scores to a group: its name, its channels [n] and their root positions [n]."""
 
     name: str
@@ -35,20 +34,20 @@ class Part(NamedTuple):
     roots: Tensor
 
 
-class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
+class TwoAxisImportance(GroupImportance):
     """Any score of either axis as a Torch-Pruning importance.
 
     Drops into ``BasePruner``, ``MetaPruner``, ``GroupNormPruner`` and ``BNScalePruner``, with their
     ``global_pruning``, ``isomorphic``, ``round_to`` and ``pruning_ratio_dict``. For a group it scores calibrated
-    layers on the site asked for, reduces to the root channels, and normalises.
+    layers on the chosen site, reduces to the root channels, and normalises.
 
     - ``site="producer"``: what every layer that writes the group's channels writes, before BatchNorm, activation
       and addition. A residual stream has several producers, and none of them sees their sum.
-    - ``site="consumer"``: what the convolutions and linear layers that read the channels are given, after BatchNorm,
-      activation and addition: the tensor that the producers make together. It needs ``calibrate(consumers=True)``,
-      and a score of means, variances and correlations. Features behind a flattening layer are averaged over
-      each channel; around a depthwise convolution the projection reads; in a pre-norm transformer the stream is read
-      behind LayerNorm, so its scale is the norm's. A group that nobody reads is declined: the host leaves it whole.
+    - ``site="consumer"``: the input of the convolutions and linear layers that read the channels, after BatchNorm,
+      activation and addition: the tensor that the producers make together. It needs ``calibrate(consumers=True)``, and
+      a score of means, variances and correlations. Features behind a flattening layer are averaged over each channel;
+      around a depthwise convolution the projection reads; in a pre-norm transformer the stream is read behind
+      LayerNorm, so its scale is the norm's. A group without consumers is declined: Torch-Pruning leaves it whole.
 
     The default is the best of what was measured on two CIFAR-10 ResNet-20s (``benchmarks/coupled_groups.py``): accuracy
     on held-out training images with 0.7, 0.5 and 0.35 of the MACs kept and BatchNorm re-estimated, mean of the three
@@ -77,21 +76,22 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
         score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps. Why the
-            default is what it is: :data:`~tp_twoaxis.scores.registry.DEFAULT_SCORE`. It suits neither the
-            consumer's site nor normalisers that divide. A score with a parameter ``removed`` is told the share of the
-            layer's channels that earlier steps removed, see :meth:`told`.
+            default is what it is: :data:`~tp_twoaxis.scores.named_scores.DEFAULT_SCORE`. It suits neither the
+            consumer's site nor normalisers that divide. A score with a parameter ``removed`` gets the
+            share of the layer's channels that earlier steps removed, see :meth:`with_removed`.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
-        normalizer: the host's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
+        normalizer: Torch-Pruning's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
             that ``SCORES`` has beside the score, and ``"mean"`` for functions.
         site: ``producer`` or ``consumer``: whose view of the channels is scored.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 
     Raises:
-        TwoAxisError: on a call: unknown names; a group without calibrated layers; the site's statistics were not
-            recorded, or the score asks for more than they hold.
+        TwoAxisError: here, an unknown score, reduction, normaliser or site; on a call: a group without calibrated
+            layers; the site's statistics were not recorded, or the score needs more than they hold.
         StaleStatisticsError: on a call: the model was pruned or trained after calibration.
 
     Example:
+        >>> import torch_pruning as tp
         >>> import tp_twoaxis
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 4))
         >>> loader = [(torch.randn(32, 3, 8, 8), torch.randint(4, (32,)))]
@@ -104,6 +104,9 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         (8, 4)
     """
 
+    axis: ClassVar[str | None] = None
+    """The axis that a score given by name must be of; None takes any."""
+
     def __init__(
         self,
         stats: CalibrationStatistics,
@@ -114,15 +117,18 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         site: Site = "producer",
         loader: Iterable[Any] | None = None,
     ) -> None:
+        super().__init__(group_reduction=group_reduction, normalizer="mean" if normalizer == "auto" else normalizer)
+        check_name("site", site, get_args(Site))
+        if isinstance(score, str):
+            find_score(score, self.axis)
         self.stats = stats
         self.score = score
-        self.group_reduction = group_reduction
         self.normalizer = normalizer
         self.site = site
         self.loader = loader
         self._removed: Mapping[str, float] = {}
         self._scores: dict[str, Tensor] = {}
-        self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._fingerprints: ModelFingerprints | None = None
 
     def __repr__(self) -> str:
         score = getattr(self.score, "func", self.score)
@@ -141,33 +147,30 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
             [C] float64 on the CPU; [C_in] at the consumer's site.
         """
         if name not in self._scores:
-            score: Callable[..., Tensor] = self._find(self.score) if isinstance(self.score, str) else self.score
-            if name in self._removed and _asks_for_removed(score):
+            score: Callable[..., Tensor] = find_score(self.score) if isinstance(self.score, str) else self.score
+            if name in self._removed and _takes_removed(score):
                 score = partial(score, removed=self._removed[name])
             self._scores[name] = evaluate(score, self.layer_statistics(name))
         return self._scores[name]
 
-    def told(self: Ours, interim: Interim) -> Ours:
+    def with_removed(self: Ours, removed: Mapping[str, float]) -> Ours:
         """Copy the importance for a network from which earlier steps removed channels.
 
         Args:
-            interim: says how much of each layer is gone, at the side that is scored.
+            removed: layer -> share of its channels that is gone, on the side that is scored.
         """
         made = copy.copy(self)
-        made._removed = interim.written if self.site == "producer" else interim.read
-        made._scores, made._verified = {}, {}
+        made._removed, made._scores, made._fingerprints = removed, {}, None
         return made
 
-    def renewed(self: Ours, interim: Interim) -> Ours:
-        """Copy the importance for the next step of pruning, with new statistics; this one stays as it is.
+    def build(self: Ours, state: PruningState) -> Ours:
+        """Copy the importance for a network as it is now, with new statistics; this one stays as it is.
 
         Args:
-            interim: the network; its loader counts where this importance has none of its own.
+            state: the network; its loader counts where this importance has none of its own.
         """
-        made = self.told(interim)
-        made.stats = interim.recalibrated(
-            self.stats, gradients=self.stats.has_gradients, consumers=self.stats.consumers, loader=self.loader
-        )
+        made = self.with_removed(state.removed_outputs if self.site == "producer" else state.removed_inputs)
+        made.stats = state.like(self.stats, self.loader).statistics(*self.stats.extras)
         return made
 
     @torch.no_grad()
@@ -178,40 +181,40 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
             group: a ``torch_pruning`` group, full or partial.
 
         Returns:
-            [len(group[0].idxs)] float32 on the CPU, finite; None at the consumer's site for a group without readers.
+            [len(group[0].idxs)] float32 on the CPU, finite; None at the consumer's site for a group without consumers.
         """
-        size, parts = root_size(group), self._parts(group)
+        size, parts = root_size(group), self._layer_parts(group)
         return normalize(self._root_scores(parts, size), self._normalizer).float() if parts else None
 
-    def _parts(self, group: Any) -> list[Part]:
-        """Find the calibrated layers that give scores to a group; the statistics are then not stale."""
-        if self.site not in ("producer", "consumer"):
-            raise TwoAxisError(f"site: expected 'producer' or 'consumer', got {self.site!r}")
+    def _layer_parts(self, group: Any) -> list[LayerPart]:
+        """Find the calibrated layers that give scores to a group, and check that the statistics hold for them."""
         model = model_of(group)
         names = {layer: name for name, layer in channel_layers(model).items()}
-        written = self._producers(group, names)
-        parts = written if self.site == "producer" else self._consumers(group, names)
+        producers = self._producers(group, names)
+        parts = producers if self.site == "producer" else self._consumers(group, names)
         if parts:
-            self._check(model, list({part.name for part in [*written, *parts]}))
+            self._check(model, {part.name for part in [*producers, *parts]})
         return parts
 
-    def _producers(self, group: Any, names: dict[nn.Module, str]) -> list[Part]:
-        """List the calibrated layers that write a group's channels."""
-        producers = [m for m in members(group) if m.writes and isinstance(m.module, CHANNEL_LAYERS)]
-        known = [Part(names[m.module], m.channels, m.roots) for m in producers if names.get(m.module) in self.stats]
+    def _producers(self, group: Any, names: dict[nn.Module, str]) -> list[LayerPart]:
+        """List the calibrated producers of a group's channels."""
+        producers = [m for m in members(group) if m.is_producer and isinstance(m.module, CHANNEL_LAYERS)]
+        known = [
+            LayerPart(names[m.module], m.channels, m.roots) for m in producers if names.get(m.module) in self.stats
+        ]
         if not known and self.site == "producer":
             raise TwoAxisError(
-                f"group of {group[0].dep.target.name}: none of the layers that write its channels was calibrated "
+                f"group of {root_name(group)}: none of the layers that write its channels was calibrated "
                 f"({listing(names[m.module] for m in producers if m.module in names) or 'it has no such layer'}); "
                 "calibrate with them in layers=, or put them into ignored_layers"
             )
         return known
 
-    def _root_scores(self, parts: list[Part], size: int) -> Tensor:
+    def _root_scores(self, parts: list[LayerPart], size: int) -> Tensor:
         """Reduce the scores of a group's layers, [size] float64, before normalisation."""
         return self._reduced(parts, size, self.layer_scores)
 
-    def _reduced(self, parts: list[Part], size: int, quantity: Callable[[str], Tensor]) -> Tensor:
+    def _reduced(self, parts: list[LayerPart], size: int, quantity: Callable[[str], Tensor]) -> Tensor:
         """Reduce a quantity of layers as scores are, [size] float64."""
         scored = [(quantity(part.name)[part.channels], part.roots) for part in parts]
         if self.site == "consumer":
@@ -226,12 +229,12 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
         known = isinstance(self.score, str) and self.score in SCORES
         return SCORES[str(self.score)].normalizer if known else "mean"
 
-    def _consumers(self, group: Any, names: dict[nn.Module, str]) -> list[Part]:
-        """List the layers that read a group's channels and whose inputs were recorded."""
-        reading = [Part(names[m.module], m.channels, m.roots) for m in readers(group)]
-        known = [p for p in reading if p.name in self.stats and self.stats[p.name].inputs is not None]
+    def _consumers(self, group: Any, names: dict[nn.Module, str]) -> list[LayerPart]:
+        """List the consumers of a group's channels whose inputs were recorded."""
+        consumers = [LayerPart(names[m.module], m.channels, m.roots) for m in group_consumers(group)]
+        known = [p for p in consumers if p.name in self.stats and self.stats[p.name].inputs is not None]
         missing = root_size(group) - len({int(root) for part in known for root in part.roots})
-        if reading and missing:
+        if consumers and missing:
             advice = (
                 "record them with layers= (nn.MultiheadAttention and inputs of more than 8192 numbers cannot be), or "
                 "take site='producer' for this model"
@@ -239,16 +242,13 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
                 else "call calibrate(consumers=True)"
             )
             raise TwoAxisError(
-                f"group of {group[0].dep.target.name}: site='consumer' expects recorded inputs of the layers that read "
-                f"its channels ({listing(part.name for part in reading)}), got none for {missing} of "
+                f"group of {root_name(group)}: site='consumer' expects recorded inputs of the layers that read "
+                f"its channels ({listing(part.name for part in consumers)}), got none for {missing} of "
                 f"{root_size(group)} channels; {advice}"
             )
         return known
 
-    def _find(self, name: str) -> Score:
-        return find_score(name)
-
-    def _check(self, model: nn.Module, own: list[str]) -> None:
+    def _check(self, model: nn.Module, own: set[str]) -> None:
         try:
             self._verify(model, own)
         except StaleStatisticsError as error:
@@ -256,31 +256,18 @@ class TwoAxisImportance(tp.importance.Importance):  # type: ignore[misc]
                 raise StaleStatisticsError(
                     f"{error}, or build the importance with loader=... to recalibrate between steps"
                 ) from None
-            self.stats = calibrate(
-                model,
-                self.loader,
-                target=self.stats.target,
-                layers=self.stats,
-                gradients=self.stats.has_gradients,
-                consumers=self.stats.consumers,
-                progress=False,
-            )
-            self._scores, self._verified = {}, {}
+            state = PruningState(model, self.loader, progress=False).like(self.stats)
+            self.stats = state.statistics(*self.stats.extras)
+            self._scores, self._fingerprints = {}, None
             self._verify(model, own)
 
-    def _verify(self, model: nn.Module, own: list[str]) -> None:
-        layers = channel_layers(model)
-        for name, entry in self.stats.layers.items():
-            layer = layers.get(name)
-            version = None if layer is None else tuple((id(p), p._version) for p in layer.parameters())
-            unchanged = version is not None and self._verified.get(name) == version
-            # hashing weights costs a pass over them: the group's own layers always, others when their version moved
-            if layer is None or name in own or not unchanged or num_channels(layer) != entry.num_channels:
-                self.stats.verify(model, [name])
-                self._verified[name] = version or ()
+    def _verify(self, model: nn.Module, own: set[str]) -> None:
+        self._fingerprints = self._fingerprints or self.stats.fingerprints()
+        # hashing weights costs a pass over them: the group's own layers always, others when their version moved
+        self._fingerprints.verify(model, [model.get_submodule(name) for name in own])
 
 
-def _asks_for_removed(score: Score) -> bool:
+def _takes_removed(score: Score) -> bool:
     if isinstance(score, partial) and "removed" in score.keywords:
         return False  # it was set by hand
     try:
@@ -299,8 +286,7 @@ class LocalImportance(TwoAxisImportance):
         LocalImportance(score='norm-local', normalizer='softmax')
     """
 
-    def _find(self, name: str) -> Score:
-        return find_score(name, axis="local")
+    axis: ClassVar[str | None] = "local"
 
 
 class TargetImportance(TwoAxisImportance):
@@ -313,11 +299,10 @@ class TargetImportance(TwoAxisImportance):
         TargetImportance(score='task-mi', normalizer='mean')
     """
 
+    axis: ClassVar[str | None] = "target"
+
     def __init__(self, stats: CalibrationStatistics, score: str | Score = "task-mi", **options: Any) -> None:
         super().__init__(stats, score, **options)
-
-    def _find(self, name: str) -> Score:
-        return find_score(name, axis="target")
 
 
 class HullImportance(TwoAxisImportance):

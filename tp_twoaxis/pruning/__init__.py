@@ -1,8 +1,8 @@
 """Importance in, smaller model out."""
 
-from tp_twoaxis.pruning.apply import prune_to_flops
 from tp_twoaxis.pruning.checkpoint import load_pruned, save_pruned
-from tp_twoaxis.pruning.report import PruningReport
+from tp_twoaxis.pruning.prune import prune_to_flops
+from tp_twoaxis.pruning.pruning_report import PruningReport
 from tp_twoaxis.pruning.selection import select_score
 from tp_twoaxis.pruning.selection_result import SelectionResult
 

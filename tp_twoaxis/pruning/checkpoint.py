@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis import files
-from tp_twoaxis.borrow import preserved_rng, unwrap
+from tp_twoaxis.dependency.attention import SCALES
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
-from tp_twoaxis.pruning.attention import SCALES
+from tp_twoaxis.runtime import serialization
+from tp_twoaxis.runtime.model_state import fork_rng, unwrap
 
 FORMAT = "tp-twoaxis/pruned"
 VERSION = 2  # 2: scales of attention
@@ -84,7 +84,7 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
             dense = torch.empty_like(value, device="meta").stride()
             if dense != tensors[name].stride():
                 strides[name] = list(dense)
-    header: files.Json = {
+    header: serialization.Json = {
         "torch": torch.__version__,
         "modules": {
             name: {"class": type(module).__name__, "attributes": _structure(module)}
@@ -95,7 +95,7 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
         "strides": strides,
         "report": None if report is None else report.to_json(),
     }
-    files.write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
+    serialization.write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         >>> read_header(path)["modules"]
         {'': {'class': 'Linear', 'attributes': {'in_features': 4, 'out_features': 2}}}
     """
-    return files.read_header(path, kind=FORMAT, version=VERSION)
+    return serialization.read_header(path, kind=FORMAT, version=VERSION)
 
 
 def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Module:
@@ -150,8 +150,8 @@ def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
             "model_factory: expected a function that builds the dense network, got "
             f"{type(model_factory).__name__}; give for example lambda: resnet18(num_classes=10)"
         )
-    tensors, header = files.read_tensors(path, kind=FORMAT, version=VERSION)
-    with preserved_rng():
+    tensors, header = serialization.read_tensors(path, kind=FORMAT, version=VERSION)
+    with fork_rng():
         model = model_factory()
     if not isinstance(model, nn.Module):
         raise TwoAxisError(

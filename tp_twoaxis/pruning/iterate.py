@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from tp_twoaxis.borrow import ModelSnapshot
+from tp_twoaxis.dependency.channel_masks import PrunedChannels
+from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.pruning.composition import Removals
-from tp_twoaxis.pruning.cut import Cut, Limits, cut_to
-from tp_twoaxis.pruning.macs import ExampleInputs, MacsCount
-from tp_twoaxis.pruning.phases import timed
-from tp_twoaxis.pruning.repair import LayerLoss, RepairReport
+from tp_twoaxis.importance import Criterion, Importance, PruningState
+from tp_twoaxis.pruning.config import PruningConfig
+from tp_twoaxis.pruning.history import RemovalHistory
+from tp_twoaxis.pruning.step import prune_step
+from tp_twoaxis.repair import RepairReport
+from tp_twoaxis.runtime.model_state import ModelSnapshot
+from tp_twoaxis.runtime.timing import timed
 
 
 def step_shares(flops: float, steps: int) -> list[float]:
-    """Say what share of the dense budget each step leaves: a geometric series that ends at the target.
+    """Share of the dense budget that each step leaves: a geometric series that ends at the target.
 
     Every step then removes the same part of what is there. Equal amounts instead would take an ever larger part of
     an ever smaller network, and the last step the largest, where a choice can be corrected least (ours).
@@ -37,99 +39,102 @@ def step_shares(flops: float, steps: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PruningOutcome:
     """What came out of all steps together.
 
     Attributes:
+        importance: what ranked the channels of the dense network.
         count: MACs of the pruned network.
         achieved: share of the dense network's budget that is left.
-        removals: of all steps, in dense numbering.
-        mended: the last repair, which mends them all.
+        history: all removals, by original indices.
+        repair: the last repair, which covers all removals.
         notes: each once.
     """
 
+    importance: Importance
     count: MacsCount
     achieved: float
-    removals: Removals
-    mended: RepairReport
+    history: RemovalHistory
+    repair: RepairReport
     notes: list[str]
 
 
 def prune_in_steps(
-    network: nn.Module,
     inputs: ExampleInputs,
-    importance: Callable[[Any], Tensor],
-    limits: Limits,
+    importance: Importance,
+    criterion: Criterion,
+    state: PruningState,
+    config: PruningConfig,
     dense: MacsCount,
     seconds: dict[str, float],
-    *,
-    flops: float,
-    steps: int,
-    mend: Callable[[dict[str, LayerLoss], bool], RepairReport],
-    renew: Callable[[dict[str, LayerLoss]], Callable[[Any], Tensor]],
-    progress: bool,
-) -> Pruned:
+    repair: Callable[[dict[str, PrunedChannels], bool], RepairReport],
+) -> PruningOutcome:
     """Remove channels in one step or in several.
 
-    Between two steps the network is repaired, and the importance renewed on the repaired network. What the repair
-    wrote is then taken back and the next channels are removed from the network as it was cut, so that a repair
-    always mends all removals at once, from the dense network's weights and towards the dense network's outputs:
-    errors of repairs do not add up, and the last repair is the one that the same channels would get in one step. A
-    least-squares fold is not made worse by that: predicting what left first from what stays, or first from
+    Between two steps the network is repaired, and the criterion built anew on the repaired network. What the repair
+    wrote is then taken back and the next channels are removed from the unrepaired network, so that a repair always
+    covers all removals at once, from the dense network's weights and towards the dense network's outputs: errors of
+    repairs do not add up, and the last repair is the one that the same channels would get in one step. A
+    least-squares reconstruction is not made worse by that: predicting what left first from what stays, or first from
     what was there in between and that from what stays, is the same projection.
 
     Steps before the last stop short of their share rather than pass it, and fill no gap with cheaper channels, which
-    would use those up for a precision that nobody asked for. So if the scores of what stays never changed, several
+    would use those up for a precision that is not needed. So if the scores of what stays never changed, several
     steps would remove what one removes.
 
     Args:
-        network: changed in place; on an error the caller restores it.
-        inputs: of its forward.
+        inputs: of the network's forward.
         importance: ranks the channels of the first step.
-        limits: what every step keeps to; floors are shares of the dense groups.
+        criterion: builds the importance of later steps.
+        state: the dense network, which is changed in place; on an error the caller restores it.
+        config: what every step keeps to; floors are shares of the dense groups.
         dense: MACs of the network.
         seconds: phase -> seconds, summed over the steps.
-        flops: share of the budget to keep in the end.
-        steps: how many.
-        mend: repairs the network, given all its losses since the dense one and whether its errors will be read.
-        renew: gives an importance for the repaired network, given the same.
-        progress: show which step is running.
+        repair: repairs the network, given all channels that it lost and whether its errors will be read.
 
     Raises:
-        TwoAxisError: as of :func:`~tp_twoaxis.pruning.cut.cut_to`, ``mend`` and ``renew``; the message of a later step
-            says which.
+        TwoAxisError: as of :func:`~tp_twoaxis.pruning.step.prune_step`, of ``repair`` and of the criterion; the
+            message of a later step names it.
     """
+    network = _model_of(state)
+    first = importance
     trains = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    removals, count, bare = Removals(), dense, None
+    history, count, unrepaired = RemovalHistory(), dense, None
     notes: dict[str, None] = {}
-    with tqdm(total=steps, unit="step", leave=False, disable=not progress or steps == 1) as bar:
-        for step, share in enumerate(step_shares(flops, steps), 1):
+    steps = config.steps
+    with tqdm(total=steps, unit="step", leave=False, disable=not state.progress or steps == 1) as bar:
+        for step, share in enumerate(step_shares(config.flops, steps), 1):
             bar.set_description(f"step {step} of {steps}")
-            with _said(step, steps):
+            with _named_in_errors(step, steps):
                 if step > 1:
                     with timed(seconds, "calibrate"):
-                        # removal makes new parameters, which all train and may carry a cut of older gradients
+                        # removal makes new parameters, which all train and may carry a part of older gradients
                         network.zero_grad(set_to_none=True)
                         for name, parameter in network.named_parameters():
                             parameter.requires_grad_(trains.get(name, parameter.requires_grad))
-                        importance = renew(removals.losses)
-                cut: Cut = cut_to(
-                    network, inputs, importance, share, limits, removals, count, seconds, goal=flops, bare=bare
+                        importance = criterion.build(state.after_step(history.removed_outputs, history.removed_inputs))
+                result = prune_step(
+                    network, inputs, importance, share, config, history, count, seconds, unrepaired=unrepaired
                 )
-                removals, count = cut.removals, cut.count
-                bare = ModelSnapshot(network) if step < steps else None
+                history, count = result.history, result.count
+                unrepaired = ModelSnapshot(network) if step < steps else None
                 with timed(seconds, "repair"):
-                    mended = mend(removals.losses, step == steps)
-                for phase, time in mended.seconds.items():
+                    repaired = repair(history.masks, step == steps)
+                for phase, time in repaired.seconds.items():
                     seconds[phase] = seconds.get(phase, 0.0) + time
-            notes |= dict.fromkeys(cut.notes)
+            notes |= dict.fromkeys(result.notes)
             bar.update()
-    return Pruned(count, cut.achieved, removals, mended, list(notes))
+    return PruningOutcome(first, count, result.achieved, history, repaired, list(notes))
+
+
+def _model_of(state: PruningState) -> nn.Module:
+    assert state.model is not None
+    return state.model
 
 
 @contextmanager
-def _said(step: int, steps: int) -> Iterator[None]:
-    """Say in errors of later steps which it was."""
+def _named_in_errors(step: int, steps: int) -> Iterator[None]:
+    """Name a later step in its errors."""
     try:
         yield
     except TwoAxisError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
 
+from tp_twoaxis.dependency.cost import CostModel
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
-from tp_twoaxis.pruning.cost import CostModel
 
 # cuts that may be taken back, one at a time, to look for a closer match in networks of few channels
 BACK = 32
@@ -114,13 +115,13 @@ def make_plan(
         UnreachableTargetError: the floors, the rounding and the untouched layers cost more than the target.
 
     Example:
-        >>> from tp_twoaxis.pruning.cost import Side, Term
+        >>> from tp_twoaxis.dependency.cost import Side, Term
         >>> group = ScoredGroup("conv", np.array([3.0, 1.0, 2.0, 4.0]))
         >>> cost = CostModel([Term(100.0, (Side(4, {"conv": np.ones(4)}),))])
         >>> make_plan([group], cost, flops=0.5).removed["conv"].tolist()
         [False, True, True, False]
     """
-    _check_arguments(flops, min_keep, round_to, tolerance)
+    check_constraints(flops, min_keep, round_to, tolerance)
     dense = cost.dense if dense is None else dense
     target = flops * dense
     events = _events(groups, min_keep, round_to or 1)
@@ -179,15 +180,27 @@ def make_plan(
     return PruningPlan(removed, macs, target, dense, threshold, notes)
 
 
-def _check_arguments(flops: float, min_keep: float, round_to: int | None, tolerance: float | None) -> None:
-    if not 0.0 < flops <= 1.0:
+def check_constraints(flops: float, min_keep: float, round_to: int | None, tolerance: float | None) -> None:
+    """Check numbers before anything is computed from them; see :func:`make_plan`.
+
+    Raises:
+        TwoAxisError: one is out of range.
+
+    Example:
+        >>> check_constraints(0.5, 0.1, None, 0.01)
+    """
+    if not (_is_number(flops) and 0.0 < flops <= 1.0):
         raise TwoAxisError(f"flops: expected the share of MACs to keep, in (0, 1], got {flops!r}")
-    if not 0.0 < min_keep <= 1.0:
+    if not (_is_number(min_keep) and 0.0 < min_keep <= 1.0):
         raise TwoAxisError(f"min_keep: expected a share in (0, 1], got {min_keep!r}")
-    if round_to is not None and round_to < 1:
-        raise TwoAxisError(f"round_to: expected a positive number or None, got {round_to!r}")
-    if tolerance is not None and not tolerance > 0.0:
+    if round_to is not None and not (_is_number(round_to, Integral) and round_to > 0):
+        raise TwoAxisError(f"round_to: expected a positive whole number or None, got {round_to!r}")
+    if tolerance is not None and not (_is_number(tolerance) and tolerance > 0.0):
         raise TwoAxisError(f"tolerance: expected a positive relative distance, got {tolerance!r}")
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_Event]:

@@ -1,4 +1,4 @@
-"""Ask any importance, ours or the host's, for the scores of every group, and check what it answers."""
+"""Scores of every group from any importance, ours or Torch-Pruning's, checked."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tp_twoaxis.dependency.graph import PrunableGroup, group_key
+from tp_twoaxis.dependency.groups import root_size
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.groups import root_size
-from tp_twoaxis.pruning.graph import PrunableGroup, group_key
 from tp_twoaxis.pruning.plan import ScoredGroup
 
 
 def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) -> tuple[list[ScoredGroup], list[str]]:
     """Rank every group's channels; a group that the importance declines (None) is left whole.
 
-    Where a group shares its root layer with another, an importance is asked about the layer's channels of both, as the
-    host does, unless it has an attribute ``own_channels_only`` that is true.
+    Where a group shares its root layer with another, an importance ranks the layer's channels of both, as with
+    Torch-Pruning's pruners, unless it has an attribute ``own_channels_only`` that is true.
 
     Returns:
         The ranked groups, and a note on each declined one.
@@ -28,9 +28,9 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
     """
     scored, notes = [], []
     for group in groups:
-        asked = group.own if getattr(importance, "own_channels_only", False) else group.scored
+        ranked = group.own if getattr(importance, "own_channels_only", False) else group.scored
         try:
-            scores = importance(asked)
+            scores = importance(ranked)
         except TwoAxisError:
             raise
         except Exception as error:
@@ -41,7 +41,7 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
         if scores is None:
             notes.append(f"{group.name}: {type(importance).__name__} gave no scores, so the group stays whole")
             continue
-        size = root_size(asked)
+        size = root_size(ranked)
         if not isinstance(scores, Tensor) or scores.shape != (size,):
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise TwoAxisError(
@@ -54,7 +54,7 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
                 f"{type(importance).__name__}: expected finite scores for the group of {group.name}, "
                 "got NaN or infinity"
             )
-        place = {channel: position for position, channel in enumerate(asked[0].idxs)}
+        place = {channel: position for position, channel in enumerate(ranked[0].idxs)}
         chosen = values[[place[channel] for channel in group.channels]]
         scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.run, aligned=group.aligned))
     return scored, notes

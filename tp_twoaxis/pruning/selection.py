@@ -5,29 +5,27 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tp_twoaxis.batches import image_batches, mixed_labels
-from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
+from tp_twoaxis.dependency.attention import AttentionUnit
+from tp_twoaxis.dependency.flops import ExampleInputs
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.importance.entry import Importance, Needs, requires
-from tp_twoaxis.importance.registry import find_importance, make_importance
-from tp_twoaxis.pruning.apply import prune_to_flops
-from tp_twoaxis.pruning.attention import AttentionUnit
-from tp_twoaxis.pruning.macs import ExampleInputs
-from tp_twoaxis.pruning.repair import check_repair
+from tp_twoaxis.importance import FAMILIES, Criterion, Importance, PruningState, expand_criteria, find_criterion
+from tp_twoaxis.importance.criterion import criterion_from_factory
+from tp_twoaxis.pruning.config import PruningConfig
+from tp_twoaxis.pruning.prune import prune_to_flops
 from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, rank_candidates, tied_with_best
-from tp_twoaxis.scores.registry import LOCAL_FAMILY
-from tp_twoaxis.statistics.calibration import calibrate, forward_logits
-from tp_twoaxis.statistics.store import CalibrationStatistics
+from tp_twoaxis.repair import check_repair
+from tp_twoaxis.runtime.batches import image_batches, mixed_labels
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.model_state import fork_rng, unwrap
 
-Factory = Callable[[CalibrationStatistics], Importance]
+Factory = Callable[..., Importance]
 Batches = list[tuple[Tensor, Tensor]] | list[Tensor]
 
 
@@ -35,10 +33,10 @@ def select_score(
     model: nn.Module,
     example_inputs: ExampleInputs,
     loader: Iterable[Any],
-    candidates: Iterable[str | Factory] | Mapping[str, str | Factory] = LOCAL_FAMILY,
+    candidates: str | Iterable[str | Factory] | Mapping[str, str | Factory] = "all-local",
     *,
     flops: float | Iterable[float] = 0.5,
-    repair: Iterable[str] = ("bn",),
+    repair: str | Iterable[str] = ("bn",),
     held_out: float = 0.5,
     max_images: int | None = 5000,
     target: str | None = "margin",
@@ -52,7 +50,7 @@ def select_score(
 ) -> SelectionResult:
     """Choose a score for a network by a small sweep on held-out calibration images (the paper's practical selector).
 
-    The loader is read once and its images are dealt at random into two parts. On the first, statistics are gathered
+    The loader is read once and its images are split at random into two parts. On the first, statistics are gathered
     once for all candidates; for every candidate and share a copy of the model is pruned and repaired with the same
     images. The second part judges it. No test image is needed, and the model is not touched.
 
@@ -66,9 +64,10 @@ def select_score(
         example_inputs: as for :func:`~tp_twoaxis.prune_to_flops`.
         loader: yields ``(images, labels)`` or images, all of one shape and normalised as in training. They are held
             in memory, so that a loader that shuffles cannot mix the two parts: 5,000 images of 224 pixels take 3 GB,
-            and twice that while they are dealt.
-        candidates: names in ``tp_twoaxis.importance.registry.IMPORTANCES`` (any, not only of scores), functions
-            ``CalibrationStatistics -> importance`` such as ``HullImportance``, or a mapping of labels to either.
+            and twice that while they are split.
+        candidates: criterion expressions or families (``"all-local"``), functions ``CalibrationStatistics ->
+            importance`` such as ``HullImportance`` (called with those of ``stats``, ``model``, ``loader`` and ``seed``
+            that they have), or a mapping of labels to either.
         flops: share of the dense MACs to keep, or several.
         repair: as for ``prune_to_flops``, from the first part.
         held_out: share of the images in the second part.
@@ -79,7 +78,7 @@ def select_score(
         round_to: keep multiples of this many channels.
         attention: as for ``prune_to_flops``.
         tolerance: accepted relative distance to the target.
-        seed: of the deal, and of ``random``.
+        seed: of the split, and of ``random``.
         progress: show progress bars on stderr.
 
     Returns:
@@ -99,113 +98,110 @@ def select_score(
         >>> report = prune_to_flops(net, x, result.importance(), flops=0.5, repair=(), progress=False)
     """
     network = unwrap(model)
-    builders = _candidates(candidates)
-    shares = [float(share) for share in ([flops] if isinstance(flops, (int, float)) else flops)]
-    if not shares or not all(0.0 < share <= 1.0 for share in shares):
+    criteria = _candidates(candidates)
+    shares = list(flops) if isinstance(flops, Iterable) else [flops]
+    if not shares:
         raise TwoAxisError(f"flops: expected shares of MACs to keep, above 0 and up to 1, got {flops!r}")
-    if not 0.0 < held_out < 1.0:
-        raise TwoAxisError(f"held_out: expected a share between 0 and 1, got {held_out}; 0.5 is usual")
-    repairs = check_repair(repair, network, loader)
     names = {module: name for name, module in network.named_modules()}
     ignored = [names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in ignored_layers]
-    with preserved_rng():
-        calibration, judges = _deal_out(loader, max_images, held_out, seed, progress)
-        stats = None
-        if any(requires(builder.needs, "stats") for builder in builders.values()):
-            stats = calibrate(
-                network,
-                calibration,
-                target=target,
-                max_images=None,
-                gradients=any(requires(builder.needs, "gradient-stats") for builder in builders.values()),
-                consumers=any(requires(builder.needs, "consumer-stats") for builder in builders.values()),
-                progress=progress,
-            )
-        jury = _Jury(network, judges)
-
-        def attempt(candidate: str, share: float) -> tuple[SelectionRow, Tensor | None]:
-            start = time.perf_counter()
-            try:
-                pruned = copy.deepcopy(network)
-                importance = builders[candidate].build(stats=stats, model=pruned, loader=calibration, seed=seed)
-                report = prune_to_flops(
-                    pruned,
-                    example_inputs,
-                    importance,
-                    flops=share,
-                    repair=repairs,
-                    loader=calibration,
-                    ignored_layers=ignored,
-                    min_keep=min_keep,
-                    round_to=round_to,
-                    attention=attention,
-                    tolerance=tolerance,
-                    max_images=None,
-                    other_counters=False,
-                    progress=False,
-                )
-                right, divergence = jury.judge(pruned)
-            except Exception as error:  # a candidate may be anybody's code
-                reason = str(error) if isinstance(error, TwoAxisError) else f"{type(error).__name__}: {error}"
-                failed = SelectionRow(candidate, share, None, None, None, time.perf_counter() - start, reason)
-                return failed, None
-            seconds = time.perf_counter() - start
-            mean = float(right.double().mean())
-            return SelectionRow(candidate, share, report.achieved, mean, divergence, seconds), right
-
+    configs = [
+        PruningConfig(share, "macs", 1, repair, ignored, min_keep, round_to, attention, tolerance) for share in shares
+    ]
+    configs[0].ignored_in(network)
+    if not 0.0 < held_out < 1.0:
+        raise TwoAxisError(f"held_out: expected a share between 0 and 1, got {held_out}; 0.5 is usual")
+    check_repair(repair, network, loader)
+    with fork_rng():
+        calibration, judges = _split(loader, max_images, held_out, seed, progress)
+        state = PruningState(network, calibration, target=target, max_images=None, seed=seed, progress=progress)
+        if any("statistics" in criterion.needs for criterion in criteria.values()):
+            state.statistics(*dict.fromkeys(extra for criterion in criteria.values() for extra in criterion.extras))
+        judge = HeldOutEvaluator(network, judges)
         table: list[SelectionRow] = []
         hits: dict[tuple[str, float], Tensor] = {}
-        trials = [(name, share) for name in builders for share in shares]
-        for name, share in tqdm(trials, desc="select", unit="trial", disable=not progress, leave=False):
-            row, judged = attempt(name, share)
+        trials = [(name, config) for name in criteria for config in configs]
+        for name, config in tqdm(trials, desc="select", unit="trial", disable=not progress, leave=False):
+            row, right = _attempt(name, criteria[name], config, example_inputs, state, judge)
             table.append(row)
-            if judged is not None:
-                hits[name, share] = judged
+            if right is not None:
+                hits[name, config.flops] = right
     ranking = rank_candidates(table)
     if not ranking:
         raise TwoAxisError(_all_failed(table))
     best = ranking[0][0]
-    right = {name: torch.stack([hits[name, share] for share in shares]).double().mean(0) for name, _, _ in ranking}
+    rights = {name: torch.stack([hits[name, share] for share in shares]).double().mean(0) for name, _, _ in ranking}
     return SelectionResult(
         best,
-        jury.criterion,
+        judge.measure,
         table,
-        tied_with_best(right, best),
-        jury.dense,
+        tied_with_best(rights, best),
+        judge.dense,
         sum(len(batch[0] if isinstance(batch, tuple) else batch) for batch in calibration),
-        jury.images,
-        stats,
-        builders[best].build,
+        judge.images,
+        state.known_statistics,
+        criteria[best],
     )
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """How to build an importance: keywords ``stats``, ``model``, ``loader``, ``seed``."""
+def _attempt(
+    name: str,
+    criterion: Criterion,
+    config: PruningConfig,
+    example_inputs: ExampleInputs,
+    state: PruningState,
+    judge: HeldOutEvaluator,
+) -> tuple[SelectionRow, Tensor | None]:
+    """Prune a copy of the network by one candidate to one share, and judge it; a failure is a row too."""
+    start = time.perf_counter()
+    assert state.model is not None
+    try:
+        pruned = copy.deepcopy(state.model)
+        own = replace(state, model=pruned, stats=state.known_statistics, progress=False)
+        report = prune_to_flops(
+            pruned,
+            example_inputs,
+            criterion.build(own),
+            flops=config.flops,
+            repair=config.repair,
+            loader=state.loader,
+            ignored_layers=config.ignored_layers,
+            min_keep=config.min_keep,
+            round_to=config.round_to,
+            attention=config.attention,
+            tolerance=config.tolerance,
+            max_images=None,
+            other_counters=False,
+            progress=False,
+        )
+        right, divergence = judge.judge(pruned)
+    except Exception as error:  # a candidate may be anybody's code
+        reason = str(error) if isinstance(error, TwoAxisError) else f"{type(error).__name__}: {error}"
+        return SelectionRow(name, config.flops, None, None, None, time.perf_counter() - start, reason), None
+    seconds = time.perf_counter() - start
+    mean = float(right.double().mean())
+    return SelectionRow(name, config.flops, report.achieved, mean, divergence, seconds), right
 
-    needs: Needs
-    build: Callable[..., Importance]
 
-
-def _candidates(given: Iterable[str | Factory] | Mapping[str, str | Factory]) -> dict[str, _Candidate]:
-    if isinstance(given, str):
-        raise TwoAxisError(f"candidates: expected several names, got the string {given!r}; pass [{given!r}]")
-    pairs = list(given.items()) if isinstance(given, Mapping) else [(_label(item), item) for item in given]
+def _candidates(given: str | Iterable[str | Factory] | Mapping[str, str | Factory]) -> dict[str, Criterion]:
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    else:
+        pairs = [
+            (_label(part), part)
+            for item in ([given] if isinstance(given, str) else given)
+            for part in (expand_criteria([item]) if item in FAMILIES else [item])
+        ]
     if not pairs:
-        raise TwoAxisError(f"candidates: expected at least one, got none; scores are {', '.join(LOCAL_FAMILY)}")
-    found: dict[str, _Candidate] = {}
+        raise TwoAxisError(f"candidates: expected at least one, got none; families are {', '.join(FAMILIES)}")
+    found: dict[str, Criterion] = {}
     for label, item in pairs:
         if label in found:
             raise TwoAxisError(f"candidates: {label!r} is there twice; pass a mapping with a label for each")
-        if isinstance(item, str):
-            build = partial(make_importance, item, max_images=None, progress=False)
-            found[label] = _Candidate(find_importance(item).needs, build)
-        elif callable(item):
-            found[label] = _Candidate("stats", partial(_call, item))
-        else:
+        if not isinstance(item, str) and not callable(item):
             raise TwoAxisError(
                 f"candidates: expected names or functions CalibrationStatistics -> importance, got {item!r}"
             )
+        found[label] = find_criterion(item) if isinstance(item, str) else criterion_from_factory(label, item)
     return found
 
 
@@ -213,14 +209,10 @@ def _label(item: Any) -> str:
     return item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
 
 
-def _call(factory: Factory, *, stats: CalibrationStatistics, **_: Any) -> Importance:
-    return factory(stats)
-
-
-def _deal_out(
+def _split(
     loader: Iterable[Any], max_images: int | None, held_out: float, seed: int, progress: bool
 ) -> tuple[Batches, Batches]:
-    """Read all images and deal them into calibration and held-out batches of the loader's size."""
+    """Read all images and split them into calibration and held-out batches of the loader's size."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     size = 0
@@ -251,20 +243,20 @@ def _deal_out(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     pixels, classes = torch.cat(images), torch.cat(labels) if labels else None
 
-    def cut(chosen: Tensor) -> Batches:
+    def batched(chosen: Tensor) -> Batches:
         parts = torch.split(chosen, size)
         if classes is None:
             return [pixels[part.to(pixels.device)] for part in parts]
         return [(pixels[part.to(pixels.device)], classes[part.to(classes.device)]) for part in parts]
 
-    return cut(order[kept_back:]), cut(order[:kept_back])
+    return batched(order[kept_back:]), batched(order[:kept_back])
 
 
-class _Jury:
-    """Held-out images, what the dense network says about them, and how a pruned one compares.
+class HeldOutEvaluator:
+    """Held-out images, the dense network's predictions for them, and how a pruned one compares.
 
     Attributes:
-        criterion: ``"accuracy"`` where there are labels, else ``"agreement"`` with the dense network.
+        measure: ``"accuracy"`` where there are labels, else ``"agreement"`` with the dense network.
         dense: the dense network's own, in [0, 1].
         images: how many there are.
     """
@@ -275,23 +267,19 @@ class _Jury:
         predicted = self._dense.argmax(1)
         labels = [batch[1].cpu() for batch in batches if isinstance(batch, tuple)]
         self._labels = torch.cat(labels) if labels else predicted
-        self.criterion = "accuracy" if labels else "agreement"
+        self.measure = "accuracy" if labels else "agreement"
         self.dense = float((predicted == self._labels).double().mean())
         self.images = len(self._labels)
 
     def judge(self, network: nn.Module) -> tuple[Tensor, float]:
-        """Tell which images are right, [n] bool, and the mean divergence from the dense network in nats."""
+        """Return which images are right, [n] bool, and the mean divergence from the dense network in nats."""
         log_probabilities = self._log_probabilities(network)
         divergence = (self._dense.exp() * (self._dense - log_probabilities)).sum(1).mean()
         return log_probabilities.argmax(1) == self._labels, max(0.0, float(divergence))
 
     def _log_probabilities(self, network: nn.Module) -> Tensor:
-        parameter = next(network.parameters())
-        with evaluating(network):
-            logits = [
-                forward_logits(network, images.to(parameter.device, parameter.dtype), 0).cpu()
-                for images in self._images
-            ]
+        with forward_pass(network, self._images, what="judge") as run:
+            logits = [run.logits(batch).cpu() for batch in run.batches]
         whole = torch.cat(logits)
         if whole.ndim != 2 or not bool(torch.isfinite(whole).all()):
             got = f"shape {list(whole.shape)}" if whole.ndim != 2 else "values that are not finite"
@@ -304,5 +292,5 @@ def _all_failed(table: list[SelectionRow]) -> str:
     for row in table:
         if row.error is not None and row.candidate not in reasons.setdefault(row.error, []):
             reasons[row.error].append(row.candidate)
-    told = "; ".join(f"{listing(names)}: {reason}" for reason, names in reasons.items())
-    return f"no candidate could be judged at every share - {told}"
+    causes = "; ".join(f"{listing(names)}: {reason}" for reason, names in reasons.items())
+    return f"no candidate could be judged at every share - {causes}"

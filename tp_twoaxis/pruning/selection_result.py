@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import listing
-from tp_twoaxis.importance.entry import Importance
+from tp_twoaxis.importance import Criterion, Importance, PruningState
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # differences below this many standard errors do not tell two candidates apart
@@ -47,7 +47,7 @@ class SelectionResult:
 
     Attributes:
         best: the candidate that won.
-        criterion: what decided: ``"accuracy"``, or ``"agreement"`` where the images had no labels.
+        measure: what decided: ``"accuracy"``, or ``"agreement"`` where the images had no labels.
         table: every candidate at every share.
         tied: candidates that these images do not tell apart from the best: their mean is less than two standard
             errors of the difference, taken image by image, below it.
@@ -55,18 +55,18 @@ class SelectionResult:
         calibration_images: how many images the candidates saw.
         held_out_images: how many judged them.
         stats: statistics of the dense network on the calibration images, or None where no candidate needed them.
-        build: makes the winner's importance; see :meth:`importance`.
+        winner: the criterion of that name; see :meth:`importance`.
     """
 
     best: str
-    criterion: str
+    measure: str
     table: list[SelectionRow]
     tied: list[str]
     dense: float
     calibration_images: int
     held_out_images: int
     stats: CalibrationStatistics | None = field(repr=False)
-    build: Callable[..., Importance] = field(repr=False)
+    winner: Criterion = field(repr=False)
 
     def importance(
         self,
@@ -87,7 +87,9 @@ class SelectionResult:
         Raises:
             TwoAxisError: the winner needs the model and a loader, and they are not given.
         """
-        return self.build(stats=stats or self.stats, model=model, loader=loader, seed=seed)
+        known = self.stats if stats is None else stats
+        state = PruningState(model, loader, known, max_images=None, seed=seed, progress=False)
+        return self.winner.build(state)
 
     def ranking(self) -> list[tuple[str, float, float]]:
         """Candidates that were judged at every share, best first; see :func:`rank_candidates`."""
@@ -95,8 +97,8 @@ class SelectionResult:
 
     def to_json(self) -> str:
         """Serialise everything but statistics; one JSON object."""
-        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("stats", "build")}
-        return json.dumps({**told, "table": [dataclasses.asdict(row) for row in self.table]})
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("stats", "winner")}
+        return json.dumps({**kept, "table": [dataclasses.asdict(row) for row in self.table]})
 
     def __str__(self) -> str:
         shares = list(dict.fromkeys(row.flops for row in self.table))
@@ -104,7 +106,7 @@ class SelectionResult:
         width = max(len("candidate"), *(len(row.candidate) for row in self.table))
         head = "".join(f"{f'{share:.0%}':>9}" for share in shares)
         lines = [
-            f"{self.criterion} on {self.held_out_images} held-out images by share of MACs kept "
+            f"{self.measure} on {self.held_out_images} held-out images by share of MACs kept "
             f"({self.calibration_images} images calibrated; dense {self.dense:.2%})",
             f"{'candidate':{width}}{head}{'mean':>9}{'KL, nats':>10}{'seconds':>9}",
         ]

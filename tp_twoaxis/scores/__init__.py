@@ -2,7 +2,7 @@
 
 from tp_twoaxis.scores.hull import Hulls, full_explanation, greedy_hulls
 from tp_twoaxis.scores.local import input_capture, pair_overlap, peer_overlap, rayleigh_quotient
-from tp_twoaxis.scores.registry import LOCAL_FAMILY, SCORES, find_score
+from tp_twoaxis.scores.named_scores import SCORES, find_score
 from tp_twoaxis.scores.target import (
     pair_excess,
     pair_information,
@@ -12,7 +12,6 @@ from tp_twoaxis.scores.target import (
 )
 
 __all__ = [
-    "LOCAL_FAMILY",
     "SCORES",
     "Hulls",
     "find_score",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.gaussian import information_from_r2
+from tp_twoaxis.scores.information import information_from_r2
 
 
 def adjacent_information(

@@ -14,7 +14,7 @@ from tp_twoaxis.errors import TwoAxisError
 
 # the number of clusters is chosen from 2 to this by silhouette; the paper's local clusterings have a handful
 MAX_CLUSTERS = 8
-# fewer channels are one cluster: a silhouette over clusters of one or two says nothing
+# fewer channels are one cluster: a silhouette over clusters of one or two means nothing
 MIN_CHANNELS = 6
 # up to here a full eigendecomposition is cheaper than Lanczos iterations
 DENSE_CHANNELS = 128

@@ -2,11 +2,11 @@
 
 Every function takes a layer's statistics and gives [C] signed numbers, larger keeps. A weighted sum of z-scores has
 no common zero, so two layers' values compare only through a normaliser that suits signed scores; the one that each
-score is used with stands beside it in :data:`~tp_twoaxis.scores.registry.SCORES`.
+score is used with stands beside it in :data:`~tp_twoaxis.scores.named_scores.SCORES`.
 
 Percentages in this package's ``scores`` are accuracies of two CIFAR-10 ResNet-20, conv shortcuts / option A, without
 fine-tuning, on 2,000 training images that are not among the 2,000 that calibrated; one seed, so +-1 point for the
-images alone. Half the MACs are kept, and BatchNorm is re-estimated on 1,000 images unless said otherwise. ``capture``
+images alone. Half the MACs are kept, and BatchNorm is re-estimated on 1,000 images unless stated otherwise. ``capture``
 has 58.0 / 65.5 %.
 """
 

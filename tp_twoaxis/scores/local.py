@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tp_twoaxis.gaussian import information_from_correlation, information_of_channel
+from tp_twoaxis.scores.information import information_from_correlation, information_of_channel
 
 
 def input_capture(variance: Tensor, noise_power: float | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Scores that rank channels inside spectral clusters of their layer, so that every cluster keeps its leader longest.
 
-A cluster's quantiles say nothing about how much a layer is worth, and they tie across clusters. So the layer's own
-values (capture, or the target composite made positive) are handed out in their order, and ties go by them: the clusters
+A cluster's quantiles do not show how much a layer is worth, and they tie across clusters. So the layer's own
+values (capture, or the target composite made positive) are assigned in their order, and ties go by them: the clusters
 decide which channels leave, the values how many. All of this is ours.
 """
 
@@ -13,24 +13,24 @@ from torch import Tensor
 from tp_twoaxis.scores import local, target
 from tp_twoaxis.scores.cluster import cluster_quantiles, spectral_clusters
 from tp_twoaxis.scores.composite import pid_no_red
-from tp_twoaxis.scores.ranks import hand_out
+from tp_twoaxis.scores.quantiles import assign_by_rank
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 
 def spectral_rs(layer: LayerStatistics) -> Tensor:
-    """Capture, handed out by its rank inside spectral clusters of the pair overlaps R.
+    """Capture, assigned by its rank inside spectral clusters of the pair overlaps R.
 
     58.7 / 61.7 % (protocol: :mod:`~tp_twoaxis.scores.composite`). A ResNet-50 takes 9 s of one core, ``hull`` 2.3 s.
     """
     active = layer.variance > 0
     clusters = spectral_clusters(local.pair_overlap(layer.correlation[active][:, active]))
     capture = local.input_capture(layer.variance)
-    ranked = hand_out(capture[active], cluster_quantiles(capture[active], clusters))
+    ranked = assign_by_rank(capture[active], cluster_quantiles(capture[active], clusters))
     return torch.zeros_like(capture).masked_scatter(active, ranked)
 
 
 def spectral_pid_rs(layer: LayerStatistics) -> Tensor:
-    """Target composite, handed out by its rank inside spectral clusters of the target side's pair atoms.
+    """Target composite, assigned by its rank inside spectral clusters of the target side's pair atoms.
 
     The composite is ``z(M_k) + z(X_k)`` made positive by the exponential; the affinity of a pair is its shared and its
     synergistic information, ``min(M_k, M_j) + max(0, M_kj - max(M_k, M_j))``. A ResNet-50 takes 13 s of one core.
@@ -41,5 +41,5 @@ def spectral_pid_rs(layer: LayerStatistics) -> Tensor:
     shared = torch.minimum(information[:, None], information)
     clusters = spectral_clusters(shared + target.pair_excess(correlation, pooled))
     composite = pid_no_red(layer)[active].exp()
-    ranked = hand_out(composite, cluster_quantiles(composite, clusters))
+    ranked = assign_by_rank(composite, cluster_quantiles(composite, clusters))
     return torch.zeros_like(layer.variance).masked_scatter(active, ranked)

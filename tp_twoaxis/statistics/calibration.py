@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.batches import deal, expected_images, image_batches, mixed_labels
-from tp_twoaxis.borrow import eager, evaluating, preserved_rng, unwrap
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError, check_name, listing
+from tp_twoaxis.runtime.batches import expected_images, mixed_labels, split_shards
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.layers import channel_layers
+from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.gradients import OutputSaliency
-from tp_twoaxis.statistics.layers import channel_layers
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import Positions, Recorder
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -35,7 +36,7 @@ def calibrate(
     consumers: bool = False,
     progress: bool = True,
 ) -> CalibrationStatistics:
-    """Gather every statistic that the scores need, in one forward pass; without gradients unless asked for.
+    """Gather every statistic that the scores need, in one forward pass; without gradients by default.
 
     The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
     torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
@@ -80,111 +81,87 @@ def calibrate(
         >>> stats["0"].covariance.shape, stats.num_images, stats.target
         (torch.Size([8, 8]), 48, 'margin')
     """
-    return gather(
-        model,
-        loader,
-        target=target,
-        layers=layers,
-        device=device,
-        max_images=max_images,
-        positions=positions,
-        gradients=gradients,
-        consumers=consumers,
-        progress=progress,
-    )[0]
+    request = CalibrationRequest(target, layers, device, max_images, positions, gradients, consumers, progress)
+    return gather(model, loader, request)[0]
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """The arguments of :func:`calibrate`; see there.
+
+    Raises:
+        TwoAxisError: here, an unknown target, or a number out of range.
+    """
+
+    target: str | None
+    layers: Iterable[str] | None
+    device: torch.device | str | None
+    max_images: int | None
+    positions: Positions
+    gradients: bool
+    consumers: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            check_name("target", self.target, TARGETS, more=" or None")
+        if self.max_images is not None and not (isinstance(self.max_images, int) and self.max_images > 0):
+            raise TwoAxisError(f"max_images: expected a positive whole number or None, got {self.max_images!r}")
 
 
 def gather(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    target: str | None,
-    layers: Iterable[str] | None,
-    device: torch.device | str | None,
-    max_images: int | None,
-    positions: Positions,
-    gradients: bool,
-    consumers: bool,
-    progress: bool,
-    shards: int = 1,
-    seed: int = 0,
+    model: nn.Module, loader: Iterable[Any], request: CalibrationRequest, *, shards: int = 1, seed: int = 0
 ) -> list[CalibrationStatistics]:
-    """Run the pass behind :func:`calibrate` and :func:`~tp_twoaxis.statistics.shards.calibrate_shards`.
+    """Run the pass behind :func:`calibrate` and :func:`~tp_twoaxis.statistics.resampling.calibrate_shards`.
 
     Args:
-        model: see :func:`calibrate`, as for all that is not named here.
+        model: see :func:`calibrate`.
         loader: its images.
-        target: default task variable.
-        layers: names of the layers to record.
-        device: where to run.
-        max_images: of all shards together.
-        positions: which rows.
-        gradients: also saliencies.
-        consumers: also what layers read.
-        progress: show a bar.
-        shards: how many parts the images are dealt into; see :func:`~tp_twoaxis.batches.deal`.
-        seed: of the dealing.
+        request: what to gather.
+        shards: how many parts the images are split into; see :func:`~tp_twoaxis.runtime.batches.split_shards`.
+        seed: of the split.
 
     Returns:
         The statistics of each shard.
     """
-    if target is not None and target not in TARGETS:
-        raise TwoAxisError(f"target: expected one of {', '.join(TARGETS)} or None, got {target!r}")
-    if max_images is not None and not (isinstance(max_images, int) and max_images > 0):
-        raise TwoAxisError(f"max_images: expected a positive whole number or None, got {max_images!r}")
     network = unwrap(model)
-    recorded = channel_layers(network, layers)
+    recorded = channel_layers(network, request.layers)
     if not recorded:
         raise TwoAxisError(f"{type(network).__name__} has no convolution, linear or attention layer to calibrate")
-    parameter = next(network.parameters())
-    columns: dict[str, tuple[int, int]] = {}
+    target, columns = request.target, dict[str, tuple[int, int]]()
     parts: dict[int, _Part] = {}
-    with ExitStack() as stack:
-        stack.enter_context(preserved_rng())
-        stack.enter_context(evaluating(network))
-        stack.enter_context(eager(network))
-        run_device = stack.enter_context(_placed(network, parameter.device, device))
-        batches = stack.enter_context(
-            image_batches(
-                loader,
-                max_images=max_images,
-                labels=target is not None or gradients,
-                description="calibrate",
-                progress=progress,
-            )
-        )
-        first = next(batches, None)
-        if first is None:
-            raise TwoAxisError("loader: expected at least one batch of images, got none; check the data path and split")
+    with (
+        forward_pass(
+            network,
+            loader,
+            what="calibrate",
+            max_images=request.max_images,
+            labels=target is not None or request.gradients,
+            gradients=request.gradients,
+            device=request.device,
+            progress=request.progress,
+        ) as run,
+        ExitStack() as recorders,
+    ):
+        first = next(run.batches)
         # positions are chosen for the whole set, so that the parts merge into what one pass would give
-        expected = expected_images(loader, len(first.images), max_images)
-        for shard, (index, images, labels) in deal(chain([first], batches), shards, seed):
+        expected = expected_images(loader, len(first.images), request.max_images)
+        for shard, batch in split_shards(chain([first], run.batches), shards, seed):
             if shard not in parts:
-                recorder = Recorder(recorded, positions=positions, expected_images=expected, consumers=consumers)
-                parts[shard] = _Part(stack.enter_context(recorder))
-                if gradients:  # after the recorder, whose hooks then see the outputs first
-                    parts[shard].saliency = stack.enter_context(OutputSaliency(recorded))
-                    stack.enter_context(torch.enable_grad())
-            part = parts[shard]
-            part.recorder.begin(len(images))
-            if part.saliency is not None:
-                part.saliency.begin(len(images))
-            logits = forward_logits(network, images.to(run_device, parameter.dtype, non_blocking=True), index)
+                parts[shard] = _Part.start(recorded, request, expected, recorders)
+            part, index = parts[shard], batch.number
+            part.begin(len(batch.images))
+            logits = run.logits(batch)
             values = None
             if target is not None:
-                variables = _variables(logits, labels, target, index, len(images))
+                variables = _variables(logits, batch.labels, target, index, len(batch.images))
                 columns = columns or _columns(variables)
                 if list(variables) != list(columns):
-                    raise TwoAxisError(mixed_labels(index, labels))
+                    raise TwoAxisError(mixed_labels(index, batch.labels))
                 values = torch.cat(list(variables.values()), dim=1)
-                if part.task is None:
-                    width = max(stop for _, stop in columns.values())
-                    part.task = CoMoments(width, device="cpu" if logits.device.type == "mps" else logits.device)
-                part.task.update(values)
             if part.saliency is not None:
-                _backward(part.saliency, logits, labels, index)
-            part.recorder.finish(values)
-            part.images += len(images)
+                _backward(part.saliency, logits, batch.labels, index)
+            part.finish(values, len(batch.images))
     if len(parts) < shards:
         raise TwoAxisError(
             f"shards: expected at least one image for each of {shards} shards, got "
@@ -205,7 +182,7 @@ def gather(
             None if part.saliency is None else part.saliency.records,
             target=resolved,
             num_images=part.images,
-            explicit=layers is not None,
+            explicit=request.layers is not None,
         )
         for _, part in sorted(parts.items())
     ]
@@ -216,58 +193,31 @@ class _Part:
     """What one shard has gathered."""
 
     recorder: Recorder
+    saliency: OutputSaliency | None
     task: CoMoments | None = None
-    saliency: OutputSaliency | None = None
     images: int = 0
 
+    @classmethod
+    def start(
+        cls, layers: dict[str, nn.Module], request: CalibrationRequest, expected: int | None, stack: ExitStack
+    ) -> _Part:
+        recorder = Recorder(layers, positions=request.positions, expected_images=expected, consumers=request.consumers)
+        stack.enter_context(recorder)
+        # after the recorder, whose hooks then see the outputs first
+        return cls(recorder, stack.enter_context(OutputSaliency(layers)) if request.gradients else None)
 
-@contextmanager
-def _placed(network: nn.Module, home: torch.device, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Run on another device for a while; parameters keep their identity."""
-    if device is None or torch.device(device) == home:
-        yield home
-        return
-    try:
-        network.to(device)
-        yield torch.device(device)
-    finally:
-        network.to(home)
+    def begin(self, images: int) -> None:
+        self.recorder.begin(images)
+        if self.saliency is not None:
+            self.saliency.begin(images)
 
-
-def forward_logits(network: nn.Module, images: Tensor, index: int) -> Tensor:
-    """Run a network and find the logits in what it returns.
-
-    Args:
-        network: its output is logits, a tuple that starts with them, or an object or dict with ``logits``.
-        images: one batch.
-        index: the batch's number, for the message.
-
-    Raises:
-        TwoAxisError: the network raised, or its output holds no logits.
-
-    Example:
-        >>> forward_logits(nn.Linear(4, 2), torch.zeros(3, 4), 0).shape
-        torch.Size([3, 2])
-    """
-    try:
-        output = network(images)
-    except TwoAxisError:
-        raise
-    except Exception as error:
-        raise TwoAxisError(
-            f"{type(network).__name__} raised {type(error).__name__} on batch {index} of shape {list(images.shape)}: "
-            f"{error}; the model is as it was"
-        ) from error
-    while not isinstance(output, Tensor):
-        if isinstance(output, (tuple, list)) and output:
-            output = output[0]
-        elif isinstance(output, dict) and output:
-            output = output.get("logits", next(iter(output.values())))
-        elif hasattr(output, "logits"):
-            output = output.logits
-        else:
-            raise TwoAxisError(f"expected logits from {type(network).__name__}, got {type(output).__name__}")
-    return output
+    def finish(self, task: Tensor | None, images: int) -> None:
+        if task is not None:
+            if self.task is None:
+                self.task = CoMoments(task.shape[1], device=task.device)
+            self.task.update(task)
+        self.recorder.finish(task)
+        self.images += images
 
 
 def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int, images: int) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from tp_twoaxis.batches import image_batches
-from tp_twoaxis.borrow import evaluating, preserved_rng, unwrap
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.layers import num_channels, per_image
+from tp_twoaxis.runtime.batches import Batch
+from tp_twoaxis.runtime.fingerprints import ModelFingerprints
+from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
+from tp_twoaxis.runtime.layers import broadcast_per_image, out_channels_of
+from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.targets import class_indices
+
+Loss = Callable[[Any, Tensor], Tensor]
 
 
 class OutputSaliency:
@@ -34,7 +39,7 @@ class OutputSaliency:
     layer called several times a batch counts with the sum over its calls.
 
     Args:
-        layers: name -> layer, from :func:`~tp_twoaxis.statistics.layers.channel_layers`.
+        layers: name -> layer, from :func:`~tp_twoaxis.runtime.layers.channel_layers`.
 
     Attributes:
         records: name -> moments of the saliencies, one row an image; paired with nothing, so they hold count and
@@ -111,9 +116,9 @@ class OutputSaliency:
             y = output[0] if isinstance(output, tuple) else output
             if name not in self._gates:
                 self._gates[name] = torch.ones(
-                    self._batch_size, num_channels(layer), dtype=y.dtype, device=y.device, requires_grad=True
+                    self._batch_size, out_channels_of(layer), dtype=y.dtype, device=y.device, requires_grad=True
                 )
-            gated = y * per_image(self._gates[name], y, layer)
+            gated = y * broadcast_per_image(self._gates[name], y, layer)
             return (gated, *output[1:]) if isinstance(output, tuple) else gated
 
         return hook
@@ -148,41 +153,123 @@ def accumulate_gradients(
         torch.Size([4, 12])
     """
     network = unwrap(model)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    if not trained:
-        raise TwoAxisError(f"{type(network).__name__}: no parameter requires a gradient; call requires_grad_(True)")
-    device, dtype = trained[0].device, trained[0].dtype
+    trained = list(_trained(network).values())
     network.zero_grad(set_to_none=True)
-    used = 0
-    with (
-        preserved_rng(),
-        evaluating(network),
-        torch.enable_grad(),
-        image_batches(
-            loader, max_images=max_images, labels=True, description="gradients", progress=progress
-        ) as batches,
-    ):
-        try:
-            for index, images, labels in batches:
-                if labels is None:
-                    raise TwoAxisError(
-                        f"gradients of the loss need labels, batch {index} has none; yield (images, labels)"
-                    )
-                logits = network(images.to(device, dtype, non_blocking=True))
-                # sums now and one division at the end: a small last batch then weighs no more than its images
-                F.cross_entropy(logits, labels.to(device), reduction="sum").backward()  # type: ignore[no-untyped-call]
-                used += len(images)
-            if used == 0:
-                raise TwoAxisError("loader: expected at least one batch of images, got none; check the data path")
-        except Exception as error:
-            network.zero_grad(set_to_none=True)
-            if isinstance(error, TwoAxisError):
-                raise
-            raise TwoAxisError(
-                f"{type(network).__name__} raised {type(error).__name__} while gradients were gathered: {error}; "
-                "it must return logits [n, K], and labels must be class indices in [0, K)"
-            ) from error
+    try:
+        with _labelled_pass(network, loader, "gradients", max_images, progress) as run:
+            for batch, logits in run:
+                assert batch.labels is not None
+                with _backward_errors(
+                    network, "it must return logits [n, K], and labels must be class indices in [0, K)"
+                ):
+                    # sums now and one division at the end: a small last batch then weighs no more than its images
+                    loss = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="sum")
+                    loss.backward()  # type: ignore[no-untyped-call]
+    except BaseException:
+        network.zero_grad(set_to_none=True)
+        raise
     for parameter in trained:
         if parameter.grad is not None:
-            parameter.grad /= used
-    return used
+            parameter.grad /= run.images
+    return run.images
+
+
+class SquaredGradients:
+    """Mean over images of each parameter's squared gradient, and the model state it holds for.
+
+    Attributes:
+        means: parameter name -> float64 tensor of its shape, on the CPU; parameters that do not train are absent.
+        num_images: images seen.
+        state: to verify a model with.
+    """
+
+    def __init__(self, means: dict[str, Tensor], num_images: int, state: ModelFingerprints) -> None:
+        self.means = means
+        self.num_images = num_images
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"SquaredGradients({len(self.means)} parameters, {self.num_images} images)"
+
+
+def gather_squared_gradients(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss: Loss = F.cross_entropy,
+    max_images: int | None = 5000,
+    progress: bool = True,
+) -> SquaredGradients:
+    """Average the squared gradient of the loss over images: the diagonal of the empirical Fisher matrix.
+
+    The square of a batch's gradient is not the sum of its images' squares, so images go one by one; that is
+    exact for every layer type, and on a CPU a vectorised pass over per-image gradients took longer. The model
+    runs in eval mode and comes back as it was, its gradients included.
+
+    Args:
+        model: a model that returns logits [n, K], or whatever ``loss`` takes; wrappers are looked through.
+        loader: yields ``(images, labels)``, labels class indices [n].
+        loss: ``(output of one image [1, ...], its label [1]) -> scalar``.
+        max_images: stop after this many; None reads the loader to its end.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        TwoAxisError: no labelled images came, the model or the loss failed, no parameter trains, or gradients
+            are not finite.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        >>> loader = [(torch.randn(8, 3, 2, 2), torch.randint(4, (8,)))]
+        >>> gather_squared_gradients(net, loader, progress=False).means["1.weight"].shape
+        torch.Size([4, 12])
+    """
+    network = unwrap(model)
+    trained = _trained(network)
+    first = next(iter(trained.values()))
+    # float64 lives on CPU and CUDA; other accelerators hand their gradients over
+    home = first.device if first.device.type in ("cpu", "cuda") else torch.device("cpu")
+    sums = {name: torch.zeros(p.shape, dtype=torch.float64, device=home) for name, p in trained.items()}
+    with _labelled_pass(network, loader, "squared gradients", max_images, progress) as run:
+        for batch in run.batches:
+            assert batch.labels is not None
+            for image, label in zip(torch.split(batch.images, 1), torch.split(batch.labels, 1), strict=True):
+                output = run(Batch(batch.number, image, None))
+                with _backward_errors(
+                    network, "it must return logits [n, K] with labels in [0, K), or give a loss= that fits it"
+                ):
+                    value = loss(output, label.to(run.device))
+                    gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+                for total, gradient in zip(sums.values(), gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient.to(home, torch.float64).square()
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total).all()):
+            raise TwoAxisError(f"{name}: its gradients are not finite on finite images; check the model and the loss")
+    means = {name: (total / run.images).cpu() for name, total in sums.items()}
+    return SquaredGradients(means, run.images, ModelFingerprints.of_model(network))
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not trained:
+        raise TwoAxisError(f"{type(network).__name__}: no parameter requires a gradient; call requires_grad_(True)")
+    return trained
+
+
+def _labelled_pass(
+    network: nn.Module, loader: Iterable[Any], what: str, max_images: int | None, progress: bool
+) -> AbstractContextManager[ForwardPass]:
+    return forward_pass(
+        network, loader, what=what, max_images=max_images, labels="required", gradients=True, progress=progress
+    )
+
+
+@contextmanager
+def _backward_errors(network: nn.Module, advice: str) -> Iterator[None]:
+    """Say what a loss or a backward pass asks of the model."""
+    try:
+        yield
+    except Exception as error:  # a loss, and a model's own autograd function, may raise anything
+        raise TwoAxisError(
+            f"{type(network).__name__} raised {type(error).__name__} while gradients were gathered: {error}; {advice}"
+        ) from error

@@ -1,8 +1,9 @@
-"""Statistics of one layer: moments in, covariances and correlations out."""
+"""Statistics of one layer, of what it writes and of what it reads: moments in, covariances and correlations out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class LayerStatistics:
     @property
     def num_input_rows(self) -> int:
         """(image, position) rows behind the input's covariance."""
-        return self._read().count
+        return self._input_moments().count
 
     @property
     def input_mean(self) -> Tensor:
@@ -109,7 +110,7 @@ class LayerStatistics:
         Raises:
             TwoAxisError: inputs were not recorded.
         """
-        return self._read().mean
+        return self._input_moments().mean
 
     @property
     def input_covariance(self) -> Tensor:
@@ -118,9 +119,9 @@ class LayerStatistics:
         Raises:
             TwoAxisError: inputs were not recorded.
         """
-        return self._read().covariance
+        return self._input_moments().covariance
 
-    def _read(self) -> CoMoments:
+    def _input_moments(self) -> CoMoments:
         if self.inputs is None:
             raise TwoAxisError(
                 f"{self.name}: what the layer reads was not recorded; call calibrate(consumers=True) (it leaves out "
@@ -168,6 +169,81 @@ class LayerStatistics:
         covariance = self.cross.covariance[:, start:stop]
         rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
         return rho if name == "one_vs_rest" else rho[:, 0]
+
+
+class InputStatistics(LayerStatistics):
+    """Statistics of the C_in channels that a layer reads; float64 tensors on the CPU.
+
+    Number, mean, covariance, variance and correlation of the channels are those of the input's (image, position)
+    rows. Pooled values, correlations with the task and weight norms are not recorded at inputs: asking for
+    them is an error.
+
+    Args:
+        layer: of ``calibrate(consumers=True)``.
+
+    Raises:
+        TwoAxisError: here, the layer's inputs were not recorded; later, a quantity that inputs do not have.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tp_twoaxis import calibrate
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> stats = calibrate(net, [torch.randn(16, 3, 8, 8)], target=None, consumers=True, progress=False)
+        >>> read = InputStatistics(stats["2"])
+        >>> read.num_channels, read.correlation.shape, bool(read.mean.min() > 0)
+        (8, torch.Size([8, 8]), True)
+    """
+
+    def __init__(self, layer: LayerStatistics) -> None:
+        self.name = f"input of {layer.name}"
+        self.kind = layer.kind
+        self.shape = layer.shape
+        self.fingerprint = layer.fingerprint
+        self.rows = layer._input_moments()
+        self.columns = {}
+
+    def __repr__(self) -> str:
+        return f"InputStatistics({self.name}, {self.num_channels} channels, {self.num_rows} rows)"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # reached only for what __init__ left out
+        if name in ("pooled", "weight_power"):
+            raise self._unrecorded({"pooled": "pooled values", "weight_power": "weight norms"}[name])
+        raise AttributeError(name)
+
+    @property
+    def num_channels(self) -> int:
+        """C_in."""
+        return len(self.rows.mean)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean input of each channel over the rows, [C_in]."""
+        return self.rows.mean
+
+    @property
+    def saliency(self) -> Tensor:
+        """Not recorded at inputs.
+
+        Raises:
+            TwoAxisError: always.
+        """
+        raise self._unrecorded("first-order saliencies")
+
+    def target_correlation(self, name: str | None = None) -> Tensor:
+        """Not recorded at inputs.
+
+        Raises:
+            TwoAxisError: always.
+        """
+        raise self._unrecorded("correlations with the task")
+
+    def _unrecorded(self, what: str) -> TwoAxisError:
+        return TwoAxisError(
+            f"{self.name}: expected a score of means, variances and correlations, which are all that is recorded of "
+            f"what a layer reads, got one that needs {what}; take site='producer' for it, or score='capture'"
+        )
 
 
 def _variance(moments: CoMoments) -> Tensor:

@@ -159,7 +159,7 @@ class CoMoments:
             self._other_mean = common[len(self.mean) :].to(home)
         return self
 
-    def mirror(self) -> CoMoments:
+    def symmetrize(self) -> CoMoments:
         """Make a symmetric scatter so to the last bit (products round its halves apart); returns self."""
         if not self.paired:
             self.scatter = self.scatter.triu() + self.scatter.triu(1).T

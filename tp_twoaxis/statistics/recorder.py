@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.statistics.layers import channels_last_view, num_channels
+from tp_twoaxis.runtime.layers import flatten_positions, out_channels_of
 from tp_twoaxis.statistics.moments import CoMoments
 
 Positions = Literal["auto", "all"] | int
@@ -33,7 +33,7 @@ class LayerRecord:
         rows: moments of (image, position) rows, C wide; of the sampled positions only.
         pooled: moments of the outputs averaged over all positions, one row an image.
         cross: moments of pooled outputs with the task variables, or None without them.
-        inputs: moments of the rows that the layer reads, C_in wide, or None when they were not asked for.
+        inputs: moments of the rows that the layer reads, C_in wide, or None when they are not recorded.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class Recorder:
     rows from each call and one pooled average over all of them.
 
     Args:
-        layers: name -> layer, from :func:`~tp_twoaxis.statistics.layers.channel_layers`.
+        layers: name -> layer, from :func:`~tp_twoaxis.runtime.layers.channel_layers`.
         positions: ``"all"``; a number of positions an image; or ``"auto"``: as many as give
             ``max(32 C, 16384)`` rows over the whole set, a power of two. Sampled positions are the same for
             every image, one from each of equally long stretches, so the rows do not depend on batch size,
@@ -192,7 +192,7 @@ class Recorder:
         return hook
 
     def _take_input(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        view = channels_last_view(x, layer, self._batch_size, name)
+        view = flatten_positions(x, layer, self._batch_size, name)
         width = view.shape[-1]
         if width > WIDEST_INPUT:
             return
@@ -203,7 +203,7 @@ class Recorder:
         record.inputs.update(view if sample is None else _select(view, sample))
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
-        view = channels_last_view(y, layer, self._batch_size, name)
+        view = flatten_positions(y, layer, self._batch_size, name)
         positions = count = view.shape[1]
         # a reduced-precision mean is accumulated, and kept, in float32
         pooled = view.mean(1, dtype=torch.float64 if view.dtype == torch.float64 else torch.float32)
@@ -212,7 +212,7 @@ class Recorder:
             pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
             count += seen
         self._pooled[name] = (pooled, count)
-        sample = self._sample(positions, num_channels(layer), view.device)
+        sample = self._sample(positions, out_channels_of(layer), view.device)
         self._record(name, view).rows.update(view if sample is None else _select(view, sample))
 
     def _sample(self, available: int, channels: int, device: torch.device) -> Tensor | None:

@@ -6,16 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tp_twoaxis.borrow import unwrap
-from tp_twoaxis.errors import FileFormatError, StaleStatisticsError, TwoAxisError, listing
-from tp_twoaxis.files import read_tensors, write_tensors
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.runtime.fingerprints import Fingerprint, ModelFingerprints, fingerprint
+from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_weight, out_channels_of
+from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.serialization import read_tensors, write_tensors
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
-from tp_twoaxis.statistics.layers import channel_layers, channel_weight, fingerprint, num_channels
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import LayerRecord
 
@@ -76,7 +78,7 @@ class CalibrationStatistics:
         if explicit and silent:
             raise TwoAxisError(f"layers: {listing(silent)} did not run in the forward pass; leave them out")
         if task is not None:
-            task.to("cpu").mirror()
+            task.to("cpu").symmetrize()
             if not bool(torch.isfinite(task.scatter).all()):
                 raise TwoAxisError("the model's logits are not finite on finite images; check its weights and dtype")
         statistics = {}
@@ -86,7 +88,7 @@ class CalibrationStatistics:
             record = records[name]
             moments = {"outputs": (record.rows, record.pooled, record.cross), "inputs": (record.inputs,)}
             for what, part in ((what, part) for what, parts in moments.items() for part in parts):
-                if part is not None and not bool(torch.isfinite(part.to("cpu").mirror().scatter).all()):
+                if part is not None and not bool(torch.isfinite(part.to("cpu").symmetrize().scatter).all()):
                     raise TwoAxisError(
                         f"{name}: the layer's {what} are not finite on finite images; check its weights and dtype"
                     )
@@ -116,6 +118,15 @@ class CalibrationStatistics:
     def has_gradients(self) -> bool:
         """Whether they were gathered with ``calibrate(gradients=True)``."""
         return any(entry.gradients is not None for entry in self.layers.values())
+
+    @property
+    def extras(self) -> tuple[Literal["gradients", "consumers"], ...]:
+        """What they hold besides the usual: ``"gradients"``, ``"consumers"``."""
+        held: dict[Literal["gradients", "consumers"], bool] = {
+            "gradients": self.has_gradients,
+            "consumers": self.consumers,
+        }
+        return tuple(extra for extra, there in held.items() if there)
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """Statistics of a layer; a TwoAxisError names the layers there are."""
@@ -152,7 +163,7 @@ class CalibrationStatistics:
         """
         self.check_mergeable(other)
         for moments, others in zip(self._moments(), other._moments(), strict=True):
-            moments.merge(others).mirror()
+            moments.merge(others).symmetrize()
         self.num_images += other.num_images
         return self
 
@@ -194,7 +205,7 @@ class CalibrationStatistics:
         images.count = self.num_images
         self.num_images = images.all_reduce(group).count
         for moments in self._moments():
-            moments.all_reduce(group).mirror()
+            moments.all_reduce(group).symmetrize()
         return self
 
     def verify(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -207,29 +218,16 @@ class CalibrationStatistics:
         Raises:
             StaleStatisticsError: a layer is missing, was pruned, or its weights changed.
         """
-        present = channel_layers(unwrap(model))
-        for name in self.layers if names is None else names:
-            entry, layer = self[name], present.get(name)
-            if layer is None:
-                raise StaleStatisticsError(
-                    f"{name}: statistics hold this layer, {type(unwrap(model)).__name__} has no such layer - "
-                    "they belong to another model; call calibrate() on this one"
-                )
-            if num_channels(layer) != entry.num_channels:
-                raise StaleStatisticsError(
-                    f"{name}: statistics hold {entry.num_channels} channels, the layer has {num_channels(layer)} - "
-                    "it was pruned after calibration, or is another model's; call calibrate() again"
-                )
-            if _weight_shape(layer) != entry.shape:
-                raise StaleStatisticsError(
-                    f"{name}: statistics are of a weight {list(entry.shape)}, the layer has "
-                    f"{list(_weight_shape(layer))} - its inputs were pruned after calibration; call calibrate() again"
-                )
-            if fingerprint(layer) != entry.fingerprint:
-                raise StaleStatisticsError(
-                    f"{name}: the layer's weights are not those that were calibrated - it was trained, repaired or "
-                    "cast after calibration; call calibrate() again"
-                )
+        checked = [self[name].name for name in (self.layers if names is None else names)]
+        self.fingerprints().verify(unwrap(model), names=checked)
+
+    def fingerprints(self) -> ModelFingerprints:
+        """What :meth:`verify` compares with; kept by a caller that checks often, it skips unchanged tensors."""
+        recorded = {
+            name: Fingerprint(_described(entry.num_channels, entry.shape), entry.fingerprint)
+            for name, entry in self.layers.items()
+        }
+        return ModelFingerprints(recorded, nn.Module.named_parameters, _describe_layer, "call calibrate() again")
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically.
@@ -303,6 +301,7 @@ class CalibrationStatistics:
             "layers": [(s.name, s.shape) for s in self.layers.values()],
             "weights": [s.fingerprint for s in self.layers.values()],
             "recorded inputs": [s.name for s in self.layers.values() if s.inputs is not None],
+            "recorded moments": [(key, list(moments.scatter.shape)) for key, moments in self._named_moments()],
         }
 
     def _named_moments(self) -> Iterator[tuple[str, CoMoments]]:
@@ -320,6 +319,16 @@ class CalibrationStatistics:
 
     def _moments(self) -> Iterator[CoMoments]:
         return (moments for _, moments in self._named_moments())
+
+
+def _described(channels: int, weight_shape: tuple[int, ...]) -> str:
+    return f"{channels} channels and a weight {list(weight_shape)}"
+
+
+def _describe_layer(layer: nn.Module) -> str:
+    if not isinstance(layer, CHANNEL_LAYERS):
+        return f"no channels of its own (a {type(layer).__name__})"
+    return _described(out_channels_of(layer), _weight_shape(layer))
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:

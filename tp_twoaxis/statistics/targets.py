@@ -1,4 +1,4 @@
-"""Task variables: what the network says about an image, as numbers that channels can correlate with."""
+"""Task variables: what the network predicts for an image, as numbers that channels can correlate with."""
 
 from __future__ import annotations
 

@@ -6,11 +6,11 @@ callbacks whose order and defaults change with its releases, checkpoints by pick
 this package. What is hard - averaging gradients, mixed precision, loss scaling - is PyTorch's own.
 """
 
+from tp_twoaxis.data import training_batches
 from tp_twoaxis.training.finetuning import finetune
+from tp_twoaxis.training.loop import TrainingReport
 from tp_twoaxis.training.loss import Distillation, training_loss
-from tp_twoaxis.training.recipes import RECIPES, Recipe, find_recipe, training_batches
-from tp_twoaxis.training.run import TrainingReport
-from tp_twoaxis.training.settings import learning_rate
+from tp_twoaxis.training.settings import RECIPES, Recipe, find_recipe, learning_rate
 
 __all__ = [
     "RECIPES",

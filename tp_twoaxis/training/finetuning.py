@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_twoaxis.borrow import evaluating, preserved_rng, training, unwrap
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.ranks import rank
+from tp_twoaxis.runtime.distributed import rank
+from tp_twoaxis.runtime.model_state import eval_mode, fork_rng, train_mode, unwrap
+from tp_twoaxis.training.loop import TrainingReport, TrainingRun
 from tp_twoaxis.training.loss import DISTILLATION, Distillation
-from tp_twoaxis.training.run import Run, TrainingReport
-from tp_twoaxis.training.settings import Precision, Schedule, Settings
+from tp_twoaxis.training.settings import Precision, RunSettings, Schedule
 
 
 def finetune(
@@ -47,24 +47,24 @@ def finetune(
     momentum 0.9; weight decay 5e-4 and the cosine that reaches zero after the last of those batches are ours.
 
     Weights are either trained to the end or, when anything raises (Ctrl-C too), as they were. Train/eval modes,
-    random state and memory layout come back; gradients from before are discarded and none stay. Only parameters
-    with ``requires_grad`` move. A model in evaluation mode is trained in training mode; in one that is in training
+    random state and memory layout are restored; gradients from before are discarded and none stay. Only parameters
+    with ``requires_grad`` change. A model in evaluation mode is trained in training mode; in one that is in training
     mode each sub-module keeps its flag, so that a BatchNorm set to ``eval()`` stays frozen.
 
     Under ``torch.distributed`` (torchrun) every rank calls this with its own shard of the images: gradients are
-    averaged, so the batch is the ranks' batches together; rank 0's weights and BatchNorm statistics count, and at
-    the end all ranks hold the same. A pass has the batches of the rank that has fewest.
+    averaged, so the batch is the ranks' batches together; all ranks start from rank 0's weights and end with the
+    same weights and rank 0's BatchNorm statistics. A pass has the batches of the rank that has fewest.
 
     Args:
         model: a classifier that returns logits [n, K]; wrappers are looked through.
-        loader: yields ``(images, labels)``, labels class indices [n]; images alone will do for pure distillation
-            (weight 1). A sampler with ``set_epoch`` is told the epoch.
+        loader: yields ``(images, labels)``, labels class indices [n]; images alone suffice for pure distillation
+            (weight 1). The ``set_epoch`` of a sampler is called with the epoch.
         epochs: passes over the loader.
         max_batches: optimizer steps in all, at most; None sets no cap.
         lr: learning rate after the warm-up; see :func:`~tp_twoaxis.training.settings.learning_rate`.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 factor on all trained parameters.
-        nesterov: look ahead along the momentum.
+        nesterov: Nesterov's momentum.
         schedule: ``"cosine"`` or ``"linear"`` to zero, or ``"constant"``.
         warmup: share of all batches over which the rate rises linearly.
         label_smoothing: of the cross-entropy, in [0, 1).
@@ -74,7 +74,7 @@ def finetune(
         amp: autocast to ``"bf16"``, or to ``"fp16"`` with loss scaling (GPU only); weights stay as they are.
         channels_last: run convolutions on channels-last memory, faster on tensor cores.
         checkpoint: file of the run's state (safetensors and JSON, no pickle), replaced atomically at the end of
-            every epoch, where all ranks can read it; see :mod:`tp_twoaxis.training.state`.
+            every epoch, where all ranks can read it; see :mod:`tp_twoaxis.training.resumption`.
         checkpoint_every: also after every so many batches.
         resume: go on from ``checkpoint`` where there is one. On the CPU the run ends bit for bit as if it had not
             been interrupted, as long as all randomness of the loader comes from its ``generator`` or torch's.
@@ -100,7 +100,7 @@ def finetune(
     parameter = next((p for p in network.parameters() if p.requires_grad), None)
     if parameter is None:
         raise TwoAxisError(f"{type(network).__name__}: no parameter requires a gradient; call requires_grad_(True)")
-    settings = Settings(
+    settings = RunSettings(
         epochs=epochs,
         max_batches=max_batches,
         lr=lr,
@@ -128,17 +128,17 @@ def finetune(
     if path is not None and path.exists() and not resume:
         raise TwoAxisError(f"{path}: the checkpoint exists; pass resume=True to go on from it, or remove it")
     with (
-        preserved_rng(),
-        nullcontext() if teacher is None else evaluating(teacher),
-        training(network),
-        _all_or_nothing(network),
-        _layout(network, channels_last),
+        fork_rng(),
+        nullcontext() if teacher is None else eval_mode(teacher),
+        train_mode(network),
+        _restored_on_error(network),
+        _channels_last(network, channels_last),
     ):
         torch.manual_seed(seed + rank())
-        run = Run(network, teacher, loader, settings, parameter.device, parameter.dtype)
+        run = TrainingRun(network, teacher, loader, settings)
         if path is not None and path.exists():
             run.load(path)
-        return run.to_the_end(path, checkpoint_every, progress)
+        return run.finish(path, checkpoint_every, progress)
 
 
 def _checked_teacher(teacher: nn.Module, network: nn.Module, device: torch.device) -> nn.Module:
@@ -154,8 +154,8 @@ def _checked_teacher(teacher: nn.Module, network: nn.Module, device: torch.devic
 
 
 @contextmanager
-def _all_or_nothing(network: nn.Module) -> Iterator[None]:
-    """Bring weights, statistics and missing gradients back when the block raises."""
+def _restored_on_error(network: nn.Module) -> Iterator[None]:
+    """Restore weights and statistics, and drop all gradients, when the block raises."""
     tensors = [*network.parameters(), *network.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -169,9 +169,9 @@ def _all_or_nothing(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _layout(network: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Keep convolution weights channels-last inside the block."""
-    changed = [p for p in network.parameters() if channels_last and p.ndim == 4 and p.is_contiguous()]
+def _channels_last(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Keep convolution weights in channels-last memory inside the block."""
+    changed = [p for p in network.parameters() if enabled and p.ndim == 4 and p.is_contiguous()]
     for parameter in changed:
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     try:

@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy, and a teacher's softened predictions."""
+"""The loss of training: cross-entropy, and divergence from a teacher's softened predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tp_twoaxis.errors import TwoAxisError
 
 
 class Distillation(NamedTuple):
-    """How the dense network teaches: softmax temperature, and the weight of its part of the loss in [0, 1]."""
+    """Distillation from a teacher: softmax temperature, and the weight of its part of the loss in [0, 1]."""
 
     temperature: float = 4.0
     weight: float = 0.5
@@ -68,7 +68,7 @@ def training_loss(
 
 
 def check_labels(labels: Tensor | None, logits: Any) -> None:
-    """Refuse what the loss cannot take, before a wrong label ends a CUDA process instead of raising.
+    """Refuse logits and labels that do not fit; on CUDA a wrong label would end the process instead of raising.
 
     Raises:
         TwoAxisError: the logits are not [n, K], or the labels not int64 [n] in [0, K).

@@ -1,0 +1,121 @@
+"""Configs: there and back, digests, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from bench_cases import tiny_config
+
+from tp_twoaxis import TwoAxisError
+from tp_twoaxis.benchmark import BenchmarkConfig, DataConfig, cross, load_config
+from tp_twoaxis.benchmark.sweep import expand
+from tp_twoaxis.importance import criterion_names
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CONFIGS = sorted((BENCHMARKS / "configs").glob("*.json"))
+MEASURED = sorted((BENCHMARKS / "results").glob("*/config.json"))
+MINIMAL = {"networks": [{"name": "n", "model": "resnet18", "data": "d"}], "methods": ["l2"]}
+
+
+def test_there_and_back():
+    config = tiny_config(Path("d"), methods=cross(["local", "l2"], repairs=[(), ("bn",)], budgets=[0, 5]))
+    again = BenchmarkConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.digest() == config.digest()
+    assert len({t.key for t in config.trials()}) == len({t.file_name for t in config.trials()}) == 32
+    stepped = dataclasses.replace(config, methods=cross(["local"], steps=[1, 3]))
+    assert BenchmarkConfig.from_dict(json.loads(json.dumps(stepped.to_dict()))) == stepped
+    assert BenchmarkConfig.from_dict({**MINIMAL, "keep": [1]}) == BenchmarkConfig.from_dict({**MINIMAL, "keep": [1.0]})
+
+
+def test_digest_and_conditions():
+    config = tiny_config(Path("d"))
+    fewer = dataclasses.replace(config, keep=(0.7,))
+    other = dataclasses.replace(config, data=DataConfig(calibration_images=25))
+    assert len({config.digest(), fewer.digest(), other.digest()}) == 3
+    assert config.conditions() == fewer.conditions() != other.conditions()
+    assert config.extends(fewer)
+    assert not fewer.extends(config)
+    assert not other.extends(config)
+
+
+def test_configs_without_a_choice_of_steps_keep_their_digest():
+    config = BenchmarkConfig.from_dict({**MINIMAL, "methods": [{"criterion": "l2", "steps": 1}]})
+    assert config == BenchmarkConfig.from_dict(MINIMAL)
+    assert config.to_dict()["methods"] == [
+        {"criterion": "l2", "allocation": "global", "repair": ["bn"], "finetune_batches": 0}
+    ]
+
+
+def test_crossed_methods():
+    crossed = {"criteria": "all", "repair": [[], ["bn"]], "finetune_batches": [0, 200], "steps": [1, 3]}
+    config = BenchmarkConfig.from_dict({**MINIMAL, "methods": crossed})
+    assert len(config.methods) == 8 * len(criterion_names())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metods": []}, "got 'metods'"),
+        ({"networks": [{"name": "n", "model": "m"}]}, "'data', it is missing"),
+        ({"networks": [{"name": "n", "model": "m", "data": "d", "color": 1}]}, "got 'color'"),
+        ({"networks": "n"}, "expected a list"),
+        ({"networks": MINIMAL["networks"] * 2}, "each once"),
+        ({"methods": ["l2", "l2"]}, "each once"),
+        ({"methods": []}, "one or more"),
+        ({"methods": {"criterion": ["l2"]}}, "got 'criterion'"),
+        ({"methods": ["l3"]}, "got 'l3'"),
+        ({"keep": [0.5, 0.0]}, "above 0"),
+        ({"keep": [1.5]}, "up to 1"),
+        ({"grid": "layers"}, "macs, channels"),
+        ({"finetune_amp": "fp8"}, "bf16 or fp16"),
+        ({"keep": "abc"}, "numbers"),
+        ({"seeds": []}, "one or more"),
+        ({"data": {"evaluate_on": "train"}}, "test, selection"),
+        ({"data": {"evaluate_on": "selection"}}, "selection_images"),
+        ({"data": {"batch_size": 0}}, "at least 1"),
+        ({"data": 3}, "an object"),
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(TwoAxisError, match=message):
+        BenchmarkConfig.from_dict({**MINIMAL, **changes})
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(TwoAxisError, match="JSON config"):
+        load_config(tmp_path / "none.json")
+    for text, message in (("{", "JSON config"), ("[]", "JSON object")):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(TwoAxisError, match=message):
+            load_config(tmp_path / "c.json")
+
+
+def test_environment_variables_are_expanded_late(monkeypatch):
+    monkeypatch.setenv("SOMEWHERE", "/x")
+    assert expand("${SOMEWHERE}/cifar10") == "/x/cifar10"
+    monkeypatch.delenv("SOMEWHERE")
+    with pytest.raises(TwoAxisError, match=r"SOMEWHERE.*export"):
+        expand("$SOMEWHERE/cifar10")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config = load_config(path)
+    assert config.data.selection_images > 0
+    assert len(config.trials()) >= 10
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+def test_configs_of_results_keep_their_digest_and_their_trials(path):
+    config = load_config(path)
+    assert config.digest() == json.loads(path.read_text())["_digest"]
+    measured = pd.read_csv(path.parent / "cells.csv")
+    keys = zip(measured.network, measured.seed, measured.method, measured.keep, strict=True)
+    assert {f"{network}|{seed}|{method}|{keep:g}" for network, seed, method, keep in keys} <= {
+        trial.key for trial in config.trials()
+    }

@@ -1,0 +1,181 @@
+"""``tp-twoaxis train``: what it writes, how it goes on, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_cases import MODEL, TESTS, refused, run, succeed
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tp_twoaxis.cli import train_command as command
+from tp_twoaxis.data import open_dataset
+from tp_twoaxis.training import finetune, training_batches
+
+SMALL = ("--epochs", 3, "--batch-size", 8, "--lr", 0.05)
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    return ("train", MODEL, "--data", folder / "images", "--out", tmp_path / "w.safetensors")
+
+
+def test_train_writes_weights_that_other_commands_take(folder, tmp_path, arguments):
+    result = succeed(*arguments, *SMALL, "--eval-split", "test")
+    assert "for 15 batches (120 images)" in result.stdout
+    assert "top-1 accuracy on 20 images (test)" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        origin = json.loads(file.metadata()["training"])
+    assert (origin["recipe"]["name"], origin["recipe"]["epochs"], origin["seed"]) == ("paper", 3, 0)
+    assert origin["evaluation"]["images"] == 20
+    checkpoint = ("--checkpoint", tmp_path / "w.safetensors")
+    payload = json.loads(succeed("score", MODEL, "--data", folder / "images", *checkpoint, "--json").stdout)
+    assert payload["notes"] == []
+    # a pruned network is trained on as it is
+    pruned = tmp_path / "p.safetensors"
+    succeed("prune", MODEL, "--data", folder / "images", *checkpoint, "--out", pruned, "--flops", 0.6)
+    further = tmp_path / "f.safetensors"
+    options = ("--checkpoint", pruned, "--max-batches", 4, "--out", further, "--epochs", 1, "--teacher", checkpoint[1])
+    payload = json.loads(succeed(*arguments[:4], *options, "--json", "--batch-size", 8).stdout)
+    assert (payload["batches"], payload["recipe"]["distillation"]) == (4, [4.0, 0.5])
+    assert payload["losses"][-1] == payload["final_loss"]
+    sizes = {name: t.shape for name, t in load_file(pruned).items()}
+    assert {name: t.shape for name, t in load_file(further).items()} == sizes
+    succeed("score", MODEL, "--data", folder / "images", "--checkpoint", further)
+
+
+def test_train_is_the_library_and_the_recipe(folder, tmp_path, arguments):
+    succeed(*arguments, "--recipe", "fast", "--epochs", 2, "--batch-size", 8, "--seed", 3)
+    recipe = command.RecipeOptions(recipe="fast", epochs=2, batch_size=8).settings(MODEL, "cpu")
+    assert (recipe.lr, recipe.nesterov, recipe.schedule, recipe.amp) == (0.4, True, "linear", None)
+    network = command.ModelOptions(model=MODEL).build()
+    loader = training_batches(open_dataset(str(folder / "images")), 8, seed=3)
+    finetune(network, loader, max_batches=None, seed=3, progress=False, **recipe.settings())
+    written = load_file(tmp_path / "w.safetensors")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_an_interrupted_command_goes_on(tmp_path, arguments, monkeypatch):
+    succeed(*arguments, *SMALL)
+    expected = load_file(tmp_path / "w.safetensors")
+    original, steps = command.training_batches, []
+
+    def interrupted(*positional, **options):
+        loader = original(*positional, **options)
+        normalise = loader.dataset.normalise
+
+        def counted(images):
+            steps.append(1)
+            if len(steps) == 8:
+                raise KeyboardInterrupt
+            return normalise(images)
+
+        loader.dataset.normalise = counted
+        return loader
+
+    monkeypatch.setattr(command, "training_batches", interrupted)
+    assert run(*arguments, *SMALL, "--force").exit_code == 130
+    state = tmp_path / "w.state.safetensors"
+    assert state.exists()
+    monkeypatch.setattr(command, "training_batches", original)
+    assert "the file exists" in refused(*arguments[:-1], tmp_path / "other.safetensors", *SMALL, "--state", state)
+    assert "lr 0.05 instead of 0.1" in refused(*arguments, "--epochs", 3, "--batch-size", 8, "--resume", "--force")
+    result = succeed(*arguments, *SMALL, "--resume", "--force")
+    assert "resumed at batch 5" in result.stdout
+    assert not state.exists()
+    for name, tensor in load_file(tmp_path / "w.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_augmentation_is_for_training_alone(tmp_path, arguments, monkeypatch):
+    original, seen = command.training_batches, []
+
+    def watched(*positional, **options):
+        loader = original(*positional, **options)
+        seen.append(loader.augment)
+        return loader
+
+    measured = []
+    monkeypatch.setattr(command, "training_batches", watched)
+    monkeypatch.setattr(command, "accuracy", lambda _, loader, **__: measured.append(loader.augment) or (0.5, 20))
+    succeed(*arguments, *SMALL, "--eval-split", "test")
+    succeed(*arguments, *SMALL, "--no-augment", "--force")
+    assert (seen, measured) == ([True, False], [False])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipe", "slow"), "expected one of paper, fast, got 'slow'"),
+        (("--amp", "fp16"), "fp16 needs a model on a CUDA GPU"),
+        (("--amp", "fp8"), "expected None, 'bf16' or 'fp16', got 'fp8'"),
+        (("--lr", "-1"), "lr: expected a positive number"),
+        (("--epochs", "0"), "--epochs"),
+        (("--device", "nowhere", "--recipe", "fast"), "--device"),
+        (("--distillation", "4"), "expected a temperature and a weight"),
+        (("--teacher", "none.safetensors"), "there is none"),
+        (("--split", "nope"), "split"),
+        (("--eval-images", "3"), "--eval-split"),
+        (("--checkpoint", "none.safetensors"), "there is none"),
+    ],
+)
+def test_refusals_leave_nothing(tmp_path, arguments, options, message):
+    assert message in refused(*arguments, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_does_not_fit(folder, tmp_path):
+    out = ("--out", tmp_path / "w.safetensors", "--batch-size", 8)
+    line = refused("train", "cifar_resnet20_option_a", "--num-classes", 3, "--data", folder / "images", *out)
+    assert "build it with num_classes=" in line
+    flat = folder / "images" / "test" / "class0"
+    assert "has none" in refused("train", MODEL, "--data", flat, *out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help():
+    text = succeed("train", "--help").stdout
+    assert "Example: tp-twoaxis train" in text
+    assert "--resume" in text
+
+
+def test_two_processes_share_the_batches(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # what torchrun sets
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    arguments = [sys.executable, "-m", "tp_twoaxis", "train", MODEL, "--json", "--data", str(folder / "images")]
+    arguments += ["--out", str(tmp_path / "w.safetensors"), "--epochs", "1", "--batch-size", "10"]
+    processes = [
+        subprocess.Popen(
+            [*arguments, "--eval-split", "test"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **launched, "PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    printed = []
+    try:
+        for process in processes:
+            text, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            printed.append(text)
+    finally:
+        for process in processes:
+            process.kill()
+    payload = json.loads(printed[0])
+    assert (payload["batches"], payload["images"], payload["evaluation"]["images"]) == (4, 40, 20)
+    assert printed[1] == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]

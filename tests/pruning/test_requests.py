@@ -1,0 +1,147 @@
+"""What is wrong with a request is said at once, by the same words in every function, before an image is read."""
+
+import pytest
+import torch
+from cases import batches, conv_net
+
+from tp_twoaxis import (
+    AnticipatingImportance,
+    HybridImportance,
+    LocalImportance,
+    TargetImportance,
+    TwoAxisError,
+    TwoAxisImportance,
+    calibrate,
+    prune_to_flops,
+    select_score,
+)
+from tp_twoaxis.importance import find_criterion, layer_score, make_importance
+
+X = torch.zeros(1, 3, 8, 8)
+LOADER = batches(32, 16)
+
+
+class Unread:
+    """A loader that nobody may read."""
+
+    def __iter__(self):
+        pytest.fail("an image was read before the request was checked")
+
+    def __len__(self):
+        return 1
+
+
+def prune(importance="hull", **options):
+    return prune_to_flops(conv_net(), X, importance, **{"flops": 0.6, "loader": Unread(), "progress": False} | options)
+
+
+def select(candidates=("hull",), **options):
+    return select_score(conv_net(), X, Unread(), candidates, **{"progress": False} | options)
+
+
+def message(call):
+    with pytest.raises(TwoAxisError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("expression", "part"),
+    [
+        ("tailor", "did you mean 'taylor'"),
+        ("captur", "did you mean 'capture'"),
+        ("hull(strenght=1.0)", "did you mean 'strength'"),
+        ("hull(1.0)", "expected a name, or options like"),
+        ("tp_twoaxis.importance:HulImportance", "did you mean HullImportance"),
+        ("no_such_module:factory", "importing 'no_such_module'"),
+    ],
+)
+def test_the_same_message_of_an_unknown_criterion(expression, part):
+    net = conv_net()
+    messages = {
+        message(call)
+        for call in (
+            lambda: prune(expression),
+            lambda: select([expression]),
+            lambda: find_criterion(expression),
+            lambda: make_importance(expression, model=net, loader=Unread()),
+            lambda: layer_score(expression),
+        )
+    }
+    assert len(messages) == 1
+    assert part in messages.pop()
+
+
+@pytest.mark.parametrize("given", ["rigde", "joinnt", ("bn", "sequentail")])
+def test_the_same_message_of_an_unknown_repair(given):
+    messages = {message(call) for call in (lambda: prune(repair=given), lambda: select(repair=given))}
+    assert len(messages) == 1
+    assert "did you mean" in messages.pop()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"flops": 0.0}, "flops"),
+        ({"flops": 1.5}, "flops"),
+        ({"flops": "half"}, "flops"),
+        ({"min_keep": -0.1}, "min_keep"),
+        ({"min_keep": 2}, "min_keep"),
+        ({"round_to": 0}, "round_to"),
+        ({"round_to": 2.5}, "round_to"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"tolerance": float("nan")}, "tolerance"),
+        ({"attention": "dims"}, "attention: expected one of heads, head-dims"),
+        ({"ignored_layers": ["conv9"]}, "conv9"),
+    ],
+)
+def test_numbers_and_names_are_checked_first(options, part):
+    assert part in message(lambda: prune(**options))
+    assert part in message(lambda: select(**options))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "two"])
+def test_steps_are_checked_first(steps):
+    assert "steps" in message(lambda: prune(steps=steps))
+
+
+def test_a_name_means_the_same_in_every_function():
+    net = conv_net()
+    stats = calibrate(net, LOADER, progress=False)
+    kept = {}
+    for name in ("local", "norm-local", "tp_twoaxis.importance:LocalImportance"):
+        pruned = conv_net()
+        report = prune_to_flops(pruned, X, name, flops=0.6, stats=stats, loader=LOADER, repair=(), progress=False)
+        kept[name] = report.removed_channels
+    assert kept["local"] == kept["norm-local"] == kept["tp_twoaxis.importance:LocalImportance"]
+    result = select_score(net, X, LOADER, list(kept), flops=0.6, repair="ridge+bn", progress=False)
+    assert [row.error for row in result.table] == [None] * 3
+    assert len({(row.achieved, row.accuracy, row.divergence) for row in result.table}) == 1
+
+
+@pytest.mark.parametrize("repair", ["bn", "ridge+bn", "none"])
+@pytest.mark.parametrize("name", ["anticipating", "capture(site='consumer')", "cap-qgw", "hybrid"])
+def test_whatever_a_criterion_needs_is_gathered(name, repair):
+    report = prune_to_flops(conv_net(), X, name, flops=0.7, loader=LOADER, repair=repair, progress=False)
+    assert report.achieved == pytest.approx(0.7, rel=0.1)
+    assert report.importance == name
+
+
+@pytest.mark.parametrize("make", [TwoAxisImportance, LocalImportance, TargetImportance])
+def test_an_importance_refuses_an_unknown_score_when_it_is_made(make):
+    stats = calibrate(conv_net(), LOADER, progress=False)
+    with pytest.raises(
+        TwoAxisError, match="expected one of .*; did you mean 'hull'" if make is not TargetImportance else "got 'hul'"
+    ):
+        make(stats, "hul")
+
+
+def test_importances_are_made_alike():
+    stats = calibrate(conv_net(), LOADER, gradients=True, consumers=True, progress=False)
+    for importance in (
+        AnticipatingImportance(stats, levels=2, images=16, progress=False),
+        LocalImportance(stats),
+        HybridImportance(LocalImportance(stats), TwoAxisImportance(stats, "capture")),
+    ):
+        report = prune_to_flops(conv_net(), X, importance, flops=0.7, loader=LOADER, progress=False)
+        assert report.achieved == pytest.approx(0.7, rel=0.1)

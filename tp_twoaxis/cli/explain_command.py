@@ -1,0 +1,166 @@
+"""``tp-twoaxis explain``: what a layer's peers can replace, in words, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from torch.utils.data import Subset
+
+from tp_twoaxis.cli.option_groups import omit, override, panel
+from tp_twoaxis.cli.option_values import names
+from tp_twoaxis.cli.options import DataOptions, EvaluationOptions, ModelOptions, OutputOptions, StatisticsOptions
+from tp_twoaxis.data import ArrayDataset, make_loader
+from tp_twoaxis.diagnostics.explain import Removal, explain
+from tp_twoaxis.diagnostics.peers import PEERS
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.layers import channel_layers
+from tp_twoaxis.runtime.serialization import write_bytes
+from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+_explain, _output = panel("Explanation"), panel("Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplanationOptions:
+    """What is explained, and how; channels must be numbers, and the removal one of two."""
+
+    channel: Annotated[
+        str | None,
+        _explain("Channels to explain in detail: 13,14; each is removed once. Default an overview of the layer."),
+    ] = None
+    lesion_images: Annotated[int, _explain("Images to measure lesions on, none of --images.", min=1)] = 1000
+    removal: Annotated[str, _explain("What stands in a removed channel's place: mean, zero.")] = "mean"
+    peers: Annotated[int, _explain("Peers that predict a channel, at most.", min=1)] = PEERS
+
+    def __post_init__(self) -> None:
+        parts = names(self.channel)
+        if parts is not None and not (parts and all(part.isdecimal() for part in parts)):
+            raise TwoAxisError(f"--channel: expected numbers such as 13,14, got {self.channel!r}")
+        if self.removal not in ("mean", "zero"):
+            raise TwoAxisError(f"--removal: expected mean or zero, got {self.removal!r}")
+
+    @property
+    def channels(self) -> list[int] | None:
+        """The channels to explain in detail; None for an overview."""
+        return None if self.channel is None else [int(part) for part in names(self.channel) or ()]
+
+
+def explain_command(
+    *,
+    model: ModelOptions,
+    layer: Annotated[str, typer.Argument(help="Layer to explain: layer1.0.conv1.", show_default=False)],
+    explanation: ExplanationOptions,
+    evaluation: Annotated[
+        EvaluationOptions,
+        omit("eval_images"),
+        override(
+            eval_split=_explain(
+                "Split of the lesions' images; damage is small on images learnt by heart. Default --split."
+            ),
+            eval_data=_explain("Where they are, if not in --data: then a file of its own."),
+        ),
+    ],
+    stats: Annotated[
+        Path | None, panel("Statistics")("Statistics that `calibrate` wrote, instead of --images.")
+    ] = None,
+    source: DataOptions | None,
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    out: Annotated[Path | None, _output("Write one HTML file that opens offline.")] = None,
+    png: Annotated[Path | None, _output("Write the two axes with the channels marked.")] = None,
+    output: OutputOptions,
+) -> None:
+    """Say which peers can replace a channel, how well, what it tells of the task, and what its removal costs.
+
+    Images of the statistics and of the lesions are drawn at random and do not overlap. Time: one pass over
+    --images, and over --lesion-images two passes a channel and one more.
+    """
+    output.check(out, png)
+    if source is None and (stats is None or explanation.channels is not None):
+        what = "the lesions" if stats is not None else "the statistics"
+        raise TwoAxisError(f"--data: {what} need images, got none; name them")
+    network = model.build()
+    channel_layers(network, [layer])  # a typo is refused before images are read
+    gathered = None if stats is None else CalibrationStatistics.load(stats)
+    if png is not None and (statistics.task_variable if gathered is None else gathered.target) is None:
+        raise TwoAxisError("--png: the picture needs two axes, the statistics have no target; leave it out")
+    score_loader = lesion_loader = None
+    notes: list[str] = []
+    if source is not None:
+        others = None
+        if evaluation.eval_data is not None or evaluation.eval_split not in (None, source.split):
+            others = replace(evaluation, eval_images=explanation.lesion_images).beside(source)
+        held_out = 0 if explanation.channels is None else explanation.lesion_images
+        score_loader, lesion_loader, notes = _loaders(source, others, held_out, score=gathered is None)
+    if gathered is None:
+        gathered = calibrate(
+            network,
+            score_loader or (),
+            target=statistics.task_variable,
+            layers=[layer],
+            max_images=None,
+            progress=output.progress,
+        )
+    result = explain(
+        network,
+        layer,
+        lesion_loader,
+        stats=gathered,
+        channels=explanation.channels,
+        removal=cast(Removal, explanation.removal),
+        peers=explanation.peers,
+        progress=output.progress,
+    )
+    result = replace(result, notes=[*result.notes, *notes, *model.notes()])
+    written = [path for path in (png, out) if path is not None]
+    if written:
+        from tp_twoaxis.diagnostics.explain_page import explanation_figure, explanation_html
+        from tp_twoaxis.diagnostics.html_page import png_bytes
+
+        files = {} if png is None else {png: png_bytes(explanation_figure(result))}
+        files |= {} if out is None else {out: explanation_html(result).encode()}
+        for path, content in files.items():
+            write_bytes(path, content)
+    output.show(json.loads(result.to_json()), str(result))
+    if written and not output.json_output:
+        typer.echo("wrote " + " and ".join(map(str, written)), err=True)
+
+
+def _loaders(
+    source: DataOptions, others: DataOptions | None, held_out: int, *, score: bool
+) -> tuple[Any, Any, list[str]]:
+    """Images for the statistics and for the lesions, None where they are not needed; and what there is to note.
+
+    Args:
+        source: where images of the statistics are.
+        others: where those of the lesions are, if not there too.
+        held_out: how many images lesions are measured on; 0 without lesions.
+        score: whether the statistics are still to be gathered.
+    """
+    if not held_out:
+        return source.loader() if score else None, None, []
+    if others is not None:
+        return source.loader() if score else None, others.loader(), []
+    if not score:
+        note = "images of the lesions may be among those of --stats"
+        return None, replace(source, images=held_out).loader(), [note]
+    drawn = held_out + (source.images or 0)
+    dataset = replace(source, images=drawn).open()
+    notes = []
+    if len(dataset) < drawn:  # of few images both get a share
+        held_out = min(held_out, len(dataset) // 2)
+        notes.append(f"{source.data}: {len(dataset)} images, {held_out} of them for lesions")
+    # what is drawn comes in the data's order, which is often by class
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(source.seed))
+    rows = order[held_out:].sort().values, order[:held_out].sort().values
+    if isinstance(dataset, ArrayDataset):
+        loaders: list[Any] = [dataset.loader(source.batch_size, part) for part in rows]
+    else:
+        parts = (Subset(dataset, part.tolist()) for part in rows)
+        loaders = [make_loader(part, source.batch_size, workers=source.workers) for part in parts]
+    return loaders[0], loaders[1], notes

@@ -1,0 +1,120 @@
+"""``tp-twoaxis prune``: a smaller network, and what was lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tp_twoaxis.cli.option_groups import omit, panel
+from tp_twoaxis.cli.options import (
+    DataOptions,
+    EvaluationOptions,
+    ModelOptions,
+    PruningOptions,
+    ReportOptions,
+    StatisticsOptions,
+)
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance import PruningState, criterion_names, find_criterion
+from tp_twoaxis.pruning.checkpoint import save_pruned
+from tp_twoaxis.pruning.prune import prune_to_flops
+from tp_twoaxis.repair import parse_repair, refits
+from tp_twoaxis.runtime.batches import split_batch
+from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
+from tp_twoaxis.statistics.store import CalibrationStatistics
+from tp_twoaxis.training.evaluation import accuracy
+
+_pruning = panel("Pruning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalOptions:
+    """How much is removed, and what ranks channels."""
+
+    flops: Annotated[float, _pruning("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
+    steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
+    score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = DEFAULT_SCORE
+    stats: Annotated[Path | None, _pruning("Statistics that `calibrate` wrote; default calibrate now.")] = None
+
+
+def prune_command(
+    *,
+    model: ModelOptions,
+    source: DataOptions,
+    out: Annotated[Path, panel("Output")("The pruned network, .safetensors.", show_default=False)],
+    removal: RemovalOptions,
+    pruning: PruningOptions,
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    evaluation: EvaluationOptions,
+    latency: Annotated[
+        bool, panel("Evaluation")("Time batches of 1 and of 64, before and after.", "--latency")
+    ] = False,
+    output: ReportOptions,
+) -> None:
+    """Remove channels until a share of the MACs is left, repair, and write the smaller network.
+
+    Load it again with tp_twoaxis.load_pruned, or hand it to --checkpoint.
+    """
+    criterion = find_criterion(removal.score)
+    if not 0.0 < removal.flops <= 1.0:
+        raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {removal.flops:g}")
+    if removal.steps < 1:
+        raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {removal.steps}")
+    output.check(out, output.report)
+    test_source = evaluation.beside(source)
+    network = model.build()
+    pruning.check(network)
+    loader = source.loader()
+    stats = None
+    if "statistics" in criterion.needs:
+        loaded = None if removal.stats is None else CalibrationStatistics.load(removal.stats)
+        if loaded is not None:
+            loaded.verify(network)
+        state = PruningState(
+            network, loader, stats=loaded, **statistics.keywords(), max_images=None, progress=output.progress
+        )
+        refitted = refits(parse_repair(pruning.repair))
+        stats = state.statistics(*criterion.extras, also=("consumers",) if refitted else ())
+    test = None if test_source is None else test_source.loader()
+    before = None if test is None else accuracy(network, test, progress=output.progress)
+    result = prune_to_flops(
+        network,
+        split_batch(next(iter(loader)))[0][:1],
+        criterion.seeded(source.seed),
+        flops=removal.flops,
+        steps=removal.steps,
+        stats=stats,
+        loader=loader,
+        max_images=None,
+        latency=latency,
+        progress=output.progress,
+        **pruning.keywords(),
+    )
+    # gradients of `taylor` are of no use any more
+    unwrap(network).zero_grad(set_to_none=True)
+    result = dataclasses.replace(result, importance=criterion.name, notes=[*result.notes, *model.notes()])
+    measured: dict[str, Any] | None = None
+    lines = [str(result)]
+    if test is not None and before is not None and test_source is not None:
+        after, count = accuracy(network, test, progress=output.progress)
+        measured = {"before": before[0], "after": after, "images": count, "split": test_source.split}
+        lines.append(
+            f"top-1 accuracy on {count} images ({test_source.split}): {before[0]:.2%} before, {after:.2%} after, "
+            "without fine-tuning"
+        )
+    save_pruned(network, out, result)
+    output.show(
+        {
+            "model": model.model,
+            "out": str(out),
+            "score": criterion.name,
+            "accuracy": measured,
+            "report": json.loads(result.to_json()),
+        },
+        *lines,
+        f"wrote {out}" + (f" and {output.report}" if output.report is not None else ""),
+    )

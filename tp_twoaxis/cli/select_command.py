@@ -1,0 +1,74 @@
+"""``tp-twoaxis select``: which score to prune this network by."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from tp_twoaxis.cli.option_groups import omit, panel
+from tp_twoaxis.cli.option_values import names, numbers
+from tp_twoaxis.cli.options import DataOptions, ModelOptions, PruningOptions, ReportOptions, StatisticsOptions, noted
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance import criterion_names, expand_criteria
+from tp_twoaxis.pruning.selection import select_score
+from tp_twoaxis.runtime.batches import split_batch
+
+_selection = panel("Selection")
+
+
+def select_command(
+    *,
+    model: ModelOptions,
+    source: DataOptions,
+    flops: Annotated[str, _selection("Shares of the MACs to keep: 0.5, or 0.7,0.5.")] = "0.5",
+    candidates: Annotated[
+        str,
+        _selection(
+            f"What to try: {', '.join(criterion_names())}; all-local, all-target, all-baselines and all stand "
+            "for several."
+        ),
+    ] = "all-local",
+    exclude: Annotated[str | None, _selection("Candidates to leave out.")] = None,
+    held_out: Annotated[float, _selection("Share of the images that judge; the others calibrate.")] = 0.5,
+    pruning: PruningOptions,
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    output: ReportOptions,
+) -> None:
+    """Try scores on copies of the network and judge them on images held out of the calibration; changes nothing.
+
+    Training images are enough: keep test images for the end. Continue with: tp-twoaxis prune --score BEST.
+    """
+    chosen = _candidates(candidates, exclude)
+    output.check(output.report)
+    shares = numbers("--flops", flops) or []
+    network = model.build()
+    pruning.check(network)
+    loader = source.loader()
+    result = select_score(
+        network,
+        split_batch(next(iter(loader)))[0][:1],
+        loader,
+        chosen,
+        flops=shares,
+        held_out=held_out,
+        max_images=None,
+        target=statistics.task_variable,
+        seed=source.seed,
+        progress=output.progress,
+        **pruning.keywords(),
+    )
+    notes = model.notes()
+    output.show(
+        {"model": model.model, **json.loads(result.to_json()), "notes": notes},
+        str(result),
+        *noted(notes),
+        *([] if output.report is None else [f"wrote {output.report}"]),
+    )
+
+
+def _candidates(candidates: str, exclude: str | None) -> list[str]:
+    included = expand_criteria(names(candidates) or [])
+    excluded = expand_criteria(names(exclude) or [])
+    if unknown := [name for name in excluded if name not in included]:
+        raise TwoAxisError(f"--exclude: {unknown[0]!r} is no candidate; they are {', '.join(included)}")
+    return [name for name in included if name not in excluded]

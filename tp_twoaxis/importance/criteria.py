@@ -1,0 +1,190 @@
+"""The table of criteria: ours, and those of others to compare with. A new one is a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch_pruning as tp
+
+from tp_twoaxis.importance.base import GatheredImportance
+from tp_twoaxis.importance.baselines.activation_criteria import (
+    ActivationRMSImportance,
+    CHIPImportance,
+    MIPPImportance,
+    VBPImportance,
+)
+from tp_twoaxis.importance.baselines.gradient_criteria import HessianImportance, TaylorBNImportance
+from tp_twoaxis.importance.baselines.tp_criteria import tp_activation, tp_hessian
+from tp_twoaxis.importance.baselines.weight_criteria import (
+    BNFoldedNormImportance,
+    FPGMImportance,
+    NetworkSlimmingImportance,
+    RandomImportance,
+)
+from tp_twoaxis.importance.cap_qgw import CapQGWImportance
+from tp_twoaxis.importance.criterion import Criterion, Importance, Need, PruningState, option_names
+from tp_twoaxis.importance.hybrid import HybridImportance
+from tp_twoaxis.importance.registry import CRITERIA, find_criterion
+from tp_twoaxis.importance.repair_aware import AnticipatingImportance
+from tp_twoaxis.importance.two_axis import TwoAxisImportance
+from tp_twoaxis.scores.named_scores import SCORES
+from tp_twoaxis.statistics.gradients import accumulate_gradients
+
+_MAGNITUDE = tp.importance.MagnitudeImportance
+
+
+def _score(name: str) -> Criterion:
+    """Make a row of a score: statistics of layers, reduced over a group's producers or consumers."""
+    entry = SCORES[name]
+    own = option_names(entry.function)
+
+    def factory(state: PruningState, **options: Any) -> TwoAxisImportance:
+        of_score = {option: options.pop(option) for option in own if option in options}
+        score = partial(entry.function, **of_score) if of_score else name
+        consumer = options.get("site") == "consumer"
+        stats = state.statistics(*(("consumers",) if consumer else ()))
+        options = {"normalizer": entry.normalizer, **options}
+        removed = state.removed_inputs if consumer else state.removed_outputs
+        return TwoAxisImportance(stats, score, **options).with_removed(removed)
+
+    options = (*own, *(option for option in option_names(TwoAxisImportance) if option != "score"))
+    summary = f"{entry.summary} ({entry.axis} axis)"
+    return Criterion(name, summary, factory, ("statistics",), entry.axis, options, entry.function)
+
+
+def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:
+    return CapQGWImportance(state.statistics("gradients"), **options).with_removed(state.removed_outputs)
+
+
+def _anticipating(state: PruningState, **options: Any) -> AnticipatingImportance:
+    model, loader = state.images()
+    given = {"model": model, "loader": loader, "max_images": state.max_images, "progress": state.progress}
+    return AnticipatingImportance(state.statistics("consumers"), **{**given, **options})
+
+
+def _hybrid(state: PruningState, *, allocation: str = "taylor", ranking: str = "capture") -> HybridImportance:
+    return HybridImportance(*(find_criterion(name).build(state) for name in (allocation, ranking)))
+
+
+def _weights(
+    name: str, summary: str, made: Callable[..., Importance], options: tuple[str, ...] | None = None
+) -> Criterion:
+    """Make a row of a criterion that looks at weights alone."""
+    taken = option_names(made) if options is None else options
+    return Criterion(name, summary, lambda state, **options: made(**options), options=taken)
+
+
+def _random(state: PruningState, *, seed: int | None = None) -> RandomImportance:
+    return RandomImportance(state.seed if seed is None else seed)
+
+
+def _gradients(name: str, summary: str, made: Callable[..., Importance]) -> Criterion:
+    """Make a row of a criterion that reads the loss's gradients from the model's parameters."""
+
+    def factory(state: PruningState, **options: Any) -> Importance:
+        model, loader = state.images(labels=True)
+        accumulate_gradients(model, loader, max_images=state.max_images, progress=state.progress)
+        return made(**options)
+
+    return Criterion(name, summary, factory, ("labels",), options=option_names(made))
+
+
+def _gathered(name: str, summary: str, need: Need, made: type[GatheredImportance]) -> Criterion:
+    """Make a row of a criterion that gathers statistics of its own."""
+
+    def factory(state: PruningState, **options: Any) -> Importance:
+        model, loader = state.images(labels=need == "labels")
+        return made.calibrate(model, loader, max_images=state.max_images, progress=state.progress, **options)
+
+    return Criterion(name, summary, factory, (need,), options=option_names(made))
+
+
+def _torch_pruning(name: str, summary: str, need: Need, prepare: Callable[..., Importance]) -> Criterion:
+    """Make a row of Torch-Pruning's own version of a criterion, prepared from images."""
+
+    def factory(state: PruningState) -> Importance:
+        model, loader = state.images(labels=need == "labels")
+        return prepare(model, loader, max_images=state.max_images, progress=state.progress)
+
+    return Criterion(name, summary, factory, (need,))
+
+
+_ROWS = (
+    *(_score(name) for name in SCORES),
+    Criterion(
+        "cap-qgw",
+        "capture's quantiles in clusters, weighted by gradients",
+        _cap_qgw,
+        ("statistics", "gradients"),
+        "local",
+        option_names(CapQGWImportance),
+    ),
+    Criterion(
+        "anticipating",
+        "what the logits lose for a channel's MACs once its consumers are repaired",
+        _anticipating,
+        ("statistics", "consumers", "images"),
+        "local",
+        option_names(AnticipatingImportance),
+    ),
+    Criterion(
+        "hybrid",
+        "Taylor's allocation, capture's ranking",
+        _hybrid,
+        ("statistics", "labels"),
+        "both",
+        ("allocation", "ranking"),
+    ),
+    _weights("l1", "L1 norm of the group's weights", partial(_MAGNITUDE, p=1)),
+    _weights("l2", "squared L2 norm of the group's weights", partial(_MAGNITUDE, p=2)),
+    _gradients(
+        "taylor",
+        "first-order Taylor expansion of the loss, Torch-Pruning's: weights without BatchNorm's",
+        tp.importance.TaylorImportance,
+    ),
+    _weights("fpgm", "summed distance to the layer's other filters (He et al. 2019)", FPGMImportance),
+    Criterion("random", "uniform random numbers, fixed by the seed", _random, options=("seed",), draws=True),
+    _weights(
+        "bn-scale",
+        "BatchNorm's scale (Liu et al. 2017); groups without one stay whole",
+        tp.importance.BNScaleImportance,
+    ),
+    _weights("lamp", "layer-adaptive magnitude (Lee et al. 2021), by channel", tp.importance.LAMPImportance),
+    _gradients(
+        "taylor-bn",
+        "first-order Taylor expansion of the loss (Molchanov et al. 2019), BatchNorm and biases included",
+        TaylorBNImportance,
+    ),
+    _gathered(
+        "hessian",
+        "optimal brain damage (LeCun et al. 1989): squared gradients of all images",
+        "labels",
+        HessianImportance,
+    ),
+    _weights(
+        "network-slimming",
+        "BatchNorm's scale (Liu et al. 2017); a group without one is an error",
+        NetworkSlimmingImportance,
+    ),
+    _weights("bn-folded-norm", "L2 norm of the weights with BatchNorm folded in", BNFoldedNormImportance),
+    _gathered("activation-rms", "root mean square of what the next layers read", "images", ActivationRMSImportance),
+    _gathered("vbp", "variance of what the next layers read (Berisha et al. 2025)", "images", VBPImportance),
+    _gathered("chip", "channel independence by nuclear norms (Sui et al. 2021)", "images", CHIPImportance),
+    _gathered(
+        "mipp",
+        "information about the next layer's outputs, Gaussian form (after Westphal et al. 2024)",
+        "images",
+        MIPPImportance,
+    ),
+    _weights("host-fpgm", "Torch-Pruning's FPGM: distances of squared weights", tp.importance.FPGMImportance),
+    _torch_pruning("host-hessian", "Torch-Pruning's Hessian: the last image's squared gradient", "labels", tp_hessian),
+    _torch_pruning(
+        "host-activation",
+        "Torch-Pruning's activation criterion: mean magnitude of the last batch's inputs",
+        "images",
+        tp_activation,
+    ),
+)
+CRITERIA.update({criterion.name: criterion for criterion in _ROWS})

@@ -1,0 +1,388 @@
+"""What a criterion is, and what it may look at while it is built."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.scores.named_scores import Score
+from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.recorder import Positions
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+Importance = Callable[[Any], Any]
+"""A Torch-Pruning importance: group -> [root channels] scores, larger keeps, or None to leave the group whole."""
+Need = Literal["statistics", "gradients", "consumers", "images", "labels"]
+"""``statistics``: those of :func:`~tp_twoaxis.calibrate`; ``gradients``, ``consumers``: what it records besides;
+``images``: the model and images; ``labels``: the model and images with labels, for a backward pass that may leave
+gradients on the model."""
+Axis = Literal["local", "target", "both", "baseline"]
+EXTRAS: tuple[Need, ...] = ("gradients", "consumers")
+
+# what is passed when a criterion is built, and is no option of it
+_GIVEN = {"self", "cls", "stats", "statistics", "layer", "model", "loader", "max_images", "progress", "seed"}
+
+
+class _MissingInputError(TwoAxisError):
+    """A criterion needs something that its state does not have; the criterion's name is put in front."""
+
+
+@dataclass
+class PruningState:
+    """A network at one moment of pruning, and what a criterion may look at to rank its channels.
+
+    Attributes:
+        model: the network as it is; None where a criterion has to do with statistics or weights alone.
+        loader: yields ``(images, labels)`` or images; None where there are none.
+        stats: statistics of the network as it is; default they are gathered when first needed.
+        target: task variable of statistics that are gathered, as for :func:`~tp_twoaxis.calibrate`.
+        layers: layers that are then recorded; default all.
+        positions: as for ``calibrate``.
+        max_images: use at most so many; None reads the loader to its end.
+        seed: of criteria that draw random numbers.
+        progress: show progress bars on stderr.
+        removed_outputs: layer -> share of the dense network's output channels that earlier steps removed, in [0, 1);
+            empty for the dense network.
+        removed_inputs: layer -> the same share of its input channels.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(72, 4))
+        >>> data = [(torch.randn(32, 3, 5, 5), torch.randint(4, (32,)))]
+        >>> state = PruningState(net, data, target="correct_logit", layers=["0"], progress=False)
+        >>> state.statistics("consumers")
+        CalibrationStatistics(1 layers, 32 images, target='correct_logit')
+        >>> state.statistics() is state.statistics("consumers")  # gathered once
+        True
+    """
+
+    model: nn.Module | None = None
+    loader: Iterable[Any] | None = None
+    stats: CalibrationStatistics | None = None
+    target: str | None = "margin"
+    layers: Iterable[str] | None = None
+    positions: Positions = "auto"
+    max_images: int | None = 5000
+    seed: int = 0
+    progress: bool = True
+    removed_outputs: Mapping[str, float] = field(default_factory=dict)
+    removed_inputs: Mapping[str, float] = field(default_factory=dict)
+    _gathered: list[CalibrationStatistics] = field(default_factory=list, repr=False)
+
+    def statistics(self, *extras: Need, also: Iterable[Need] = ()) -> CalibrationStatistics:
+        """Give statistics of the network; the only place that turns needs into ``calibrate()``'s flags.
+
+        Args:
+            extras: what they must hold besides: ``"gradients"``, ``"consumers"``.
+            also: extras that are gathered if a pass is made anyway, because somebody else needs them.
+
+        Raises:
+            TwoAxisError: there are no statistics and nothing to gather them from, or those that there are hold less.
+        """
+        for extra in extras:
+            check_name("statistics", extra, EXTRAS)
+        flags = "".join(f", {extra}=True" for extra in EXTRAS if extra in extras)
+        if self.stats is not None:
+            if lacking := [extra for extra in extras if extra not in self.stats.extras]:
+                raise _MissingInputError(
+                    f"expected statistics with {' and '.join(lacking)}, got some without; gather them with "
+                    f"calibrate(model, loader{flags}) or tp-twoaxis calibrate --score CRITERION"
+                    + (", which need labels" if "gradients" in lacking else "")
+                )
+            return self.stats
+        for gathered in self._gathered:
+            if set(extras) <= set(gathered.extras):
+                return gathered
+        labels = " with labels" if "gradients" in extras else ""
+        model, images = self._required(
+            f"stats=calibrate(model, loader{flags}), or model=... and loader=...{labels}", self.loader
+        )
+        wanted = {*extras, *also}
+        self._gathered.append(
+            calibrate(
+                model,
+                images,
+                target=self.target,
+                layers=self.layers,
+                positions=self.positions,
+                max_images=self.max_images,
+                gradients="gradients" in wanted,
+                consumers="consumers" in wanted,
+                progress=self.progress,
+            )
+        )
+        return self._gathered[-1]
+
+    def images(self, loader: Iterable[Any] | None = None, *, labels: bool = False) -> tuple[nn.Module, Iterable[Any]]:
+        """Give the model and images to run it on.
+
+        Args:
+            loader: instead of this state's, if it is not None.
+            labels: whether labels are needed, for the message.
+
+        Raises:
+            TwoAxisError: either is missing.
+        """
+        what = "model=... and loader=..." + (" with labels" if labels else "")
+        return self._required(what, self.loader if loader is None else loader)
+
+    def like(self, stats: CalibrationStatistics, loader: Iterable[Any] | None = None) -> PruningState:
+        """Copy the state so that it gathers statistics as others were: of the same layers, with the same target.
+
+        Args:
+            stats: of another state of the network.
+            loader: instead of this state's, if it is not None.
+        """
+        images = self.loader if loader is None else loader
+        return replace(self, stats=None, target=stats.target, layers=list(stats), loader=images, _gathered=[])
+
+    def after_step(self, outputs: Mapping[str, float], inputs: Mapping[str, float]) -> PruningState:
+        """Give the state of the network when channels were removed from it, with nothing gathered yet.
+
+        Args:
+            outputs: layer -> share of the dense network's output channels that are gone by now.
+            inputs: layer -> the same of its input channels.
+        """
+        known = self.known_statistics
+        state = self if known is None else self.like(known)
+        return replace(state, stats=None, removed_outputs=outputs, removed_inputs=inputs, _gathered=[])
+
+    @property
+    def known_statistics(self) -> CalibrationStatistics | None:
+        """Statistics that are at hand: those given, or the first that were gathered."""
+        return self.stats or next(iter(self._gathered), None)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no step removed anything yet."""
+        return not self.removed_outputs and not self.removed_inputs
+
+    def _required(self, what: str, loader: Iterable[Any] | None) -> tuple[nn.Module, Iterable[Any]]:
+        if self.model is None or loader is None:
+            raise _MissingInputError(f"expected {what}, got neither or only one; pass them")
+        return self.model, loader
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to rank channels, by name or given as an object; :meth:`build` makes the importance.
+
+    Attributes:
+        name: the expression that finds it, ``"hull(strength=1.0)"``, or what describes an object.
+        summary: what it is, in one line.
+        factory: state, and options by keyword -> importance.
+        needs: what it looks at: any of :data:`Need`; none for weights alone.
+        axis: ``local``, ``target``, ``both``; ``baseline`` for criteria of others.
+        options: keywords that ``factory`` takes.
+        score: statistics of a layer -> [C], for criteria that score single layers; takes some of the options.
+        draws: whether it draws random numbers.
+        bound: options that are set.
+
+    Example:
+        >>> criterion = Criterion("norm", "a norm", lambda state, p=2: lambda group: p, options=("p",))
+        >>> criterion.configured({"p": 1}).build(PruningState())(None)
+        1
+    """
+
+    name: str
+    summary: str
+    factory: Callable[..., Importance]
+    needs: tuple[Need, ...] = ()
+    axis: Axis = "baseline"
+    options: tuple[str, ...] = ()
+    score: Score | None = None
+    draws: bool = False
+    bound: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def extras(self) -> tuple[Need, ...]:
+        """What it needs of statistics besides the usual; see :meth:`PruningState.statistics`."""
+        return tuple(need for need in self.needs if need in EXTRAS)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it looks at the model's activations or gradients itself, beside the statistics."""
+        return "images" in self.needs or "labels" in self.needs
+
+    def configured(self, options: Mapping[str, Any], name: str | None = None) -> Criterion:
+        """Return the criterion with options set.
+
+        Args:
+            options: keyword -> value.
+            name: of the new criterion; default this one's.
+
+        Raises:
+            TwoAxisError: it has no such option; the message lists those that it has.
+        """
+        for option in options:
+            check_name(f"criterion {self.name!r}: option", option, self.options)
+        needs = self.needs
+        if options.get("site") == "consumer" and "consumers" not in needs:
+            needs = (*needs, "consumers")
+        score = self.score
+        if score is not None and (own := {k: v for k, v in options.items() if k in option_names(score)}):
+            score = partial(score, **own)
+        return replace(self, name=name or self.name, needs=needs, score=score, bound={**self.bound, **options})
+
+    def seeded(self, seed: int) -> Criterion:
+        """Return the criterion with a seed of its own, if it draws random numbers and has none yet."""
+        return self.configured({"seed": seed}) if self.draws and "seed" not in self.bound else self
+
+    def build(self, state: PruningState) -> Importance:
+        """Build the importance for the network as it is, to be handed to Torch-Pruning; anew for every step.
+
+        Args:
+            state: the network, and what there is to look at it with.
+
+        Raises:
+            TwoAxisError: something that the criterion needs is not there; or what gathering it raises.
+        """
+        try:
+            return self.factory(state, **self.bound)
+        except _MissingInputError as error:
+            raise TwoAxisError(f"criterion {self.name!r}: {error}") from None
+
+
+def parse_expression(expression: str) -> tuple[str, dict[str, Any]]:
+    """Split a criterion expression, ``composite-local(b=0.3, normalizer="gaussian")``, into name and options.
+
+    Args:
+        expression: a name, or a name with keyword arguments in parentheses; values are Python literals (numbers,
+            strings, None, tuples of them). Nothing is evaluated.
+
+    Returns:
+        The name, and the options by keyword.
+
+    Raises:
+        TwoAxisError: the parentheses do not hold keyword arguments with literal values.
+
+    Example:
+        >>> parse_expression("hull"), parse_expression("hull(strength=1.0, normalizer='max')")
+        (('hull', {}), ('hull', {'strength': 1.0, 'normalizer': 'max'}))
+    """
+    name, bracket, rest = expression.partition("(")
+    if not bracket:
+        return expression.strip(), {}
+    try:
+        # a stand-in for the name, which may hold hyphens and colons
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+        if len(options) < len(call.keywords):
+            raise ValueError
+    except (ValueError, SyntaxError) as error:
+        raise TwoAxisError(
+            f"criterion {expression!r}: expected a name, or options like name(b=0.3, normalizer='mean'), "
+            "could not read it"
+        ) from error
+    return name.strip(), options
+
+
+def option_names(*callables: Callable[..., Any]) -> tuple[str, ...]:
+    """List the keywords of functions or classes that are options, base classes included.
+
+    Example:
+        >>> option_names(lambda stats, *, normalizer="mean", seed=0: None)
+        ('normalizer',)
+    """
+    names: dict[str, None] = {}
+    for made in callables:
+        bases: Iterable[Callable[..., Any]] = [made]
+        if isinstance(made, type):
+            bases = [vars(base)["__init__"] for base in made.__mro__ if "__init__" in vars(base) and base is not object]
+        for parameter in (p for base in bases for p in inspect.signature(base).parameters.values()):
+            variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if not variadic and parameter.name not in _GIVEN:
+                names[parameter.name] = None
+    return tuple(names)
+
+
+def criterion_from_factory(name: str, made: Any, options: Mapping[str, Any] | None = None) -> Criterion:
+    """Turn anybody's function that makes an importance into a criterion.
+
+    Args:
+        name: of the criterion.
+        made: a function or class. It is called with those of the keywords ``stats``, ``model``, ``loader`` and
+            ``seed`` that it has, or else with the statistics alone if it has a parameter without default; statistics
+            are gathered only for those that take them.
+        options: further keywords.
+
+    Raises:
+        TwoAxisError: it cannot be called; when built, what it returned cannot.
+
+    Example:
+        >>> criterion_from_factory("mine", lambda seed: lambda group: seed).build(PruningState(seed=3))(None)
+        3
+    """
+    if not callable(made):
+        raise TwoAxisError(f"criterion {name!r}: expected a function that makes an importance, got {made!r}")
+    parameters = list(inspect.signature(made).parameters.values())
+    takes = {p.name for p in parameters} & {"stats", "model", "loader", "seed"}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and not isinstance(made, type):
+        takes |= {"stats", "model", "loader", "seed"}
+    alone = next((p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD), None)
+    positional = not takes and alone is not None and alone not in (options or {})
+
+    def factory(state: PruningState, **keywords: Any) -> Importance:
+        given: dict[str, Any] = {name: getattr(state, name) for name in ("model", "loader", "seed") if name in takes}
+        if "stats" in takes:
+            given["stats"] = state.statistics()
+        arguments = [state.statistics()] if positional else []
+        importance: Importance = made(*arguments, **given, **keywords)
+        if not callable(importance):
+            raise TwoAxisError(
+                f"criterion {name!r}: expected an importance, group -> scores, got {type(importance).__name__}; "
+                "return it from the factory"
+            )
+        if state.is_dense or not hasattr(importance, "with_removed"):
+            return importance
+        consumer = getattr(importance, "site", "producer") == "consumer"
+        return importance.with_removed(state.removed_inputs if consumer else state.removed_outputs)  # type: ignore[no-any-return]
+
+    needs: tuple[Need, ...] = ("statistics",) if positional or "stats" in takes else ()
+    bound = dict(options or {})
+    return Criterion(name, f"made by {name}", factory, needs, options=tuple(bound), bound=bound)
+
+
+def criterion_from_importance(importance: Importance) -> Criterion:
+    """Turn an importance that was built already into a criterion.
+
+    For the network that it was built for it stays as it is, unless it has an attribute ``is_ready`` that is false. For
+    a later state of the network, one with a method ``build(state)``, such as ours, is replaced by what that returns,
+    with new statistics; any other is called again as it is, as Torch-Pruning's pruners do.
+
+    Raises:
+        TwoAxisError: it cannot be called.
+
+    Example:
+        >>> criterion = criterion_from_importance(lambda group: 1.0)
+        >>> criterion.build(PruningState())(None)
+        1.0
+    """
+    if not callable(importance):
+        raise TwoAxisError(
+            f"importance: expected a Torch-Pruning importance or a criterion's name, got {type(importance).__name__}"
+        )
+    build: Callable[[PruningState], Importance] | None = getattr(importance, "build", None)
+
+    def factory(state: PruningState) -> Importance:
+        stays = state.is_dense and getattr(importance, "is_ready", True)
+        return importance if stays or build is None else build(state)
+
+    described = repr(importance)
+    if build is None or " at 0x" in described:  # no words of its own
+        described = type(importance).__name__
+    return Criterion(described, "an importance that was given", factory)
+
+
+def iterated_once(loader: Iterable[Any] | None) -> bool:
+    """Whether images can be read but once, as from a generator."""
+    return isinstance(loader, Iterator)

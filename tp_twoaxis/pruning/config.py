@@ -1,0 +1,68 @@
+"""What a pruning has to keep to, checked when it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from tp_twoaxis.dependency.attention import AttentionUnit
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.pruning.plan import check_constraints
+from tp_twoaxis.repair import parse_repair
+
+Budget = Literal["macs", "channels"]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Constraints of :func:`~tp_twoaxis.prune_to_flops`; see its arguments of the same names.
+
+    Raises:
+        TwoAxisError: here, an unknown name or a number out of range.
+
+    Example:
+        >>> PruningConfig(flops=0.5, repair="ridge+bn").repair
+        ('ridge', 'bn')
+    """
+
+    flops: float = 0.5
+    budget: Budget = "macs"
+    steps: int = 1
+    repair: str | Iterable[str] = ("bn",)
+    ignored_layers: Iterable[nn.Module | str] = ()
+    min_keep: float = 0.1
+    round_to: int | None = None
+    attention: AttentionUnit = "heads"
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_name("budget", self.budget, get_args(Budget))
+        check_name("attention", self.attention, get_args(AttentionUnit))
+        check_constraints(self.flops, self.min_keep, self.round_to, self.tolerance)
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise TwoAxisError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
+        object.__setattr__(self, "repair", parse_repair(self.repair))
+        object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
+
+    def ignored_in(self, network: nn.Module) -> list[nn.Module]:
+        """Find the layers that keep their output channels.
+
+        Raises:
+            TwoAxisError: one is not part of the network.
+        """
+        modules = dict(network.named_modules())
+        found = []
+        for layer in self.ignored_layers:
+            if isinstance(layer, str) and layer not in modules:
+                raise TwoAxisError(f"ignored_layers: the model has no layer {layer!r}")
+            module = modules[layer] if isinstance(layer, str) else layer
+            if not any(module is other for other in modules.values()):
+                raise TwoAxisError(
+                    f"ignored_layers: {type(module).__name__} is not part of this model; pass its own layers or their "
+                    "names"
+                )
+            found.append(module)
+        return found

@@ -1,0 +1,310 @@
+"""From a trained network and an importance to a smaller network at a MACs target, or to no change at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tp_twoaxis.dependency.attention import AttentionUnit
+from tp_twoaxis.dependency.channel_masks import PrunedChannels
+from tp_twoaxis.dependency.flops import (
+    ExampleInputs,
+    MacsCount,
+    count_macs,
+    inside,
+    measure_latency,
+    running_layers,
+    thop_macs,
+    tp_macs,
+)
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance import (
+    AnticipatingImportance,
+    Criterion,
+    HybridImportance,
+    Importance,
+    PruningState,
+    TwoAxisImportance,
+    as_criterion,
+)
+from tp_twoaxis.importance.baselines import READ_FROM_MODEL
+from tp_twoaxis.importance.criterion import iterated_once
+from tp_twoaxis.pruning.config import Budget, PruningConfig
+from tp_twoaxis.pruning.iterate import PruningOutcome, prune_in_steps
+from tp_twoaxis.pruning.pruning_report import PruningReport, Size
+from tp_twoaxis.repair import RepairReport, check_repair, refits, repair_network
+from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
+from tp_twoaxis.runtime.timing import timed
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+LATENCY_BATCHES = (1, 64)
+
+
+def prune_to_flops(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    importance: str | Criterion | Callable[[Any], Tensor],
+    *,
+    flops: float = 0.5,
+    budget: Budget = "macs",
+    steps: int = 1,
+    repair: str | Iterable[str] = ("bn",),
+    stats: CalibrationStatistics | None = None,
+    loader: Iterable[Any] | None = None,
+    ignored_layers: Iterable[nn.Module | str] = (),
+    min_keep: float = 0.1,
+    round_to: int | None = None,
+    attention: AttentionUnit = "heads",
+    tolerance: float = 0.01,
+    max_images: int | None = 5000,
+    latency: bool = False,
+    other_counters: bool = True,
+    progress: bool = True,
+) -> PruningReport:
+    """Remove channels through Torch-Pruning's dependency graph until a share of the MACs is left.
+
+    One threshold over all groups decides, at which the kept MACs match the target by the counter of
+    :func:`~tp_twoaxis.dependency.flops.count_macs`. The model is changed in place; on any error it is
+    put back exactly as it was. Layers that compute the model's outputs are never touched. Parameters
+    become new objects, so build optimizers afterwards.
+
+    Args:
+        model: the network; DataParallel, DistributedDataParallel and ``torch.compile`` are looked through.
+        example_inputs: a tensor, or a tuple or dict of the forward's arguments; moved to the model's device.
+        importance: any Torch-Pruning importance, ours or its own, or a criterion expression, see
+            :func:`~tp_twoaxis.importance.find_criterion`: a score (then ``stats``, or ``loader`` to calibrate
+            from) or a baseline such as ``l2`` or ``taylor``. Gradient-based objects need
+            ``loss.backward()`` before.
+        flops: share of the dense MACs to **keep**, in (0, 1].
+        budget: what ``flops`` is a share of: ``macs``, or ``channels``, all groups' root channels together, for
+            protocols that remove a share of the channels and take the MACs as they come.
+        steps: remove in so many steps, each the same share of what is there (``flops ** (i / steps)`` is left after
+            step i): score, remove, repair, gather statistics anew, score again. See the notes.
+        repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch``, ``sequential`` and
+            ``joint`` (refit the layers that read removed channels to those that stay), from ``loader``; a tuple, or
+            ``"ridge+bn"``; see :func:`~tp_twoaxis.repair.repair_network`. ``()`` and ``"none"`` repair nothing.
+        stats: calibration statistics for an importance given by name; with ``consumers=True`` they serve the
+            repairs as well. Later steps score by new ones, of the same layers and target.
+        loader: images for repair (labels are not used there) and, if needed, for calibration; re-iterable where there
+            are several steps.
+        ignored_layers: layers or their names that keep their output channels.
+        min_keep: share of every group's channels that always stays; of the dense network's, whatever the steps.
+        round_to: keep multiples of this many channels in every group that loses some.
+        attention: what attention that is built from linear layers loses: whole ``heads``, or ``head-dims``, the same
+            number of queries, keys and values of every head, at places of its own in each. PyTorch's own
+            ``nn.MultiheadAttention`` loses head dims with the stream that it reads, either way.
+        tolerance: accepted relative distance to the target.
+        max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
+        other_counters: also report Torch-Pruning's and thop's MACs; in a sweep over small networks they take most of
+            the time.
+        latency: also measure milliseconds at batch 1 and batch 64, before and after.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The report; when the target could not be met within ``tolerance``, its notes explain why. All of it, channel
+        numbers and repaired layers too, compares the dense network with the outcome of all steps.
+
+    Raises:
+        TwoAxisError: bad arguments, an untraceable model, a failing importance, a network that no longer runs.
+        UnreachableTargetError: no allowed removal reaches the target; the message gives the range.
+
+    Notes:
+        Between two steps the repaired network is what is scored. The repair itself starts from the dense network's
+        weights and statistics each time and covers all removals so far, so errors do not add up
+        (:func:`~tp_twoaxis.pruning.iterate.prune_in_steps`). For training between steps call this function
+        once a step, with ``flops`` the share of what is there then.
+
+        A criterion given by name is built anew after every step. An importance given as an object is replaced by a copy
+        with new statistics where it has a method ``build(state)``, as ours have, from its own ``loader`` if it has one,
+        and called again as it is where it reads nothing but weights. Objects that read gradients or activations stored
+        on the model are refused for several steps, because those are of the dense network: give the name.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(),
+        ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+        >>> loader = [(torch.randn(64, 3, 12, 12), torch.randint(4, (64,)))]
+        >>> x = torch.randn(1, 3, 12, 12)
+        >>> report = prune_to_flops(net, x, "capture", flops=0.5, loader=loader, progress=False)
+        >>> abs(report.achieved - 0.5) < 0.005
+        True
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...     nn.Linear(32, 4))
+        >>> report = prune_to_flops(net, x, "cap-a", flops=0.5, steps=3, loader=loader, progress=False)
+        >>> report.steps, abs(report.achieved - 0.5) < 0.005
+        (3, True)
+    """
+    config = PruningConfig(flops, budget, steps, repair, ignored_layers, min_keep, round_to, attention, tolerance)
+    network = unwrap(model)
+    parameter = next(network.parameters(), None)
+    if parameter is None:
+        raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
+    config.ignored_in(network)
+    criterion = as_criterion(importance)
+    repairs = check_repair(config.repair, network, loader, stats)
+    _check_steps(config.steps, criterion, importance, loader)
+    inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
+    state = PruningState(network, loader, stats, max_images=max_images, progress=progress)
+    snapshot = ModelSnapshot(network)
+    try:
+        report = _prune(inputs, criterion, state, config, repairs, _Measured(network, inputs, other_counters, latency))
+    except BaseException:
+        snapshot.restore()
+        raise
+    if isinstance(importance, (str, Criterion)):
+        network.zero_grad(set_to_none=True)  # gradients gathered for a criterion belong to the dense network
+    return report
+
+
+def _prune(
+    inputs: ExampleInputs,
+    criterion: Criterion,
+    state: PruningState,
+    config: PruningConfig,
+    repairs: tuple[str, ...],
+    measured: _Measured,
+) -> PruningReport:
+    """Prune a network in place; on an error the caller restores it."""
+    network, seconds = measured.network, dict[str, float]()
+    trained = {name: p.requires_grad for name, p in network.named_parameters()}
+    modes = [(module, module.training) for module in network.modules()]
+    with timed(seconds, "calibrate"):
+        importance, stats = _first_importance(criterion, state, refits(repairs))
+    with timed(seconds, "count"):
+        dense = _count_dense(network, inputs)
+        before, milliseconds = measured.size(dense), measured.latencies()
+    # the copy reads the network as it is here: statistics and targets of repair are the dense network's
+    original = copy.deepcopy(network).requires_grad_(False) if refits(repairs) else network
+
+    def repair(masks: dict[str, PrunedChannels], last: bool) -> RepairReport:
+        return repair_network(
+            network,
+            original,
+            masks,
+            repairs,
+            loader=state.loader,
+            stats=stats,
+            max_images=state.max_images,
+            measure=last,
+            progress=state.progress,
+        )
+
+    outcome = prune_in_steps(inputs, importance, criterion, state, config, dense, seconds, repair)
+    with timed(seconds, "count"):
+        after, later = measured.size(outcome.count), measured.latencies()
+    for name, kept in network.named_parameters():
+        kept.requires_grad_(trained.get(name, kept.requires_grad))  # a bias that repair added has no past
+    for module, training in modes:
+        module.training = training
+    return PruningReport(
+        criterion.name,
+        config.flops,
+        outcome.achieved,
+        before,
+        after,
+        [report for _, report in outcome.history.groups],
+        outcome.history.removed_channels,
+        list(repairs),
+        seconds,
+        {key: (first, later[key]) for key, first in milliseconds.items()},
+        _notes(outcome),
+        config.budget,
+        outcome.repair.consumers,
+        config.steps,
+    )
+
+
+def _first_importance(
+    criterion: Criterion, state: PruningState, refit: bool
+) -> tuple[Importance, CalibrationStatistics | None]:
+    """Build the importance of the dense network; also return statistics that repairs can use, if there are any."""
+    if "statistics" in criterion.needs and state.stats is None and state.loader is not None:
+        # one pass for the criterion and for the repair
+        state.statistics(*criterion.extras, also=("consumers",) if refit else ())
+    importance = criterion.build(state)
+    known = state.known_statistics
+    if known is None and isinstance(importance, (TwoAxisImportance, AnticipatingImportance)):
+        known = importance.stats
+    return importance, known
+
+
+def _notes(outcome: PruningOutcome) -> list[str]:
+    notes = [*outcome.notes, *outcome.repair.notes]
+    if getattr(getattr(outcome.importance, "stats", None), "target", None) == "predicted_margin":
+        notes.append("calibrated without labels or on the prediction: the target axis uses the predicted margin")
+    return notes
+
+
+def _check_steps(
+    steps: int, criterion: Criterion, importance: str | Criterion | Importance, loader: Iterable[Any] | None
+) -> None:
+    """Check that later steps can have what they need, before the first one changes anything.
+
+    Raises:
+        TwoAxisError: there is something that later steps cannot have.
+    """
+    if steps == 1:
+        return
+    parts = [importance.allocation, importance.ranking] if isinstance(importance, HybridImportance) else [importance]
+    for part in parts:
+        if isinstance(part, READ_FROM_MODEL) and not hasattr(part, "build"):
+            raise TwoAxisError(
+                f"steps={steps}: {type(part).__name__} reads what was gathered on the dense network, and later steps "
+                "need it of what is left; give the criterion by name ('taylor', 'taylor-bn', 'host-hessian', "
+                "'host-activation', 'hybrid') with loader=..., or prune step by step with steps=1"
+            )
+        named = part is importance and bool(criterion.needs)
+        ours = hasattr(part, "build") and not isinstance(part, Criterion) and getattr(part, "loader", None) is None
+        if loader is None and (named or ours):
+            what = criterion.name if isinstance(part, (str, Criterion)) else type(part).__name__
+            raise TwoAxisError(
+                f"steps={steps}: {what} looks at what is left with images after each step: expected loader=..., got "
+                "none; pass the calibration images, or steps=1"
+            )
+    if iterated_once(loader):
+        raise TwoAxisError(
+            f"steps={steps} reads the images more than once: expected a list or a DataLoader, got "
+            f"{type(loader).__name__}; pass list(loader)"
+        )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A network and what is measured of it before and after."""
+
+    network: nn.Module
+    inputs: ExampleInputs
+    other_counters: bool
+    latency: bool
+
+    def size(self, count: MacsCount) -> Size:
+        if not self.other_counters:
+            return Size(count.total, count.params)
+        counters = tp_macs(self.network, self.inputs), thop_macs(self.network, self.inputs)
+        return Size(count.total, count.params, *counters)
+
+    def latencies(self) -> dict[str, float]:
+        if not self.latency:
+            return {}
+        return {f"batch {n}": measure_latency(self.network, self.inputs, n) for n in LATENCY_BATCHES}
+
+
+def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
+    with running_layers(network) as running:
+        try:
+            return count_macs(network, inputs)
+        except TwoAxisError:
+            raise
+        except Exception as error:
+            raise TwoAxisError(
+                f"{type(network).__name__} does not run on example_inputs{inside(running, network)} "
+                f"({type(error).__name__}: {error}); "
+                "give it what its forward takes, for example torch.randn(1, 3, 224, 224)"
+            ) from error

@@ -1,0 +1,160 @@
+"""One removal: plan, remove, count, until the counter agrees with the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from tp_twoaxis.dependency.channel_masks import pruned_channels
+from tp_twoaxis.dependency.cost import CostModel, channel_count
+from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, count_macs, inside, running_layers
+from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, cost_model, group_key
+from tp_twoaxis.dependency.removal import group_report, refresh_widths, remove, removed_channels
+from tp_twoaxis.dependency.validation import verified_groups
+from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.pruning.config import Budget, PruningConfig
+from tp_twoaxis.pruning.history import RemovalHistory
+from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
+from tp_twoaxis.pruning.ranking import score_groups
+from tp_twoaxis.runtime.model_state import ModelSnapshot
+from tp_twoaxis.runtime.timing import timed
+
+# the cost model is exact but for exotic graphs; each further try corrects it by what was measured
+TRIES = 4
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a removal left.
+
+    Attributes:
+        count: MACs of the network now.
+        achieved: share of the dense network's budget that is left.
+        history: what this removal and those before it took out.
+        notes: on groups that stay whole; for a last removal also why the target was missed.
+    """
+
+    count: MacsCount
+    achieved: float
+    history: RemovalHistory
+    notes: list[str]
+
+
+def prune_step(
+    network: nn.Module,
+    inputs: ExampleInputs,
+    importance: Callable[[Any], Tensor],
+    share: float,
+    config: PruningConfig,
+    history: RemovalHistory,
+    present: MacsCount,
+    seconds: dict[str, float],
+    *,
+    unrepaired: ModelSnapshot | None = None,
+) -> StepResult:
+    """Remove the channels of lowest importance until a share of the dense network's budget is left.
+
+    Args:
+        network: changed in place; on an error it may be half pruned and is the caller's to restore.
+        inputs: of its forward.
+        importance: ranks the channels of the network as it is.
+        share: of the dense network's budget to keep. Where it is more than ``config.flops``, later removals go on to
+            that; whether it can be reached is found out before anything is removed.
+        config: what every removal keeps to.
+        history: what is gone already.
+        present: MACs of the network as it is.
+        seconds: phase -> seconds, added to.
+        unrepaired: the network as it was before its repair, of the same shapes: scores are of the repaired network,
+            channels are removed from this one. Default the network as it is.
+
+    Raises:
+        UnreachableTargetError: no allowed removal reaches the final or this step's share.
+        TwoAxisError: the importance or Torch-Pruning failed, or the network does not run afterwards.
+    """
+    snapshot = ModelSnapshot(network)
+    dense = history.macs or present.total
+    before = present.total / dense
+    last = share == config.flops
+    target = share
+    for attempt in range(1, TRIES + 1):
+        with timed(seconds, "graph"):
+            graph = build_graph(network, inputs)
+            ignored = config.ignored_in(network)
+            groups, notes = verified_groups(graph, network, inputs, ignored, config.attention)
+        with timed(seconds, "score"):
+            scored, declined = score_groups(groups, importance)
+            widths = {group_key(group): history.width(group, network) for group in groups}
+            scored = [replace(group, width=widths[group.name]) for group in scored]
+        with timed(seconds, "plan"):
+            cost = _cost(groups, network, present, config.budget)
+            whole = history.budget or cost.dense
+            try:
+                plan = _plan(scored, cost, target, config, whole, last=last)
+            except UnreachableTargetError as error:
+                raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
+        with timed(seconds, "remove"):
+            joined = history.then(
+                groups,
+                [group_report(group, plan.removed, network) for group in groups],
+                removed_channels(groups, plan.removed, network),
+                pruned_channels(groups, plan.removed, network),
+                network,
+                dense,
+                whole,
+            )
+            if unrepaired is not None:
+                unrepaired.restore()
+            remove(graph, groups, plan.removed)
+            refresh_widths(network)
+        with timed(seconds, "count"):
+            count = _count_pruned(network, inputs)
+        missed = plan.notes if last else []
+        if config.budget == "channels":  # counted, not predicted
+            return StepResult(count, plan.macs / plan.dense, joined, notes + missed + declined)
+        achieved = count.total / dense
+        met = abs(achieved - share) <= config.tolerance * share
+        as_planned = abs(count.total - plan.macs) < 1.0 or count.total >= present.total
+        if met or as_planned or plan.notes or attempt == TRIES:
+            break
+        snapshot.restore()
+        # what was removed by prediction and in truth are in proportion, near enough
+        target = min(1.0, max(1e-6, before - (before - target) * (before - share) / (before - achieved)))
+    notes += missed + declined
+    if not met and not plan.notes and last:
+        notes.append(
+            f"kept {achieved:.4f} of the MACs instead of {share:g}: the model runs operations that the cost model "
+            "cannot attribute to a group"
+        )
+    return StepResult(count, achieved, joined, notes)
+
+
+def _plan(
+    scored: list[ScoredGroup], cost: CostModel, target: float, config: PruningConfig, dense: float, *, last: bool
+) -> PruningPlan:
+    plan = partial(make_plan, scored, cost, min_keep=config.min_keep, round_to=config.round_to, dense=dense)
+    if not last:
+        plan(flops=config.flops, tolerance=config.tolerance)
+    # on the way precision is worth nothing, and cheap channels taken for it are missed in the end
+    return plan(flops=target, tolerance=config.tolerance if last else None)
+
+
+def _cost(groups: list[PrunableGroup], network: nn.Module, count: MacsCount, budget: Budget) -> CostModel:
+    if budget == "channels":
+        return channel_count({group_key(group): len(group.channels) for group in groups})
+    return cost_model(groups, network, count)
+
+
+def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
+    with running_layers(network) as running:
+        try:
+            return count_macs(network, inputs)
+        except Exception as error:
+            raise TwoAxisError(
+                f"{type(network).__name__} does not run after removal{inside(running, network)} "
+                f"({type(error).__name__}: {error}); its code holds a width that Torch-Pruning cannot see - put the "
+                "layers concerned into ignored_layers; the model is as it was"
+            ) from error

@@ -1,0 +1,1 @@
+"""Least squares without a network: removed channels reconstructed from kept ones."""

@@ -1,0 +1,210 @@
+"""Repairs by name, in any combination, of a network from which channels were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tp_twoaxis.dependency.channel_masks import PrunedChannels
+from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.repair.images import RepairImages
+from tp_twoaxis.repair.layer_errors import layer_errors
+from tp_twoaxis.repair.pruned_consumers import pruned_consumers
+from tp_twoaxis.repair.repair_report import (
+    ConsumerRepair,
+    RemovedChannel,
+    RepairReport,
+    relative,
+    removed_channels_of,
+)
+from tp_twoaxis.repair.repair_task import ConsumerState, RepairTask
+from tp_twoaxis.repair.strategies import RepairStrategy, check_repair, refits, stages_of
+from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.timing import timed
+from tp_twoaxis.runtime.weights import cannot_refit
+from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+# with fewer rows than this many an input, a reconstruction by channels depends on its ridge
+FEW_ROWS = 4
+
+
+def repair_network(
+    network: nn.Module,
+    dense: nn.Module,
+    masks: dict[str, PrunedChannels],
+    repair: str | Iterable[str] = ("sequential",),
+    *,
+    loader: Iterable[Any] | None = None,
+    stats: CalibrationStatistics | None = None,
+    max_images: int | None = 5000,
+    ridge: float | None = None,
+    measure: bool = True,
+    progress: bool = True,
+) -> RepairReport:
+    """Reconstruct, from the channels that stay, what the removed ones contributed to their consumers.
+
+    No labels, no gradients. ``bias`` adds the contribution of the removed channels' means to each consumer's bias;
+    ``ridge`` absorbs their best affine prediction from the kept ones into its weight (one pass for the statistics, or
+    none with ``stats``); ``patch`` goes on from there by least squares over whole patches where these have at most
+    4,608 numbers; ``sequential`` refits all layers in forward order on their inputs in the repaired network, BatchNorm
+    included, towards the dense network's tensors after its sums and rectifiers; ``joint`` also changes a layer whose
+    only consumer is the next one to compute what that one can use best, for several times the cost. Each contains those
+    before it, so of several only the last one runs. ``bn`` runs after them; after ``sequential`` and ``joint`` it is
+    not needed. Related work: He et al. 2017 (reconstruction of feature maps), ThiNet (Luo et al. 2017).
+
+    The shift of a convolution without bias whose only consumer is a BatchNorm goes into the running mean; other layers
+    without bias get one. Frozen parameters are repaired too and stay frozen. A layer behind a LayerNorm or GroupNorm
+    that lost channels is repaired by ``sequential`` and ``joint`` only, because the norm changes the kept channels.
+    Ranks of ``torchrun`` must read the same images, or their weights diverge; ``bias`` and ``ridge`` may use
+    statistics that were reduced over all ranks instead.
+
+    Args:
+        network: after removal; changed in place: parameters and buffers are replaced, never written into.
+        dense: a copy of it from before removal.
+        masks: from :func:`~tp_twoaxis.dependency.channel_masks.pruned_channels`, before removal.
+        repair: names in :data:`~tp_twoaxis.repair.strategies.REPAIRS`, see
+            :func:`~tp_twoaxis.repair.strategies.parse_repair`; the default kept most accuracy for every criterion
+            (``benchmarks/results/cifar10_repair``).
+        loader: images, re-iterable; labels are not used. Without it ``stats`` must have the inputs.
+        stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``, for
+            ``sequential`` and ``joint`` from 256 images.
+        max_images: at most so many for each step.
+        ridge: relative ridge of ``ridge``; default :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
+        measure: also measure the layers' errors, on images that no fit has used.
+        progress: show progress bars on stderr.
+
+    Returns:
+        Explained shares, predicted and measured errors of every consumer of a removed channel.
+
+    Raises:
+        TwoAxisError: bad arguments; the network was already repaired or trained.
+        StaleStatisticsError: the statistics are not of ``dense``.
+
+    Example:
+        >>> import copy
+        >>> import numpy as np
+        >>> import torch
+        >>> from tp_twoaxis.dependency.channel_masks import pruned_channels
+        >>> from tp_twoaxis.dependency.graph import build_graph, prunable_groups
+        >>> from tp_twoaxis.dependency.removal import remove
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> with torch.no_grad():  # channel 3 is twice channel 0
+        ...     net[0].weight[3], net[0].bias[3] = 2 * net[0].weight[0], 2 * net[0].bias[0]
+        >>> dense, x = copy.deepcopy(net), torch.randn(256, 3)
+        >>> graph = build_graph(net, x)
+        >>> groups, _ = prunable_groups(graph, net, [])
+        >>> removed = {"0": np.array([False, False, False, True])}
+        >>> masks = pruned_channels(groups, removed, net)
+        >>> remove(graph, groups, removed)
+        >>> report = repair_network(net, dense, masks, "ridge", loader=[x], progress=False)
+        >>> torch.allclose(net(x), dense(x), atol=1e-4), report.consumers[0].removed[0].peers[0][0]
+        (True, 0)
+    """
+    network, dense = unwrap(network), unwrap(dense)
+    repairs = check_repair(repair, network, loader, stats)
+    images = None if loader is None else RepairImages(loader, max_images, progress)
+    task = RepairTask(network, dense, masks, images, stats, ridge)
+    seconds: dict[str, float] = {}
+    consumers: list[ConsumerRepair] = []
+    stages = stages_of(repairs)
+    if refits(repairs):
+        task.consumers = {name: ConsumerState(why) for name, why in pruned_consumers(network, dense, masks).items()}
+        before = _without_bias(network)
+        with timed(seconds, "repair/statistics"):
+            task.stats = _consumer_statistics(task, stages)
+        _run([stage for stage in stages if stage.refits], task, seconds)
+        consumers = [_describe(name, task) for name in task.consumers]
+        _add_notes(task, consumers)
+        if new := sorted(before - _without_bias(network)):
+            task.notes.append(f"{listing(new)} got a bias for what removed channels contributed on average")
+    _run([stage for stage in stages if not stage.refits], task, seconds)
+    held_out = 0
+    if measure and images is not None and consumers:
+        with timed(seconds, "repair/measure"):
+            consumers = _measure(task, consumers, images)
+        held_out = len(images.held_out)
+    return RepairReport(list(repairs), consumers, held_out, seconds, task.notes)
+
+
+def _run(stages: list[RepairStrategy], task: RepairTask, seconds: dict[str, float]) -> None:
+    for stage in stages:
+        with timed(seconds, f"repair/{stage.name}"):
+            task.record(stage.name, stage.run(task))
+
+
+def _consumer_statistics(task: RepairTask, stages: list[RepairStrategy]) -> CalibrationStatistics | None:
+    """Give statistics of the consumers' inputs: those at hand if they have them all, or new ones of enough images."""
+    names, stats, images = task.refittable, task.stats, task.images
+    if not names or not any("consumer statistics" in stage.needs for stage in stages):
+        return None
+    if stats is not None and stats.consumers and all(name in stats for name in names):
+        stats.verify(task.dense, names)
+        return stats
+    if images is None:
+        missing = [name for name in names if stats is None or name not in stats]
+        raise TwoAxisError(
+            f"{listing(missing or names)}: what these layers read was not recorded; call calibrate(consumers=True) "
+            "with all layers, or pass loader=..."
+        )
+    limits = (images.max_images, *(stage.start_images for stage in stages))
+    return calibrate(
+        task.dense,
+        images.fit_batches,
+        target=None,
+        layers=names,
+        consumers=True,
+        max_images=min((limit for limit in limits if limit is not None), default=None),
+        progress=images.progress,
+    )
+
+
+def _describe(name: str, task: RepairTask) -> ConsumerRepair:
+    state, pruned = task.consumers[name], task.masks[name]
+    kept, fitted = int((~pruned.inputs).sum()), state.channels
+    if fitted is None or task.stats is None:
+        removed = [RemovedChannel(channel, None, []) for channel in pruned.inputs.nonzero()[:, 0].tolist()]
+        return ConsumerRepair(name, state.repair, state.reason, 0, kept, removed)
+    entry = task.stats[name]
+    variance = entry.input_covariance.diagonal()
+    removed = [
+        channel
+        for first, block in fitted.blocks.items()
+        for channel in removed_channels_of(block, variance[first : first + len(block.kept) + len(block.removed)], first)
+    ]
+    predicted = relative(fitted.predicted, entry.variance[~pruned.outputs])
+    return ConsumerRepair(name, state.repair, state.reason, fitted.rows, kept, removed, predicted)
+
+
+def _add_notes(task: RepairTask, consumers: list[ConsumerRepair]) -> None:
+    """Note the consumers that were not repaired as requested, norms over fewer channels, and scarce rows."""
+    exceptions: dict[str, list[str]] = {}
+    for consumer in consumers:
+        if consumer.reason:
+            how = "not refitted" if consumer.repair == "none" else f"repaired by {consumer.repair}"
+            exceptions.setdefault(f"{how}, {consumer.reason}", []).append(consumer.layer)
+    task.notes += [f"{listing(names)}: {why}" for why, names in exceptions.items()]
+    if norms := dict.fromkeys(norm for consumer in consumers for norm in task.masks[consumer.layer].norms):
+        task.notes.append(f"{listing(norms)}: mean and variance over fewer channels than before, which no refit undoes")
+    task.notes += [
+        f"{consumer.layer}: {consumer.rows} rows for {consumer.kept} inputs are few, so its reconstruction shrinks "
+        "towards no change; repair from more images"
+        for consumer in consumers
+        if 0 < consumer.rows < FEW_ROWS * consumer.kept
+    ]
+
+
+def _measure(task: RepairTask, consumers: list[ConsumerRepair], images: RepairImages) -> list[ConsumerRepair]:
+    names = [c.layer for c in consumers if cannot_refit(task.dense.get_submodule(c.layer)) is None]
+    errors = layer_errors(task.network, task.dense, task.masks, names, images.held_out)
+    return [
+        replace(c, measured=errors[c.layer][0], in_network=errors[c.layer][1]) if c.layer in errors else c
+        for c in consumers
+    ]
+
+
+def _without_bias(network: nn.Module) -> set[str]:
+    return {name for name, module in network.named_modules() if module._parameters.get("bias", ...) is None}

@@ -1,0 +1,212 @@
+"""The table of repairs: what each contains, what it needs and the function that does it; and how requests are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.repair.batch_norm import batch_norms, reestimate_batch_norm
+from tp_twoaxis.repair.one_shot import reconstruct_channels, refit_patches
+from tp_twoaxis.repair.repair_task import Outcome, RepairTask
+from tp_twoaxis.repair.sequential import refit_sequentially
+from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.statistics.store import CalibrationStatistics
+
+Need = Literal["images", "consumer statistics", "batch norm"]
+NO_REPAIR = "none"
+
+
+@dataclass(frozen=True)
+class RepairStrategy:
+    """A row of :data:`REPAIRS`.
+
+    Attributes:
+        name: as users give it.
+        summary: one line for users.
+        run: does it; returns the outcome for each consumer of removed channels that it tried to refit.
+        needs: ``images`` to run on; ``consumer statistics``, which come from images where none are given;
+            ``batch norm``: the model has BatchNorm, otherwise the repair is dropped.
+        contains: repairs that are superfluous beside it, because it does all that they do.
+        start: the repair among these whose weights it starts from, and which stay where it cannot refit a layer.
+        start_images: so many images suffice for the statistics of that start; None: all.
+        refits: whether it changes weights.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[RepairTask], dict[str, Outcome]]
+    needs: tuple[Need, ...]
+    contains: tuple[str, ...] = ()
+    start: str | None = None
+    start_images: int | None = None
+    refits: bool = True
+
+
+def _run_batch_norm(task: RepairTask) -> dict[str, Outcome]:
+    assert task.images is not None
+    images = task.images
+    reestimate_batch_norm(task.network, images.loader, max_images=images.max_images, progress=images.progress)
+    return {}
+
+
+# a sequential repair starts from ridge and goes far from it; statistics of so many images suffice for that
+_START_IMAGES = 256
+_STATISTICS: tuple[Need, ...] = ("consumer statistics",)
+_ALL: tuple[Need, ...] = ("consumer statistics", "images")
+
+_TABLE = (
+    RepairStrategy("bn", "re-estimate BatchNorm statistics", _run_batch_norm, ("images", "batch norm"), refits=False),
+    RepairStrategy(
+        "bias",
+        "absorb the removed channels' means into biases",
+        partial(reconstruct_channels, means_only=True),
+        _STATISTICS,
+    ),
+    RepairStrategy(
+        "ridge",
+        "absorb the best affine prediction of removed channels from kept ones",
+        reconstruct_channels,
+        _STATISTICS,
+        contains=("bias",),
+    ),
+    RepairStrategy(
+        "patch",
+        "refit each consumer by least squares over whole patches",
+        refit_patches,
+        _ALL,
+        contains=("bias", "ridge"),
+        start="ridge",
+    ),
+    RepairStrategy(
+        "sequential",
+        "refit all layers in forward order, BatchNorm included",
+        refit_sequentially,
+        _ALL,
+        contains=("bias", "ridge", "patch"),
+        start="ridge",
+        start_images=_START_IMAGES,
+    ),
+    RepairStrategy(
+        "joint",
+        "as sequential, and reconstruct layers jointly with the one before",
+        partial(refit_sequentially, joint=True),
+        _ALL,
+        contains=("bias", "ridge", "patch", "sequential"),
+        start="ridge",
+        start_images=_START_IMAGES,
+    ),
+)
+REPAIRS: dict[str, RepairStrategy] = {strategy.name: strategy for strategy in _TABLE}
+"""All repairs by name."""
+
+
+def parse_repair(repair: str | Iterable[str]) -> tuple[str, ...]:
+    """Read the names of repairs.
+
+    Args:
+        repair: names joined by ``+`` or ``,``, or several such texts; ``"none"``, ``""`` and ``()`` are no repair.
+
+    Returns:
+        Each name once, in the order given.
+
+    Raises:
+        TwoAxisError: an unknown name, or ``none`` beside others.
+
+    Example:
+        >>> parse_repair("ridge+bn"), parse_repair(("bn", "ridge", "bn")), parse_repair("none")
+        (('ridge', 'bn'), ('bn', 'ridge'), ())
+        >>> parse_repair("rigde")
+        Traceback (most recent call last):
+        tp_twoaxis.errors.TwoAxisError: repair: expected one of bn, bias, ridge, patch, sequential, joint or none, got
+        'rigde'; did you mean 'ridge'?
+    """
+    texts = (repair,) if isinstance(repair, str) else repair
+    words = (word.strip() for text in texts for word in re.split(r"[+,]", str(text)))
+    names = list(dict.fromkeys(word for word in words if word))
+    if names == [NO_REPAIR]:
+        return ()
+    if NO_REPAIR in names:
+        raise TwoAxisError(f"repair: expected repairs or {NO_REPAIR}, got both in {'+'.join(names)!r}; leave one out")
+    for name in names:
+        check_name("repair", name, REPAIRS, more=f" or {NO_REPAIR}")
+    return tuple(names)
+
+
+def refits(repairs: Iterable[str]) -> bool:
+    """Whether any of these repairs changes weights, and so depends on what layers read.
+
+    Example:
+        >>> refits(("ridge", "bn")), refits(("bn",)), refits(())
+        (True, False, False)
+    """
+    return any(REPAIRS[name].refits for name in repairs)
+
+
+def check_repair(
+    repair: str | Iterable[str],
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    stats: CalibrationStatistics | None = None,
+) -> tuple[str, ...]:
+    """Check a repair request before anything is removed.
+
+    Args:
+        repair: as :func:`parse_repair` reads it.
+        model: the dense model.
+        loader: of the images to repair from.
+        stats: statistics of the model, if there are any.
+
+    Returns:
+        The repairs to run; ``bn`` is dropped for models without BatchNorm.
+
+    Raises:
+        TwoAxisError: an unknown repair, or one that needs a loader or statistics of inputs and has none.
+
+    Example:
+        >>> check_repair(("bn",), nn.Linear(2, 2), None)
+        ()
+    """
+    has_norms = bool(batch_norms(unwrap(model)))
+    names = tuple(name for name in parse_repair(repair) if has_norms or "batch norm" not in REPAIRS[name].needs)
+    if loader is None:
+        for name in names:
+            if "images" in REPAIRS[name].needs:
+                raise TwoAxisError(
+                    f"repair {name!r} needs images: pass loader=..., or repair=() to leave the network unrepaired"
+                )
+        if names and (stats is None or not stats.consumers):
+            raise TwoAxisError(
+                f"repair {names[-1]!r} needs to know what each layer reads: pass stats=calibrate(model, loader, "
+                "consumers=True), or loader=..."
+            )
+    if isinstance(loader, Iterator) and refits(names):
+        first = next(name for name in names if REPAIRS[name].refits)
+        raise TwoAxisError(
+            f"repair {first!r} reads the images more than once: expected a list or a DataLoader, got "
+            f"{type(loader).__name__}; pass list(loader)"
+        )
+    return names
+
+
+def stages_of(repairs: Iterable[str]) -> list[RepairStrategy]:
+    """Arrange repairs to run: those that no other contains, each after its start; weights before BatchNorm statistics.
+
+    Example:
+        >>> [stage.name for stage in stages_of(("bn", "bias", "joint"))]
+        ['ridge', 'joint', 'bn']
+    """
+    wanted = set(repairs)
+    contained = {inner for name in wanted for inner in REPAIRS[name].contains}
+    last = [strategy for strategy in REPAIRS.values() if strategy.name in wanted - contained]
+    stages: dict[str, RepairStrategy] = {}
+    for strategy in sorted(last, key=lambda strategy: not strategy.refits):
+        if strategy.start is not None:
+            stages.setdefault(strategy.start, REPAIRS[strategy.start])
+        stages.setdefault(strategy.name, strategy)
+    return list(stages.values())

@@ -1,0 +1,192 @@
+"""The one way in which a model runs over images: its modes, random numbers, hooks, device, errors, and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.batches import Batch, image_batches
+from tp_twoaxis.runtime.model_state import eager_mode, eval_mode, fork_rng, unwrap
+
+NO_IMAGES = "loader: expected at least one batch of images, got none; check the data path and split"
+
+
+@contextmanager
+def inference_state(network: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Run a block with a model in eval mode and uncompiled; its modes, torch's random and grad state come back.
+
+    Args:
+        network: unwrapped.
+        gradients: keep autograd on.
+
+    Example:
+        >>> with inference_state(nn.Dropout()):
+        ...     torch.is_grad_enabled()
+        False
+    """
+    with fork_rng(), eval_mode(network), eager_mode(network), torch.set_grad_enabled(gradients):
+        yield
+
+
+class ForwardPass:
+    """A model and the batches that it runs on; made by :func:`forward_pass`.
+
+    Iterate over it for every batch with the model's output, or over :attr:`batches` and call it where a batch runs
+    more than once or not at all.
+
+    Attributes:
+        network: the model, unwrapped.
+        device: where it is.
+        dtype: of its first parameter; images are converted to it.
+        batches: checked batches, as the loader yields them.
+        images: that :attr:`batches` has given so far.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, batches: Iterator[Batch], stack: ExitStack) -> None:
+        parameter = next(network.parameters(), None)
+        self.network = network
+        self.device = device
+        self.dtype = torch.float32 if parameter is None else parameter.dtype
+        self.images = 0
+        self.batches = self._counted(batches)
+        self._stack = stack
+
+    def __iter__(self) -> Iterator[tuple[Batch, Any]]:
+        for batch in self.batches:
+            yield batch, self(batch)
+
+    def __call__(self, batch: Batch) -> Any:
+        """Run the model on a batch.
+
+        Raises:
+            TwoAxisError: the model raised; the message has its words and the batch's shape.
+        """
+        try:
+            return self.network(batch.images.to(self.device, self.dtype, non_blocking=True))
+        except TwoAxisError:
+            raise
+        except Exception as error:  # a model is anybody's code
+            raise TwoAxisError(
+                f"{type(self.network).__name__} raised {type(error).__name__} on batch {batch.number} of shape "
+                f"{list(batch.images.shape)}: {error}; the model is as it was"
+            ) from error
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the model and find the logits in what it returns; see :func:`find_logits`."""
+        return find_logits(self(batch), self.network)
+
+    def hook(
+        self, layer: nn.Module, function: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
+    ) -> None:
+        """Hook a layer until the pass ends; ``function`` as of torch's forward hook, or pre-hook if ``before``."""
+        register = layer.register_forward_pre_hook if before else layer.register_forward_hook
+        self._stack.callback(register(function, with_kwargs=with_kwargs).remove)
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.images += len(batch.images)
+            yield batch
+        if self.images == 0:
+            raise TwoAxisError(NO_IMAGES)
+
+
+@contextmanager
+def forward_pass(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    what: str,
+    max_images: int | None = None,
+    labels: bool | Literal["required"] = False,
+    gradients: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Iterator[ForwardPass]:
+    """Run a model over a loader's images, in eval mode; afterwards it is as it was, also when something raised.
+
+    Args:
+        model: any module that takes a batch of images; wrappers are looked through.
+        loader: see :func:`~tp_twoaxis.runtime.batches.split_batch` for what it may yield.
+        what: names the pass on the progress bar and in messages.
+        max_images: stop after so many, cutting the last batch; None reads the loader to its end.
+        labels: whether batches shall have their labels, if there are any, or ``"required"``.
+        gradients: keep autograd on.
+        device: run there for the time of the block; default where the model is.
+        progress: show a bar on stderr.
+
+    Yields:
+        See :class:`ForwardPass`.
+
+    Raises:
+        TwoAxisError: while iterating: no images came, a batch is not what it should be, labels are missing, or the
+            model or the loader raised.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Linear(4, 2))
+        >>> with forward_pass(net, [torch.zeros(3, 4), torch.zeros(2, 4)], what="look", max_images=4) as run:
+        ...     [(len(batch.images), tuple(output.shape)) for batch, output in run], run.images
+        ([(3, (3, 2)), (1, (1, 2))], 4)
+        >>> net.training
+        True
+    """
+    network = unwrap(model)
+    with ExitStack() as stack:
+        stack.enter_context(inference_state(network, gradients=gradients))
+        home = stack.enter_context(_placed(network, device))
+        batches = stack.enter_context(
+            image_batches(loader, max_images=max_images, labels=bool(labels), description=what, progress=progress)
+        )
+        yield ForwardPass(network, home, _labelled(batches, what) if labels == "required" else batches, stack)
+
+
+def find_logits(output: Any, network: nn.Module) -> Tensor:
+    """Find the logits in what a model returned.
+
+    Args:
+        output: logits, a tuple that starts with them, or an object or dict with ``logits``.
+        network: the model, for the message.
+
+    Raises:
+        TwoAxisError: there are none.
+
+    Example:
+        >>> find_logits({"logits": torch.zeros(3, 2)}, nn.Identity()).shape
+        torch.Size([3, 2])
+    """
+    while not isinstance(output, Tensor):
+        if isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        elif isinstance(output, dict) and output:
+            output = output.get("logits", next(iter(output.values())))
+        elif hasattr(output, "logits"):
+            output = output.logits
+        else:
+            raise TwoAxisError(f"expected logits from {type(network).__name__}, got {type(output).__name__}")
+    return output
+
+
+@contextmanager
+def _placed(network: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Put a model on another device for a while; parameters keep their identity."""
+    parameter = next(network.parameters(), None)
+    home = torch.device("cpu") if parameter is None else parameter.device
+    if device is None or torch.device(device) == home:
+        yield home
+        return
+    try:
+        network.to(device)
+        yield torch.device(device)
+    finally:
+        network.to(home)
+
+
+def _labelled(batches: Iterator[Batch], what: str) -> Iterator[Batch]:
+    for batch in batches:
+        if batch.labels is None:
+            raise TwoAxisError(f"{what}: expected labels, batch {batch.number} has none; yield (images, labels)")
+        yield batch

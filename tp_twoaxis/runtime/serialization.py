@@ -1,0 +1,149 @@
+"""Tensors and a JSON header in one safetensors file: written atomically, read without unpickling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from tp_twoaxis.errors import FileFormatError, TwoAxisError
+
+Json = dict[str, Any]
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is either there whole or not there at all.
+
+    Raises:
+        TwoAxisError: the folder does not exist or cannot be written.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> write_bytes(folder / "a.txt", b"whole"); (folder / "a.txt").read_bytes()
+        b'whole'
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise TwoAxisError(f"{path}: the folder {path.parent} does not exist; create it first")
+    temporary = None
+    try:
+        # the same folder, so that the final rename stays inside one file system and is atomic
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise TwoAxisError(f"{path}: could not be written ({error}); nothing was changed") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: Json, *, kind: str, version: int) -> None:
+    """Write tensors with a header that names the file's format and version.
+
+    Args:
+        path: of the file, which is replaced as a whole.
+        tensors: contiguous CPU tensors that share no storage.
+        header: JSON-able values.
+        kind: the file's format, for example ``"tp-twoaxis/statistics"``.
+        version: the format's version; readers refuse newer ones.
+
+    Example:
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "x.safetensors")
+        >>> write_tensors(path, {"a": torch.ones(2)}, {"note": "hi"}, kind="demo", version=1)
+        >>> tensors, header = read_tensors(path, kind="demo", version=1)
+        >>> tensors["a"].tolist(), header["note"]
+        ([1.0, 1.0], 'hi')
+    """
+    metadata = {"format": kind, "version": str(version), "header": json.dumps(header), "digest": _digest(tensors)}
+    write_bytes(path, save(tensors, metadata=metadata))
+
+
+def read_header(path: str | Path, *, kind: str, version: int) -> Json:
+    """Read the header alone; see :func:`read_tensors` for what is refused."""
+    return _read(path, kind=kind, version=version, tensors=False)[1]
+
+
+def read_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str, torch.Tensor], Json]:
+    """Read what :func:`write_tensors` wrote.
+
+    Raises:
+        FileFormatError: the file is missing, cut short, a pickle, another program's, of another kind, or
+            of a newer version.
+    """
+    return _read(path, kind=kind, version=version, tensors=True)
+
+
+def refuse_pickle(path: str | Path) -> None:
+    """Raise when a file's first bytes are those of a pickle or of a zip that ``torch.save`` writes.
+
+    Raises:
+        FileFormatError: it is one; the message shows the conversion.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    # a safetensors file starts with its header's length in 8 bytes, by chance a pickle's first; then comes JSON
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise FileFormatError(
+            f"{path}: expected a safetensors file, got a pickle (torch.save); pickles run code when they are read, "
+            "so convert it once where you trust it: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors')"
+        )
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Hash names and bytes: safetensors notices a file cut short, but not a number that changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: str | Path, *, kind: str, version: int, tensors: bool) -> tuple[dict[str, torch.Tensor], Json]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("format")
+            if found != kind:
+                raise FileFormatError(
+                    f"{path}: expected a file of format {kind!r}, got {found!r}; "
+                    "it was written by another program or another command"
+                )
+            if int(metadata.get("version", 0)) > version:
+                raise FileFormatError(
+                    f"{path}: format version {metadata['version']}, this release reads up to {version}; "
+                    "update tp-twoaxis"
+                )
+            header: Json = json.loads(metadata["header"])
+            read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            if tensors and _digest(read) != metadata["digest"]:
+                raise ValueError("its numbers do not match their checksum")
+            return read, header
+    except FileFormatError:
+        raise
+    except OSError as error:
+        raise FileFormatError(f"{path}: could not be read ({error}); check the path and its permissions") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        refuse_pickle(path)
+        raise FileFormatError(
+            f"{path}: not readable as safetensors, cut short or corrupted ({error}); write it again"
+        ) from error
