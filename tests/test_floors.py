@@ -1,6 +1,8 @@
 """The house: who may import whom, no circles, no import that hides in a function, no name with two meanings."""
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -122,3 +124,16 @@ def test_no_file_or_class_shares_its_name():
 
 def test_files_hold_one_idea():
     assert [name_of(path) for path in FILES if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_the_package_itself_imports_nothing_until_it_is_used():
+    code = (
+        "import sys, tp_twoaxis\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(tp_twoaxis.__all__) <= set(dir(tp_twoaxis))\n"
+        "from tp_twoaxis import *\n"
+        "assert calibrate is tp_twoaxis.statistics.calibrate\n"
+        "assert tp_twoaxis.importance.LocalImportance is LocalImportance\n"
+        "assert not hasattr(tp_twoaxis, 'nonsense')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -50,6 +50,20 @@ _HOMES = {
     "calibrate_shards": "statistics",
 }
 
+# folders of the public interface, which are there as attributes too
+_FOLDERS = (
+    "benchmark",
+    "data",
+    "diagnostics",
+    "importance",
+    "models",
+    "pruning",
+    "repair",
+    "scores",
+    "statistics",
+    "training",
+)
+
 __all__ = [
     "AnticipatingImportance",
     "CalibrationStatistics",
@@ -73,6 +87,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -81,4 +97,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_FOLDERS})
