@@ -1,4 +1,4 @@
-"""The house: who may import whom, no circles, no import that hides in a function, no name with two meanings."""
+"""Floors: who may import whom, no circles, no import that hides in a function, no name with two meanings."""
 
 import ast
 import subprocess

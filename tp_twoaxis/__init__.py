@@ -50,15 +50,19 @@ _HOMES = {
     "calibrate_shards": "statistics",
 }
 
-# folders of the public interface, which are there as attributes too
+# attributes of the package too, without an import of their own
 _FOLDERS = (
     "benchmark",
     "data",
+    "dependency",
     "diagnostics",
+    "errors",
     "importance",
     "models",
     "pruning",
+    "reconstruction",
     "repair",
+    "runtime",
     "scores",
     "statistics",
     "training",

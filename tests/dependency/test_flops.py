@@ -83,20 +83,20 @@ def test_a_batch_counts_as_one_example(batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "giga", "host", "others"),
+    ("name", "giga", "theirs", "others"),
     [
         ("resnet18", 1.8141, 1.8222, 1.8240),
         ("mobilenet_v2", 0.3008, 0.3202, 0.3275),
         ("vit_b_16", 17.5638, None, None),
     ],
 )
-def test_known_networks_at_224(name, giga, host, others):
-    with torch.device("meta" if host is None else "cpu"):
+def test_known_networks_at_224(name, giga, theirs, others):
+    with torch.device("meta" if theirs is None else "cpu"):
         model = getattr(torchvision.models, name)(weights=None)
         x = torch.zeros(1, 3, 224, 224)
     assert count_macs(model, x).total / 1e9 == pytest.approx(giga, abs=5e-5)
-    if host is not None:
-        assert tp_macs(model, x) / 1e9 == pytest.approx(host, abs=5e-5)
+    if theirs is not None:
+        assert tp_macs(model, x) / 1e9 == pytest.approx(theirs, abs=5e-5)
         assert thop_macs(model, x) / 1e9 == pytest.approx(others, abs=5e-5)
 
 
@@ -222,12 +222,12 @@ def test_other_counters_leave_the_model_alone(capsys):
     model = Mixed().train()
     keys, attributes = list(model.state_dict()), set(vars(model.strided))
     x = torch.zeros(2, 3, 16, 16)
-    host, others = tp_macs(model, x), thop_macs(model, x)
+    theirs, others = tp_macs(model, x), thop_macs(model, x)
     assert list(model.state_dict()) == keys
     assert set(vars(model.strided)) == attributes
     assert model.training
     assert capsys.readouterr().out == ""
-    assert isinstance(host, int)
+    assert isinstance(theirs, int)
     assert isinstance(others, int)
     assert others == round(thop.profile(copy.deepcopy(model), (x[:1],), verbose=False)[0])
 

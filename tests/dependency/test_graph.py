@@ -183,7 +183,7 @@ class Named(nn.Module):
         return {"logits": self.fc(self.conv(x).mean((2, 3))), "name": "net"}
 
 
-def test_what_the_host_cannot_follow_is_told_with_its_reason():
+def test_what_torch_pruning_cannot_follow_has_a_reason():
     with pytest.raises(TwoAxisError, match=r"could not trace Named: AttributeError: 'str'.*returns tensors"):
         build_graph(Named(), torch.randn(1, 3, 8, 8))
     with pytest.raises(TwoAxisError, match=r"could not trace ShuffleNetV2 in \S+ \(.*ZeroDivisionError"):

@@ -72,42 +72,42 @@ class Scaled(nn.Module):
 def test_flatten_repeats_each_root_sixteen_times():
     net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Flatten(), nn.Linear(5 * 16, 2))
     parts = list(members(group_of(net, torch.randn(1, 3, 4, 4), "0")))
-    reader = next(p for p in parts if p.module is net[2])
-    assert reader.roots.tolist() == [k for k in range(5) for _ in range(16)]
-    assert reader.channels.tolist() == list(range(80))
-    assert reader.is_consumer
-    assert not reader.is_producer
+    consumer = next(p for p in parts if p.module is net[2])
+    assert consumer.roots.tolist() == [k for k in range(5) for _ in range(16)]
+    assert consumer.channels.tolist() == list(range(80))
+    assert consumer.is_consumer
+    assert not consumer.is_producer
 
 
 def test_concat_reads_roots_twice_and_offsets_others():
     net = Concat()
     x = torch.randn(1, 3, 4, 4)
-    reader = next(p for p in members(group_of(net, x, "a")) if p.module is net.join)
-    assert dict(zip(reader.channels.tolist(), reader.roots.tolist(), strict=True)) == {
+    consumer = next(p for p in members(group_of(net, x, "a")) if p.module is net.join)
+    assert dict(zip(consumer.channels.tolist(), consumer.roots.tolist(), strict=True)) == {
         **{k: k for k in range(4)},
         **{9 + k: k for k in range(4)},
     }
-    reader = next(p for p in members(group_of(net, x, "b", [1, 4])) if p.module is net.join)
-    assert dict(zip(reader.channels.tolist(), reader.roots.tolist(), strict=True)) == {5: 0, 8: 1}
+    consumer = next(p for p in members(group_of(net, x, "b", [1, 4])) if p.module is net.join)
+    assert dict(zip(consumer.channels.tolist(), consumer.roots.tolist(), strict=True)) == {5: 0, 8: 1}
 
 
 def test_fused_qkv_repeats_roots_three_times_when_rerooted_at_the_projection():
     net = nn.Sequential(Attention())
     graph = tp.DependencyGraph().build_dependency(net, torch.randn(2, 5, 12))
     group = graph.get_pruning_group(net[0].proj, tp.prune_linear_in_channels, list(range(12)))
-    writer = next(p for p in members(group) if p.module is net[0].qkv)
+    producer = next(p for p in members(group) if p.module is net[0].qkv)
     assert root_size(group) == 12
-    assert writer.roots.bincount(minlength=12).tolist() == [3] * 12
-    assert ((writer.channels % 12) == writer.roots).all()
+    assert producer.roots.bincount(minlength=12).tolist() == [3] * 12
+    assert ((producer.channels % 12) == producer.roots).all()
 
 
 def test_chunk_offsets():
     net = Chunked()
     group = group_of(net, torch.randn(2, 6), "fc2", list(range(8)), tp.prune_linear_in_channels)
-    writer = next(p for p in members(group) if p.module is net.fc1)
-    assert sorted(writer.channels.tolist()) == list(range(16))
-    assert writer.roots.bincount(minlength=8).tolist() == [2] * 8
-    assert ((writer.channels % 8) == writer.roots).all()
+    producer = next(p for p in members(group) if p.module is net.fc1)
+    assert sorted(producer.channels.tolist()) == list(range(16))
+    assert producer.roots.bincount(minlength=8).tolist() == [2] * 8
+    assert ((producer.channels % 8) == producer.roots).all()
 
 
 def test_partial_groups_number_roots_by_position():

@@ -1,4 +1,4 @@
-"""Wrong channel maps of the host are found; right ones are not suspected."""
+"""Wrong channel maps of Torch-Pruning are found; right ones are not suspected."""
 
 import pytest
 import timm
@@ -14,7 +14,7 @@ from tp_twoaxis.models import cifar_resnet20_option_a
 
 
 class Chunked(nn.Module):
-    """The host takes the halves in the order in which it walks back to them."""
+    """Torch-Pruning takes the halves in the order in which it walks back to them."""
 
     def __init__(self, swap):
         super().__init__()

@@ -61,7 +61,7 @@ def images():
 
 
 def pruned(name):
-    """A network after the host removed about half of its channels, with statistics of its own."""
+    """A network after Torch-Pruning removed about half of its channels, with statistics of its own."""
     torch.manual_seed(0)
     model, x = FACTORIES[name](), images()
     with torch.no_grad():

@@ -126,13 +126,13 @@ def test_the_last_repair_is_that_of_the_same_channels_removed_at_once(name, repa
     report = prune(net, x, flops=0.5, steps=2, repair=(repair, "bn"), loader=data, stats=stats)
     at_once = copy.deepcopy(dense(name))
     masks = replay(at_once, x, report)
-    mended = repair_network(at_once, dense(name), masks, (repair, "bn"), loader=data, stats=stats, progress=False)
+    repaired = repair_network(at_once, dense(name), masks, (repair, "bn"), loader=data, stats=stats, progress=False)
     images = torch.cat([images for images, _ in data])
     torch.testing.assert_close(net(images), at_once(images), rtol=1e-4, atol=1e-5)
-    assert [c.layer for c in report.consumers] == [c.layer for c in mended.consumers]
-    assert [c.kept for c in report.consumers] == [c.kept for c in mended.consumers]
+    assert [c.layer for c in report.consumers] == [c.layer for c in repaired.consumers]
+    assert [c.kept for c in report.consumers] == [c.kept for c in repaired.consumers]
     channels = [[removed.channel for removed in c.removed] for c in report.consumers]
-    assert channels == [[removed.channel for removed in c.removed] for c in mended.consumers]
+    assert channels == [[removed.channel for removed in c.removed] for c in repaired.consumers]
 
 
 def test_later_steps_score_the_repaired_network():
@@ -212,15 +212,15 @@ def test_scores_are_told_what_earlier_steps_removed(consumer):
     stats = calibrate(net, data, consumers=True, progress=False)
     importance = TwoAxisImportance(stats, score, site="consumer" if consumer else "producer")
     prune(net, x, importance, flops=0.3, loader=data, round_to=1)
-    for name, told in seen.items():
-        width = told[0][1]
-        assert told[0][0] == 0.0
-        assert len(told) == 3
-        for share, channels in told:
+    for name, recorded in seen.items():
+        width = recorded[0][1]
+        assert recorded[0][0] == 0.0
+        assert len(recorded) == 3
+        for share, channels in recorded:
             assert share == pytest.approx(1 - channels / width)
-        shares = [share for share, _ in told]
+        shares = [share for share, _ in recorded]
         assert shares == sorted(shares), name
-    assert max(told[-1][0] for told in seen.values()) > 0.2
+    assert max(recorded[-1][0] for recorded in seen.values()) > 0.2
     assert importance.stats is stats
     assert importance._removed == {}
 

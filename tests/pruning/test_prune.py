@@ -191,7 +191,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_the_hosts_importances(name):
+def test_torch_prunings_importances(name):
     net = conv_net()
     if name == "taylor":
         net(X).square().sum().backward()
@@ -289,7 +289,7 @@ class Hardcoded(nn.Module):
 
 
 class GroupedUp(nn.Module):
-    """The host cannot prune a grouped transposed convolution."""
+    """Torch-Pruning cannot prune a grouped transposed convolution."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +300,7 @@ class GroupedUp(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Hardcoded, GroupedUp])
-def test_networks_that_the_host_breaks_come_back(make):
+def test_networks_that_torch_pruning_breaks_come_back(make):
     torch.manual_seed(0)
     net = make()
     before = everything(net)

@@ -87,13 +87,13 @@ def test_a_failing_candidate_is_told_and_the_others_go_on():
         line.startswith("broken") and "failed at 60%: RuntimeError: no idea" in line for line in text.splitlines()
     )
     assert text.splitlines()[2].startswith("capture")
-    told = json.loads(result.to_json())
-    assert (told["best"], told["table"][0]["accuracy"], told["table"][0]["error"]) == (
+    recorded = json.loads(result.to_json())
+    assert (recorded["best"], recorded["table"][0]["accuracy"], recorded["table"][0]["error"]) == (
         "capture",
         None,
         "RuntimeError: no idea",
     )
-    assert {"stats", "build"}.isdisjoint(told)
+    assert {"stats", "build"}.isdisjoint(recorded)
 
 
 def test_all_failing_is_an_error_with_the_reasons():

@@ -87,7 +87,7 @@ class Method:
 
     @property
     def _parts(self) -> list[str]:
-        # one step and no training have no name: methods had theirs before there was a choice
+        # one step and no training are what a method is without a name for them
         steps = [f"steps{self.steps}"] if self.steps > 1 else []
         return [*self.repair, *steps] + ([f"ft{self.finetune_batches}"] if self.finetune_batches else [])
 

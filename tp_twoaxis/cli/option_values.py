@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, cast
 
 from tp_twoaxis.errors import TwoAxisError
@@ -18,7 +17,14 @@ def names(text: str | None) -> list[str] | None:
     """
     if text is None:
         return None
-    return [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def numbers(option: str, text: str | None, kind: type[float] | type[int] = float) -> list[Any] | None:

@@ -69,16 +69,15 @@ def prune_command(
     network = model.build()
     pruning.check(network)
     loader = source.loader()
-    stats = None
+    stats, loaded = None, None if removal.stats is None else CalibrationStatistics.load(removal.stats)
+    if loaded is not None:
+        loaded.verify(network)
     if "statistics" in criterion.needs:
-        loaded = None if removal.stats is None else CalibrationStatistics.load(removal.stats)
-        if loaded is not None:
-            loaded.verify(network)
         state = PruningState(
             network, loader, stats=loaded, **statistics.keywords(), max_images=None, progress=output.progress
         )
         refitted = refits(parse_repair(pruning.repair))
-        stats = state.statistics(*criterion.extras, also=("consumers",) if refitted else ())
+        stats = criterion.statistics(state, also=("consumers",) if refitted else ())
     test = None if test_source is None else test_source.loader()
     before = None if test is None else accuracy(network, test, progress=output.progress)
     result = prune_to_flops(

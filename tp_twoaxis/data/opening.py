@@ -68,8 +68,8 @@ def open_dataset(
             column; without one, or with -1 in all its rows, the data has images only.
         crop_fraction: side of the centre crop as a part of the resized shorter side, in (0, 1]; used for
             images that are not ``image_size`` already.
-        num_images: open only this many, drawn without replacement as :func:`make_loader` draws them; the
-            others are not decoded. None, or more than there are, takes all.
+        num_images: open only this many, drawn without replacement as :func:`~tp_twoaxis.data.make_loader` draws them;
+            the others are not decoded. None, or more than there are, takes all.
         seed: of the draw.
 
     Returns:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,22 +36,24 @@ from tp_twoaxis.statistics.gradients import accumulate_gradients
 _MAGNITUDE = tp.importance.MagnitudeImportance
 
 
+def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImportance:
+    entry = SCORES[name]
+    of_score = {option: options.pop(option) for option in option_names(entry.function) if option in options}
+    score = partial(entry.function, **of_score) if of_score else name
+    consumer = options.get("site") == "consumer"
+    stats = state.statistics(*(("consumers",) if consumer else ()))
+    options = {"normalizer": entry.normalizer, **options}
+    removed = state.removed_inputs if consumer else state.removed_outputs
+    return TwoAxisImportance(stats, score, **options).with_removed(removed)
+
+
 def _score(name: str) -> Criterion:
     """Make a row of a score: statistics of layers, reduced over a group's producers or consumers."""
     entry = SCORES[name]
-    own = option_names(entry.function)
-
-    def factory(state: PruningState, **options: Any) -> TwoAxisImportance:
-        of_score = {option: options.pop(option) for option in own if option in options}
-        score = partial(entry.function, **of_score) if of_score else name
-        consumer = options.get("site") == "consumer"
-        stats = state.statistics(*(("consumers",) if consumer else ()))
-        options = {"normalizer": entry.normalizer, **options}
-        removed = state.removed_inputs if consumer else state.removed_outputs
-        return TwoAxisImportance(stats, score, **options).with_removed(removed)
-
-    options = (*own, *(option for option in option_names(TwoAxisImportance) if option != "score"))
+    of_groups = (option for option in option_names(TwoAxisImportance) if option != "score")
+    options = (*option_names(entry.function), *of_groups)
     summary = f"{entry.summary} ({entry.axis} axis)"
+    factory = partial(_build_score, name)
     return Criterion(name, summary, factory, ("statistics",), entry.axis, options, entry.function)
 
 
@@ -64,8 +67,27 @@ def _anticipating(state: PruningState, **options: Any) -> AnticipatingImportance
     return AnticipatingImportance(state.statistics("consumers"), **{**given, **options})
 
 
-def _hybrid(state: PruningState, *, allocation: str = "taylor", ranking: str = "capture") -> HybridImportance:
-    return HybridImportance(*(find_criterion(name).build(state) for name in (allocation, ranking)))
+def _hybrid(
+    state: PruningState, *, allocation: str = "taylor", ranking: str = "capture", seed: int | None = None
+) -> HybridImportance:
+    parts = (find_criterion(name) for name in (allocation, ranking))
+    return HybridImportance(*((part if seed is None else part.seeded(seed)).build(state) for part in parts))
+
+
+class HybridCriterion(Criterion):
+    """The row of ``hybrid``: it needs what its two criteria need."""
+
+    def configured(self, options: Mapping[str, Any], name: str | None = None) -> Criterion:
+        """Return the criterion with options set; those that name criteria are checked too."""
+        made = super().configured(options, name)
+        chosen = {"ranking": "capture", "allocation": "taylor", **made.bound}
+        parts = [find_criterion(chosen[role]) for role in ("ranking", "allocation")]
+        needs = dict.fromkeys(need for part in parts for need in part.needs)
+        return replace(made, needs=tuple(needs), draws=any(part.draws for part in parts))
+
+
+def _build_weights(made: Callable[..., Importance], state: PruningState, **options: Any) -> Importance:
+    return made(**options)
 
 
 def _weights(
@@ -73,42 +95,38 @@ def _weights(
 ) -> Criterion:
     """Make a row of a criterion that looks at weights alone."""
     taken = option_names(made) if options is None else options
-    return Criterion(name, summary, lambda state, **options: made(**options), options=taken)
+    return Criterion(name, summary, partial(_build_weights, made), options=taken)
 
 
 def _random(state: PruningState, *, seed: int | None = None) -> RandomImportance:
     return RandomImportance(state.seed if seed is None else seed)
 
 
+def _build_from_gradients(made: Callable[..., Importance], state: PruningState, **options: Any) -> Importance:
+    model, loader = state.images(labels=True)
+    accumulate_gradients(model, loader, max_images=state.max_images, progress=state.progress)
+    return made(**options)
+
+
 def _gradients(name: str, summary: str, made: Callable[..., Importance]) -> Criterion:
     """Make a row of a criterion that reads the loss's gradients from the model's parameters."""
+    return Criterion(name, summary, partial(_build_from_gradients, made), ("labels",), options=option_names(made))
 
-    def factory(state: PruningState, **options: Any) -> Importance:
-        model, loader = state.images(labels=True)
-        accumulate_gradients(model, loader, max_images=state.max_images, progress=state.progress)
-        return made(**options)
 
-    return Criterion(name, summary, factory, ("labels",), options=option_names(made))
+def _build_gathered(make: Callable[..., Importance], labels: bool, state: PruningState, **options: Any) -> Importance:
+    model, loader = state.images(labels=labels)
+    return make(model, loader, max_images=state.max_images, progress=state.progress, **options)
 
 
 def _gathered(name: str, summary: str, need: Need, made: type[GatheredImportance]) -> Criterion:
     """Make a row of a criterion that gathers statistics of its own."""
-
-    def factory(state: PruningState, **options: Any) -> Importance:
-        model, loader = state.images(labels=need == "labels")
-        return made.calibrate(model, loader, max_images=state.max_images, progress=state.progress, **options)
-
+    factory = partial(_build_gathered, made.calibrate, need == "labels")
     return Criterion(name, summary, factory, (need,), options=option_names(made))
 
 
 def _torch_pruning(name: str, summary: str, need: Need, prepare: Callable[..., Importance]) -> Criterion:
     """Make a row of Torch-Pruning's own version of a criterion, prepared from images."""
-
-    def factory(state: PruningState) -> Importance:
-        model, loader = state.images(labels=need == "labels")
-        return prepare(model, loader, max_images=state.max_images, progress=state.progress)
-
-    return Criterion(name, summary, factory, (need,))
+    return Criterion(name, summary, partial(_build_gathered, prepare, need == "labels"), (need,))
 
 
 _ROWS = (
@@ -129,13 +147,13 @@ _ROWS = (
         "local",
         option_names(AnticipatingImportance),
     ),
-    Criterion(
+    HybridCriterion(
         "hybrid",
         "Taylor's allocation, capture's ranking",
         _hybrid,
         ("statistics", "labels"),
         "both",
-        ("allocation", "ranking"),
+        ("allocation", "ranking", "seed"),
     ),
     _weights("l1", "L1 norm of the group's weights", partial(_MAGNITUDE, p=1)),
     _weights("l2", "squared L2 norm of the group's weights", partial(_MAGNITUDE, p=2)),

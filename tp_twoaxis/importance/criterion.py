@@ -170,7 +170,7 @@ class PruningState:
         return self.model, loader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Criterion:
     """A way to rank channels, by name or given as an object; :meth:`build` makes the importance.
 
@@ -234,6 +234,17 @@ class Criterion:
     def seeded(self, seed: int) -> Criterion:
         """Return the criterion with a seed of its own, if it draws random numbers and has none yet."""
         return self.configured({"seed": seed}) if self.draws and "seed" not in self.bound else self
+
+    def statistics(self, state: PruningState, *, also: Iterable[Need] = ()) -> CalibrationStatistics:
+        """Gather the statistics that it needs; see :meth:`PruningState.statistics`.
+
+        Raises:
+            TwoAxisError: there are none, or those that there are hold less.
+        """
+        try:
+            return state.statistics(*self.extras, also=also)
+        except _MissingInputError as error:
+            raise TwoAxisError(f"criterion {self.name!r}: {error}") from None
 
     def build(self, state: PruningState) -> Importance:
         """Build the importance for the network as it is, to be handed to Torch-Pruning; anew for every step.
@@ -311,12 +322,12 @@ def criterion_from_factory(name: str, made: Any, options: Mapping[str, Any] | No
     Args:
         name: of the criterion.
         made: a function or class. It is called with those of the keywords ``stats``, ``model``, ``loader`` and
-            ``seed`` that it has, or else with the statistics alone if it has a parameter without default; statistics
-            are gathered only for those that take them.
+            ``seed`` that it has (a function of ``**keywords`` alone has all), and with the statistics in the place of a
+            first parameter of another name without default. Statistics are gathered only for those that take them.
         options: further keywords.
 
     Raises:
-        TwoAxisError: it cannot be called; when built, what it returned cannot.
+        TwoAxisError: it cannot be called, or has no such option; when built, what it returned cannot be called.
 
     Example:
         >>> criterion_from_factory("mine", lambda seed: lambda group: seed).build(PruningState(seed=3))(None)
@@ -324,18 +335,35 @@ def criterion_from_factory(name: str, made: Any, options: Mapping[str, Any] | No
     """
     if not callable(made):
         raise TwoAxisError(f"criterion {name!r}: expected a function that makes an importance, got {made!r}")
-    parameters = list(inspect.signature(made).parameters.values())
-    takes = {p.name for p in parameters} & {"stats", "model", "loader", "seed"}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters) and not isinstance(made, type):
-        takes |= {"stats", "model", "loader", "seed"}
-    alone = next((p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD), None)
-    positional = not takes and alone is not None and alone not in (options or {})
+    signature, bound = inspect.signature(made), dict(options or {})
+    variadic = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if not variadic:
+        for option in bound:
+            check_name(
+                f"criterion {name!r}: option",
+                option,
+                [p.name for p in parameters if p.name not in ("stats", "model", "loader")],
+            )
+    takes = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY} & {"stats", "model", "loader", "seed"}
+    takes -= bound.keys()
+    first = next((p for p in parameters if p.default is p.empty and p.name not in bound), None)
+    positional = first is not None and first.name not in takes
+    if variadic and not parameters:
+        takes = {"stats", "model", "loader", "seed"} - bound.keys()
 
     def factory(state: PruningState, **keywords: Any) -> Importance:
         given: dict[str, Any] = {name: getattr(state, name) for name in ("model", "loader", "seed") if name in takes}
         if "stats" in takes:
             given["stats"] = state.statistics()
         arguments = [state.statistics()] if positional else []
+        try:
+            signature.bind(*arguments, **given, **keywords)
+        except TypeError as error:
+            raise TwoAxisError(
+                f"criterion {name!r}: expected a function of some of stats, model, loader and seed, got one with "
+                f"another signature ({error}); give its other parameters defaults"
+            ) from error
         importance: Importance = made(*arguments, **given, **keywords)
         if not callable(importance):
             raise TwoAxisError(
@@ -348,7 +376,6 @@ def criterion_from_factory(name: str, made: Any, options: Mapping[str, Any] | No
         return importance.with_removed(state.removed_inputs if consumer else state.removed_outputs)  # type: ignore[no-any-return]
 
     needs: tuple[Need, ...] = ("statistics",) if positional or "stats" in takes else ()
-    bound = dict(options or {})
     return Criterion(name, f"made by {name}", factory, needs, options=tuple(bound), bound=bound)
 
 

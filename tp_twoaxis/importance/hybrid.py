@@ -67,6 +67,8 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
     ) -> None:
         def build(what: str | Importance) -> Importance:
             if not isinstance(what, str):
+                if not callable(what):
+                    raise TwoAxisError(f"hybrid: expected names or importances, got {type(what).__name__}")
                 return what
             return make_importance(what, stats=stats, model=model, loader=loader, progress=False)
 

@@ -16,6 +16,7 @@ from tp_twoaxis.importance.criterion import (
     PruningState,
     criterion_from_factory,
     criterion_from_importance,
+    option_names,
     parse_expression,
 )
 from tp_twoaxis.runtime.factories import load_attribute
@@ -147,7 +148,7 @@ def layer_score(expression: str) -> Score:
     """Look up a criterion that scores the channels of a single layer from its statistics.
 
     Raises:
-        TwoAxisError: there is no such criterion, or it ranks groups only.
+        TwoAxisError: there is no such criterion, or it or its options have to do with groups.
 
     Example:
         >>> layer_score("capture").__name__
@@ -159,6 +160,11 @@ def layer_score(expression: str) -> Score:
         raise TwoAxisError(
             f"score: expected one that a layer's statistics are enough for ({', '.join(scores)}), got {expression!r}, "
             "which ranks whole groups; choose one of these"
+        )
+    if of_groups := [option for option in criterion.bound if option not in option_names(criterion.score)]:
+        raise TwoAxisError(
+            f"score: expected options of a layer's score, got {', '.join(of_groups)} in {expression!r}, which act on "
+            "groups; leave them out"
         )
     return criterion.score
 

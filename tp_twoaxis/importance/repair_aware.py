@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.dependency.groups import Member, group_consumers, members, model_of, root_layer, root_size
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name
 from tp_twoaxis.importance.criterion import PruningState
 from tp_twoaxis.importance.distortion import Distortion, Patches
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
@@ -59,7 +59,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
     weights empty single blocks too (7 of 64 channels stay), presumably because noise is independent over pixels and
     consumers, as the errors of a reconstruction are not. A curve is measured with those very errors.
 
-    The table has order and curves from reconstruction at channel level. From whole patches, as they are now,
+    The table has order and curves from reconstruction at channel level. With those from whole patches, which it takes,
     ``sequential`` keeps as much on test images: 86.3 / 86.3 % at half the MACs against 86.0 / 86.4, 80.0 / 80.6 against
     79.4 / 80.9 at 35 % (``benchmarks/results/cifar10_repair``, two seeds). They were chosen on held-out training
     images, where they were 0.3 to 0.8 points better, and more than that on one of the networks with ``joint``.
@@ -115,7 +115,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
     ) -> None:
         check_name("cost", cost, get_args(Cost))
         if levels < 1 or images < 2:
-            raise TwoAxisError(f"expected levels >= 1 and images >= 2, got {levels} and {images}")
+            raise TwoAxisError(f"anticipating: expected levels >= 1 and images >= 2, got {levels} and {images}")
         if not stats.consumers:
             raise TwoAxisError(
                 "anticipating: expected statistics of what layers read, got some without; gather them with "
@@ -189,7 +189,14 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         Returns:
             [len(group[0].idxs)] float32 on the CPU, finite, not negative; None for a group without consumers.
         """
-        ranks, consumers = self._ranked(group), [*group_consumers(group), *_attention(group)]
+        try:
+            ranks = self._ranked(group)
+        except StaleStatisticsError as error:
+            raise StaleStatisticsError(
+                f"{str(error).partition(';')[0]}; remove channels in steps with prune_to_flops(steps=...), or call "
+                "calibrate(consumers=True) again and make another importance"
+            ) from error
+        consumers = [*group_consumers(group), *_attention(group)]
         if ranks is None or not consumers:
             return None
         self._measure_on(model_of(group))

@@ -45,7 +45,7 @@ class PruningConfig:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise TwoAxisError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
         object.__setattr__(self, "repair", parse_repair(self.repair))
-        object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
+        object.__setattr__(self, "ignored_layers", listed_layers(self.ignored_layers))
 
     def ignored_in(self, network: nn.Module) -> list[nn.Module]:
         """Find the layers that keep their output channels.
@@ -66,3 +66,18 @@ class PruningConfig:
                 )
             found.append(module)
         return found
+
+
+def listed_layers(layers: Iterable[nn.Module | str]) -> tuple[nn.Module | str, ...]:
+    """Read ``ignored_layers``.
+
+    Raises:
+        TwoAxisError: a single name or layer, or nothing that holds any.
+
+    Example:
+        >>> listed_layers(["conv1", "fc"])
+        ('conv1', 'fc')
+    """
+    if isinstance(layers, (str, nn.Module)) or not isinstance(layers, Iterable):
+        raise TwoAxisError(f"ignored_layers: expected layers or their names, got {layers!r}; pass a list")
+    return tuple(layers)

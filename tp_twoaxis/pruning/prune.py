@@ -227,7 +227,7 @@ def _first_importance(
     """Build the importance of the dense network; also return statistics that repairs can use, if there are any."""
     if "statistics" in criterion.needs and state.stats is None and state.loader is not None:
         # one pass for the criterion and for the repair
-        state.statistics(*criterion.extras, also=("consumers",) if refit else ())
+        criterion.statistics(state, also=("consumers",) if refit else ())
     importance = criterion.build(state)
     known = state.known_statistics
     if known is None and isinstance(importance, (TwoAxisImportance, AnticipatingImportance)):

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.dependency.flops import ExampleInputs
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.importance import FAMILIES, Criterion, Importance, PruningState, expand_criteria, find_criterion
+from tp_twoaxis.importance import FAMILIES, Criterion, Importance, PruningState, as_criterion, expand_criteria
 from tp_twoaxis.importance.criterion import criterion_from_factory
-from tp_twoaxis.pruning.config import PruningConfig
+from tp_twoaxis.pruning.config import PruningConfig, listed_layers
 from tp_twoaxis.pruning.prune import prune_to_flops
 from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, rank_candidates, tied_with_best
 from tp_twoaxis.repair import check_repair
@@ -103,7 +103,9 @@ def select_score(
     if not shares:
         raise TwoAxisError(f"flops: expected shares of MACs to keep, above 0 and up to 1, got {flops!r}")
     names = {module: name for name, module in network.named_modules()}
-    ignored = [names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in ignored_layers]
+    ignored = [
+        names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in listed_layers(ignored_layers)
+    ]
     configs = [
         PruningConfig(share, "macs", 1, repair, ignored, min_keep, round_to, attention, tolerance) for share in shares
     ]
@@ -183,13 +185,15 @@ def _attempt(
 
 
 def _candidates(given: str | Iterable[str | Factory] | Mapping[str, str | Factory]) -> dict[str, Criterion]:
+    if not isinstance(given, Iterable):
+        raise TwoAxisError(f"candidates: expected names, functions or a mapping of labels to them, got {given!r}")
     if isinstance(given, Mapping):
         pairs = list(given.items())
     else:
         pairs = [
             (_label(part), part)
             for item in ([given] if isinstance(given, str) else given)
-            for part in (expand_criteria([item]) if item in FAMILIES else [item])
+            for part in (expand_criteria([item]) if isinstance(item, str) and item in FAMILIES else [item])
         ]
     if not pairs:
         raise TwoAxisError(f"candidates: expected at least one, got none; families are {', '.join(FAMILIES)}")
@@ -197,15 +201,20 @@ def _candidates(given: str | Iterable[str | Factory] | Mapping[str, str | Factor
     for label, item in pairs:
         if label in found:
             raise TwoAxisError(f"candidates: {label!r} is there twice; pass a mapping with a label for each")
-        if not isinstance(item, str) and not callable(item):
+        if isinstance(item, (str, Criterion)):
+            found[label] = as_criterion(item)
+        elif callable(item):
+            found[label] = criterion_from_factory(label, item)
+        else:
             raise TwoAxisError(
                 f"candidates: expected names or functions CalibrationStatistics -> importance, got {item!r}"
             )
-        found[label] = find_criterion(item) if isinstance(item, str) else criterion_from_factory(label, item)
     return found
 
 
 def _label(item: Any) -> str:
+    if isinstance(item, Criterion):
+        return item.name
     return item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
 
 

@@ -79,7 +79,7 @@ class LockstepReference:
         """
         self._resume.release()
         item = self._items.get()
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         if item is None or item[0] != name:
             raise TwoAxisError(
@@ -120,5 +120,5 @@ class LockstepReference:
             self._items.put(None)
         except _Stopped:
             pass
-        except Exception as error:
+        except BaseException as error:  # whoever waits for the next item must hear of any
             self._items.put(error)

@@ -106,11 +106,11 @@ REPAIRS: dict[str, RepairStrategy] = {strategy.name: strategy for strategy in _T
 """All repairs by name."""
 
 
-def parse_repair(repair: str | Iterable[str]) -> tuple[str, ...]:
+def parse_repair(repair: str | Iterable[str] | None) -> tuple[str, ...]:
     """Read the names of repairs.
 
     Args:
-        repair: names joined by ``+`` or ``,``, or several such texts; ``"none"``, ``""`` and ``()`` are no repair.
+        repair: names joined by ``+`` or ``,``, or several such texts; ``"none"``, ``""``, ``()`` and None: no repair.
 
     Returns:
         Each name once, in the order given.
@@ -126,6 +126,10 @@ def parse_repair(repair: str | Iterable[str]) -> tuple[str, ...]:
         tp_twoaxis.errors.TwoAxisError: repair: expected one of bn, bias, ridge, patch, sequential, joint or none, got
         'rigde'; did you mean 'ridge'?
     """
+    if repair is None:
+        return ()
+    if not isinstance(repair, Iterable):
+        raise TwoAxisError(f"repair: expected names such as 'ridge+bn', got {repair!r}; 'none' repairs nothing")
     texts = (repair,) if isinstance(repair, str) else repair
     words = (word.strip() for text in texts for word in re.split(r"[+,]", str(text)))
     names = list(dict.fromkeys(word for word in words if word))

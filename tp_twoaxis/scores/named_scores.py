@@ -56,7 +56,7 @@ def hull_refined(layer: LayerStatistics, strength: float = 0.5, peers: int = 8) 
     """Variance less the part that a few peers can supply, ``P_k (1 - c E_k(H_8))``; ours.
 
     ``P_k`` is relative to the layer's mean; c = 0.5 was the best of 0, 0.5 and 1 on a ResNet-20, see
-    :func:`greedy_hulls` for the peers.
+    :func:`~tp_twoaxis.scores.hull.greedy_hulls` for the peers.
     """
     hulls = hull.greedy_hulls(layer.correlation, active=layer.variance > 0, max_size=peers)
     explained = hulls.path[:, -1] if hulls.path.shape[1] else torch.zeros_like(layer.variance)

@@ -73,7 +73,7 @@ class CalibrationStatistics:
         num_images: int,
         explicit: bool,
     ) -> CalibrationStatistics:
-        """Bind what a recorder gathered to the layers it came from; see :func:`calibrate` for what is refused."""
+        """Bind what a recorder gathered to its layers; see :func:`~tp_twoaxis.calibrate` for what is refused."""
         silent = [name for name in layers if name not in records]
         if explicit and silent:
             raise TwoAxisError(f"layers: {listing(silent)} did not run in the forward pass; leave them out")
