@@ -116,10 +116,10 @@ def test_without_labels_the_whole_networks_predictions_count(net, stats):
     with torch.no_grad():
         labelled = [(x, net(x).argmax(1)) for x in images]
     free = lesion(net, images, "conv2", [2, 3], "mean", stats=stats, progress=False)
-    told = lesion(net, labelled, "conv2", [2, 3], "mean", stats=stats, progress=False)
-    assert (free.reference, told.reference) == ("dense predictions", "labels")
-    assert free.accuracy == told.accuracy == 1.0
-    assert free.lesions == told.lesions
+    answer = lesion(net, labelled, "conv2", [2, 3], "mean", stats=stats, progress=False)
+    assert (free.reference, answer.reference) == ("dense predictions", "labels")
+    assert free.accuracy == answer.accuracy == 1.0
+    assert free.lesions == answer.lesions
 
 
 def test_a_planted_copy_is_given_back():

@@ -202,8 +202,8 @@ def test_reports(shards):
     size = calibration_is_enough(shards, "capture", **QUIET)
     assert str(stability).count("\n") == len(shards[0]) + 2
     assert str(size).count("\n") == len(shards[0]) + 1
-    told = json.loads(size.to_json())
-    assert (told["images"], told["enough"], len(told["layers"])) == (48, False, len(shards[0]))
+    content = json.loads(size.to_json())
+    assert (content["images"], content["enough"], len(content["layers"])) == (48, False, len(shards[0]))
     assert len(json.loads(stability.to_json())["layers"][0]["lower"]) == 16
     figure = stability_figure(stability, size)
     weakest = min(size.judged, key=lambda layer: layer.reliability)

@@ -1,4 +1,4 @@
-"""Normalisers equal the host's own wherever the host's are finite, and refuse what would mislead."""
+"""Normalisers equal Torch-Pruning's own wherever those are finite, and refuse what would mislead."""
 
 import pytest
 import torch

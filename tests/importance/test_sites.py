@@ -39,7 +39,7 @@ class Concat(nn.Module):
 
 
 class Split(nn.Module):
-    """One producer, two consumers of a part each; the host maps them rightly if it meets the left one first."""
+    """One producer, two consumers of a part each; Torch-Pruning maps them rightly if it meets the left one first."""
 
     def __init__(self, left_first=True):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The importances inside the host's own pruners, and every way they must refuse."""
+"""The importances inside Torch-Pruning's own pruners, and every way they must refuse."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def statistics(net, images=48):
 
 
 def options():
-    """Fresh dicts: the host's defaults are shared by all pruners of a process."""
+    """Fresh dicts: Torch-Pruning's defaults are shared by all pruners of a process."""
     return {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "channel_groups": {}}
 
 

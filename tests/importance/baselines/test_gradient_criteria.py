@@ -1,4 +1,4 @@
-"""Criteria on gradients, against NumPy and the host."""
+"""Criteria on gradients, against NumPy and Torch-Pruning."""
 
 import numpy as np
 import pytest
