@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
 from tp_twoaxis.importance import CRITERIA, find_criterion, make_importance
 from tp_twoaxis.importance.baselines.weight_criteria import RandomImportance
-from tp_twoaxis.importance.criterion import Need
+from tp_twoaxis.importance.pruning_state import Need
 from tp_twoaxis.scores.named_scores import SCORES
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 

@@ -19,7 +19,7 @@ from tp_twoaxis.benchmark.sweep_images import SweepImages, check_images, rank_ro
 from tp_twoaxis.dependency.flops import count_macs, thop_macs, tp_macs
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import Criterion, Importance, PruningState
-from tp_twoaxis.importance.criterion import EXTRAS, Need
+from tp_twoaxis.importance.pruning_state import EXTRAS, Need
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.runtime.batches import split_batch
 from tp_twoaxis.runtime.distributed import rank, sum_over_ranks, world_size

@@ -2,8 +2,9 @@
 
 from tp_twoaxis.importance import criteria as _criteria  # noqa: F401  # fills the registry
 from tp_twoaxis.importance.cap_qgw import CapQGWImportance
-from tp_twoaxis.importance.criterion import Criterion, Importance, PruningState
+from tp_twoaxis.importance.criterion import Criterion, Importance
 from tp_twoaxis.importance.hybrid import HybridImportance
+from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.registry import (
     CRITERIA,
     FAMILIES,

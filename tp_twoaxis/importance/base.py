@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tp_twoaxis.dependency.groups import members, model_of, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name
-from tp_twoaxis.importance.criterion import PruningState
 from tp_twoaxis.importance.normalize import Normalizer, check_normalizer, normalize
+from tp_twoaxis.importance.pruning_state import PruningState
 
 REDUCTIONS = ("mean", "sum", "max", "first")
 Part = tuple[Tensor, Tensor]

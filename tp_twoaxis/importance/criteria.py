@@ -25,8 +25,9 @@ from tp_twoaxis.importance.baselines.weight_criteria import (
     RandomImportance,
 )
 from tp_twoaxis.importance.cap_qgw import CapQGWImportance
-from tp_twoaxis.importance.criterion import Criterion, Importance, Need, PruningState, option_names
+from tp_twoaxis.importance.criterion import Criterion, Importance, option_names
 from tp_twoaxis.importance.hybrid import HybridImportance
+from tp_twoaxis.importance.pruning_state import Need, PruningState
 from tp_twoaxis.importance.registry import CRITERIA, find_criterion
 from tp_twoaxis.importance.repair_aware import AnticipatingImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tp_twoaxis.dependency.groups import root_name, root_size
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance.criterion import Importance, PruningState, criterion_from_importance
+from tp_twoaxis.importance.criterion import Importance, criterion_from_importance
+from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.registry import make_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.scores.quantiles import assign_by_rank

@@ -13,12 +13,12 @@ from tp_twoaxis.importance.criterion import (
     Axis,
     Criterion,
     Importance,
-    PruningState,
     criterion_from_factory,
     criterion_from_importance,
     option_names,
     parse_expression,
 )
+from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.runtime.factories import load_attribute
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, Score
 from tp_twoaxis.statistics.store import CalibrationStatistics

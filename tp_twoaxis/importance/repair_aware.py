@@ -15,8 +15,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.dependency.groups import Member, group_consumers, members, model_of, root_layer, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name
-from tp_twoaxis.importance.criterion import PruningState
 from tp_twoaxis.importance.distortion import Distortion, Patches
+from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.reconstruction.greedy import Reading, greedy_reconstruction
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, in_channels_of, out_channels_of

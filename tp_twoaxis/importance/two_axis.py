@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tp_twoaxis.dependency.groups import group_consumers, members, model_of, root_name, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name, listing
 from tp_twoaxis.importance.base import GroupImportance, merge_repeats, reduce_members
-from tp_twoaxis.importance.criterion import PruningState
 from tp_twoaxis.importance.normalize import Normalizer, normalize
+from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES, Score, evaluate, find_score, hull_refined

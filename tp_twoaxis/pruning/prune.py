@@ -33,7 +33,7 @@ from tp_twoaxis.importance import (
     as_criterion,
 )
 from tp_twoaxis.importance.baselines import READ_FROM_MODEL
-from tp_twoaxis.importance.criterion import iterated_once
+from tp_twoaxis.importance.pruning_state import iterated_once
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.iterate import PruningOutcome, prune_in_steps
 from tp_twoaxis.pruning.pruning_report import PruningReport, Size
