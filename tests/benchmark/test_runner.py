@@ -26,7 +26,7 @@ from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report
 from tp_twoaxis.benchmark.results import claim_folder, open_folder
 from tp_twoaxis.benchmark.trial_runner import chunks
-from tp_twoaxis.importance import criterion
+from tp_twoaxis.importance import pruning_state
 
 TESTS = Path(__file__).parents[1]
 
@@ -349,8 +349,8 @@ def test_layout_and_precision_are_conditions(config, images, tmp_path, monkeypat
 
 
 def test_repairs_need_no_change_of_the_runner(images, tmp_path, monkeypatch):
-    calls, calibrate = [], criterion.calibrate
-    monkeypatch.setattr(criterion, "calibrate", lambda *a, **o: calls.append(o["consumers"]) or calibrate(*a, **o))
+    calls, calibrate = [], pruning_state.calibrate
+    monkeypatch.setattr(pruning_state, "calibrate", lambda *a, **o: calls.append(o["consumers"]) or calibrate(*a, **o))
     methods = cross(["l2", "capture(site='consumer')"], repairs=[("ridge", "bn"), ("sequential",)])
     config = tiny_config(images, methods=methods, keep=(0.6, 0.4), seeds=(42,))
     summary = run_benchmark(config, tmp_path / "out", progress=False)

@@ -15,7 +15,7 @@ from tp_twoaxis.benchmark import DataConfig, NetworkConfig
 from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared, check_inputs, measure_sizes
 from tp_twoaxis.benchmark.sweep_images import split_rows
 from tp_twoaxis.data import ArrayDataset
-from tp_twoaxis.importance import criteria, criterion, find_criterion
+from tp_twoaxis.importance import criteria, find_criterion, pruning_state
 from tp_twoaxis.importance.baselines import activation_criteria
 
 
@@ -62,8 +62,8 @@ def test_statistics_and_gradients_are_gathered_once(tmp_path, monkeypatch, write
     check_inputs(config, config.trials())
     shared = Shared(LoadedNetwork(config, "net", 42, "cpu"), 42)
     calls = []
-    calibrate, gradients = criterion.calibrate, criteria.accumulate_gradients
-    monkeypatch.setattr(criterion, "calibrate", lambda *a, **o: calls.append("stats") or calibrate(*a, **o))
+    calibrate, gradients = pruning_state.calibrate, criteria.accumulate_gradients
+    monkeypatch.setattr(pruning_state, "calibrate", lambda *a, **o: calls.append("stats") or calibrate(*a, **o))
     monkeypatch.setattr(criteria, "accumulate_gradients", lambda *a, **o: calls.append("labels") or gradients(*a, **o))
     models = [shared.prepare(find_criterion(name))[0] for name in ("capture", "hull", "taylor", "taylor", "l2")]
     assert calls == ["stats", "labels"]
