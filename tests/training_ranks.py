@@ -63,6 +63,7 @@ def main(rank, world, folder):
         },
         folder / f"{rank}.safetensors",
     )
+    dist.barrier()  # no rank may leave while another still answers the last collective
     dist.destroy_process_group()
 
 
