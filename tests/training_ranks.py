@@ -1,5 +1,6 @@
 """One rank of test_training.py: ``python training_ranks.py RANK WORLD FOLDER``."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -69,3 +70,5 @@ def main(rank, world, folder):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    # gloo's threads may abort a loaded machine's process while it ends; what was asked for is written by now
+    os._exit(0)
