@@ -41,11 +41,8 @@ def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImpor
     entry = SCORES[name]
     of_score = {option: options.pop(option) for option in option_names(entry.function) if option in options}
     score = partial(entry.function, **of_score) if of_score else name
-    consumer = options.get("site") == "consumer"
-    stats = state.statistics(*(("consumers",) if consumer else ()))
-    options = {"normalizer": entry.normalizer, **options}
-    removed = state.removed_inputs if consumer else state.removed_outputs
-    return TwoAxisImportance(stats, score, **options).with_removed(removed)
+    stats = state.statistics(*(("consumers",) if options.get("site") == "consumer" else ()))
+    return TwoAxisImportance(stats, score, **{"normalizer": entry.normalizer, **options}).with_removed(state)
 
 
 def _score(name: str) -> Criterion:
@@ -59,7 +56,7 @@ def _score(name: str) -> Criterion:
 
 
 def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:
-    return CapQGWImportance(state.statistics("gradients"), **options).with_removed(state.removed_outputs)
+    return CapQGWImportance(state.statistics("gradients"), **options).with_removed(state)
 
 
 def _anticipating(state: PruningState, **options: Any) -> AnticipatingImportance:

@@ -222,10 +222,7 @@ def criterion_from_factory(name: str, made: Any, options: Mapping[str, Any] | No
                 f"criterion {name!r}: expected an importance, group -> scores, got {type(importance).__name__}; "
                 "return it from the factory"
             )
-        if state.is_dense or not hasattr(importance, "with_removed"):
-            return importance
-        consumer = getattr(importance, "site", "producer") == "consumer"
-        return importance.with_removed(state.removed_inputs if consumer else state.removed_outputs)  # type: ignore[no-any-return]
+        return importance.with_removed(state) if hasattr(importance, "with_removed") else importance
 
     needs: tuple[Need, ...] = ("statistics",) if positional or "stats" in takes else ()
     return Criterion(name, f"made by {name}", factory, needs, options=tuple(bound), bound=bound)

@@ -66,6 +66,7 @@ def find_criterion(expression: str) -> Criterion:
     if canonical in CRITERIA:
         return CRITERIA[canonical].configured(options, expression)
     plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    names = list(dict.fromkeys([*CRITERIA, *plugins]))
     if canonical in plugins:
         try:
             made = plugins[canonical].load()
@@ -75,11 +76,9 @@ def find_criterion(expression: str) -> Criterion:
                 f"({type(error).__name__}: {error}); repair or uninstall that package"
             ) from error
     elif ":" in canonical:
-        made = load_attribute(
-            canonical, "criterion", otherwise=f"names without a colon are {', '.join(criterion_names())}"
-        )
+        made = load_attribute(canonical, "criterion", otherwise=f"names without a colon are {', '.join(names)}")
     else:
-        check_name("criterion", name, [*criterion_names(), *ALIASES], more=" or module:factory")
+        check_name("criterion", name, [*names, *ALIASES], more=" or module:factory")
     if isinstance(made, Criterion):
         return made.configured(options, expression)
     return criterion_from_factory(expression, made, options)

@@ -153,14 +153,15 @@ class TwoAxisImportance(GroupImportance):
             self._scores[name] = evaluate(score, self.layer_statistics(name))
         return self._scores[name]
 
-    def with_removed(self: Ours, removed: Mapping[str, float]) -> Ours:
+    def with_removed(self: Ours, state: PruningState) -> Ours:
         """Copy the importance for a network from which earlier steps removed channels.
 
         Args:
-            removed: layer -> share of its channels that is gone, on the side that is scored.
+            state: of the network; the shares that are gone on the side that is scored count.
         """
         made = copy.copy(self)
-        made._removed, made._scores, made._fingerprints = removed, {}, None
+        made._removed = state.removed_outputs if self.site == "producer" else state.removed_inputs
+        made._scores, made._fingerprints = {}, None
         return made
 
     def build(self: Ours, state: PruningState) -> Ours:
@@ -169,7 +170,7 @@ class TwoAxisImportance(GroupImportance):
         Args:
             state: the network; its loader counts where this importance has none of its own.
         """
-        made = self.with_removed(state.removed_outputs if self.site == "producer" else state.removed_inputs)
+        made = self.with_removed(state)
         made.stats = state.like(self.stats, self.loader).statistics(*self.stats.extras)
         return made
 

@@ -163,17 +163,11 @@ def _attempt(
             pruned,
             example_inputs,
             criterion.build(own),
-            flops=config.flops,
-            repair=config.repair,
             loader=state.loader,
-            ignored_layers=config.ignored_layers,
-            min_keep=config.min_keep,
-            round_to=config.round_to,
-            attention=config.attention,
-            tolerance=config.tolerance,
             max_images=None,
             other_counters=False,
             progress=False,
+            **vars(config),
         )
         right, divergence = judge.judge(pruned)
     except Exception as error:  # a candidate may be anybody's code

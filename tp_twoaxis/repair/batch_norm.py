@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.runtime.forward import NO_IMAGES, forward_pass
+from tp_twoaxis.runtime.forward import NoImagesError, forward_pass
 from tp_twoaxis.runtime.model_state import unwrap
 
 
@@ -67,9 +67,8 @@ def reestimate_batch_norm(
                 if len(batch.images) > 1:
                     run(batch)
                     used += len(batch.images)
-    except TwoAxisError as error:
-        if str(error) != NO_IMAGES:
-            raise
+    except NoImagesError:
+        pass  # said below, as of batches that are too small
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

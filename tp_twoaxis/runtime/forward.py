@@ -13,7 +13,9 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.batches import Batch, image_batches
 from tp_twoaxis.runtime.model_state import eager_mode, eval_mode, fork_rng, unwrap
 
-NO_IMAGES = "loader: expected at least one batch of images, got none; check the data path and split"
+
+class NoImagesError(TwoAxisError):
+    """A loader gave no batch of images."""
 
 
 @contextmanager
@@ -92,7 +94,9 @@ class ForwardPass:
             self.images += len(batch.images)
             yield batch
         if self.images == 0:
-            raise TwoAxisError(NO_IMAGES)
+            raise NoImagesError(
+                "loader: expected at least one batch of images, got none; check the data path and split"
+            )
 
 
 @contextmanager
