@@ -10,7 +10,7 @@ consumers holds the model's outputs: it is declined, and Torch-Pruning leaves it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -32,6 +32,15 @@ CHIP_IMAGES = 640
 
 class ConsumerImportance(GatheredImportance):
     """Base: a score of every channel that a layer reads, from that layer's accumulator."""
+
+    accumulator: ClassVar[type[Any]]
+    """Takes in what a layer reads; see :func:`~tp_twoaxis.statistics.activations.gather_activations`."""
+
+    def gather(
+        self, model: nn.Module, loader: Iterable[Any], *, max_images: int | None, progress: bool
+    ) -> ActivationStatistics[Any]:
+        """Accumulate what every layer reads; labels are not used."""
+        return gather_activations(model, loader, self.accumulator, max_images=max_images, progress=progress)
 
     def _parts(self, group: Any) -> list[Part]:
         names = {module: name for name, module in model_of(group).named_modules()}
@@ -55,17 +64,7 @@ class ConsumerImportance(GatheredImportance):
         raise NotImplementedError
 
 
-class MomentImportance(ConsumerImportance):
-    """Base of the criteria on means and variances of what is read."""
-
-    def gather(
-        self, model: nn.Module, loader: Iterable[Any], *, max_images: int | None, progress: bool
-    ) -> ActivationStatistics[InputMoments]:
-        """Gather moments of every layer's inputs; labels are not used."""
-        return gather_activations(model, loader, InputMoments, max_images=max_images, progress=progress)
-
-
-class ActivationRMSImportance(MomentImportance):
+class ActivationRMSImportance(ConsumerImportance):
     """Root mean square of the value that the consumers read, over images and positions.
 
     Args:
@@ -83,12 +82,14 @@ class ActivationRMSImportance(MomentImportance):
         torch.Size([8])
     """
 
+    accumulator = InputMoments
+
     def _scores(self, name: str) -> Tensor:
         moments: InputMoments = self.statistics.records[name]
         return moments.root_mean_square
 
 
-class VBPImportance(MomentImportance):
+class VBPImportance(ConsumerImportance):
     """Variance-based pruning (Berisha et al. 2025): variance of the value that the consumers read.
 
     A channel of small variance is nearly its mean, which a bias of the consumer can stand for; that shift of
@@ -108,6 +109,8 @@ class VBPImportance(MomentImportance):
         >>> importance(graph.get_pruning_group(net[0], tp.prune_linear_out_channels, list(range(8)))).shape
         torch.Size([8])
     """
+
+    accumulator = InputMoments
 
     def _scores(self, name: str) -> Tensor:
         moments: InputMoments = self.statistics.records[name]
@@ -136,12 +139,14 @@ class CHIPImportance(ConsumerImportance):
         torch.Size([8])
     """
 
+    accumulator = ChannelIndependence
+
     def gather(
         self, model: nn.Module, loader: Iterable[Any], *, max_images: int | None, progress: bool
-    ) -> ActivationStatistics[ChannelIndependence]:
-        """Gather nuclear-norm drops of what every layer reads, of at most 640 images; labels are not used."""
+    ) -> ActivationStatistics[Any]:
+        """Accumulate nuclear-norm drops of what every layer reads, of at most 640 images; labels are not used."""
         images = CHIP_IMAGES if max_images is None else min(max_images, CHIP_IMAGES)
-        return gather_activations(model, loader, ChannelIndependence, max_images=images, progress=progress)
+        return super().gather(model, loader, max_images=images, progress=progress)
 
     def _chosen(self, consumers: list[Member], names: dict[nn.Module, str]) -> list[Member]:
         maps = [m for m in consumers if self.statistics.records[names[m.module]].positions > 1]
@@ -181,17 +186,13 @@ class MIPPImportance(ConsumerImportance):
         torch.Size([8])
     """
 
+    accumulator = AdjacentMoments
+
     def __init__(
         self, statistics: ActivationStatistics[AdjacentMoments], *, noise: float = 0.1, **options: Any
     ) -> None:
         super().__init__(statistics, **options)
         self.noise = noise
-
-    def gather(
-        self, model: nn.Module, loader: Iterable[Any], *, max_images: int | None, progress: bool
-    ) -> ActivationStatistics[AdjacentMoments]:
-        """Gather joint moments of every layer's inputs and outputs; labels are not used."""
-        return gather_activations(model, loader, AdjacentMoments, max_images=max_images, progress=progress)
 
     def _chosen(self, consumers: list[Member], names: dict[nn.Module, str]) -> list[Member]:
         fitting = [m for m in consumers if not self.statistics.records[names[m.module]].too_wide]
