@@ -6,8 +6,9 @@ import reference
 import torch
 from torch import nn
 
-from tp_twoaxis.reconstruction import patches
-from tp_twoaxis.reconstruction.patches import PatchFit, fits, patch_rows
+from tp_twoaxis.reconstruction import patch_fit, patches
+from tp_twoaxis.reconstruction.patch_fit import PatchFit
+from tp_twoaxis.reconstruction.patches import fits, patch_rows
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1, stride=2),
@@ -79,7 +80,7 @@ def test_batches_chunks_and_order_do_not_matter(monkeypatch):
 
     expected = solved(30)
     torch.testing.assert_close(solved(7), expected)
-    monkeypatch.setattr(patches, "CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(patch_fit, "CHUNK_NUMBERS", 1)
     torch.testing.assert_close(solved(11), expected)
 
 

@@ -6,7 +6,7 @@ from cases import batches
 from repair_cases import Residual, remove_channels
 from torch import nn
 
-from tp_twoaxis.reconstruction.patches import PatchFit
+from tp_twoaxis.reconstruction.patch_fit import PatchFit
 from tp_twoaxis.repair import sequential
 from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.repair.joint import (

@@ -9,7 +9,7 @@ from repair_cases import Residual, remove_channels
 from torch import nn
 from torch.nn import functional as F
 
-from tp_twoaxis.reconstruction.patches import PatchFit
+from tp_twoaxis.reconstruction.patch_fit import PatchFit
 from tp_twoaxis.repair import output_corrector, sequential
 from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.repair.op_interceptor import OpInterceptor, unintercepted
@@ -142,12 +142,12 @@ def refitted(monkeypatch, rounds=4):
     x = batches(256, 256)[0][0]
     read = []
     handle = net.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
-    sequential.refit_in_order(net, dense, masks, RepairImages([x], None, False))
+    sequential.refit_in_order(net, dense, masks, RepairImages([x], None, False, hold_out=False))
     handle.remove()
     with torch.no_grad():
         wide, narrow = dense_features(dense, x), dense_features(net, x)
     kept = [0, 1, 3, 4]
-    return read[0], narrow, float((narrow - wide[:, kept]).square().mean())
+    return read[-1], narrow, float((narrow - wide[:, kept]).square().mean())
 
 
 def dense_features(net, x):

@@ -233,6 +233,9 @@ class PruningOptions:
     min_keep: Annotated[float, _pruning("Share of every group's channels that always stays.")] = 0.1
     round_to: Annotated[int | None, _pruning("Keep multiples of this many channels.")] = None
     attention: Annotated[str, _pruning("What attention loses: heads, or head-dims of every head.")] = "heads"
+    guard: Annotated[
+        bool, _pruning("Hold images out and keep repairs only as far as they serve.", "--guard/--no-guard")
+    ] = True
     ignore: Annotated[str | None, _pruning("Layers that keep their channels: conv1,fc.")] = None
 
     def __post_init__(self) -> None:
@@ -249,6 +252,7 @@ class PruningOptions:
             "min_keep": self.min_keep,
             "round_to": self.round_to,
             "attention": self.attention,
+            "guard": self.guard,
             "ignored_layers": names(self.ignore) or (),
         }
 

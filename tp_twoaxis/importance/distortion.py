@@ -14,11 +14,19 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.reconstruction.affine import absorb_into_weight, affine_reconstruction, ridge_for
-from tp_twoaxis.reconstruction.patches import fits, patch_rows, patch_size, positions_for
+from tp_twoaxis.reconstruction.affine import (
+    LEAST_RIDGE,
+    AffineReconstruction,
+    absorb_into_weight,
+    affine_reconstruction,
+    held_out_error,
+    ridge_for,
+)
+from tp_twoaxis.reconstruction.patches import fits, patch_rows, patch_size, positions_of
 from tp_twoaxis.runtime.batches import image_batches
 from tp_twoaxis.runtime.forward import forward_pass
-from tp_twoaxis.runtime.layers import blocks_of, channel_axis, weight_blocks
+from tp_twoaxis.runtime.kernels import kernel_input
+from tp_twoaxis.runtime.layers import blocks_of, channel_axis, flatten_positions, weight_blocks
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.runtime.weights import add_bias, cannot_refit, write_weight
 from tp_twoaxis.statistics.moments import CoMoments
@@ -26,6 +34,9 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # images that run at a time
 BATCH = 128
+# images that are read at most, in units of those that distortion is measured on
+FITTED_IMAGES = 4
+TRIED_RIDGES = (LEAST_RIDGE, 1e-4, 1e-2, 1.0, 1e2)
 
 
 @dataclass(frozen=True)
@@ -33,14 +44,25 @@ class Patches:
     """Moments of what one output of a layer is computed from: channel by channel, each with all taps.
 
     Attributes:
-        mean: [C_in taps] float64.
-        covariance: [C_in taps, C_in taps] float64.
-        rows: that they were taken from.
+        fitted: mean [C_in taps] and covariance [C_in taps, C_in taps], float64.
+        held_out: the same of other images, to choose the ridge of a fit; None if there are none.
     """
 
-    mean: Tensor
-    covariance: Tensor
-    rows: int
+    fitted: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor] | None
+
+    def reconstruct(self, weight: Tensor, missing: Tensor) -> AffineReconstruction:
+        """Predict missing numbers from the others, with the ridge that serves a layer best on the images held out.
+
+        Args:
+            weight: [O, C_in taps], of the layer.
+            missing: [C_in taps] bool.
+        """
+        if self.held_out is None:
+            return affine_reconstruction(*self.fitted, missing, ridge=LEAST_RIDGE)
+        mean, covariance = self.held_out
+        found = [affine_reconstruction(*self.fitted, missing, ridge=ridge) for ridge in TRIED_RIDGES]
+        return min(found, key=lambda one: held_out_error(weight[..., None], one, mean, covariance))
 
 
 class Distortion:
@@ -48,7 +70,9 @@ class Distortion:
 
     A missing input of a layer is replaced by its best affine prediction from the inputs that remain, as the ``ridge``
     repair does it, or, with moments of the layer's patches, by the least squares over patches that ``patch``
-    repair uses; nothing is removed, no weight changes for longer than a call. The **distortion** is the logits' mean
+    repair uses; nothing is removed, no weight changes for longer than a call. Patches are fitted on other images than
+    those on which the distortion is measured: on the same ones a wide layer before the head would look free, because
+    few images are fitted by its many weights. The **distortion** is the logits' mean
     squared distance from the dense network's, relative to their variance over the images: 0 where nothing changes, 1
     where the logits hold no more than their mean, more where they mislead. Unlike a divergence between the predicted
     classes it does not vanish for a network that is sure of every calibration image.
@@ -59,8 +83,8 @@ class Distortion:
         model: dense; copied.
         stats: its statistics by ``calibrate(consumers=True)``.
         loader: yields ``(images, labels)`` or images; labels are not used.
-        images: read so many.
-        max_images: read no more than that either.
+        images: measure on so many, and fit on up to three times as many others; of fewer, two fifths are measured on.
+        max_images: read no more than that.
         progress: show progress bars on stderr.
 
     Raises:
@@ -92,12 +116,15 @@ class Distortion:
         self.stats = stats
         self.progress = progress
         parameter = next(self.network.parameters())
-        limit = images if max_images is None else min(images, max_images)
+        limit = FITTED_IMAGES * images if max_images is None else min(FITTED_IMAGES * images, max_images)
         with image_batches(
             loader, max_images=limit, labels=False, description="anticipate", progress=progress
         ) as batches:
             parts = [batch.images.to(parameter.device, parameter.dtype) for batch in batches]
-        self._batches = list(torch.split(torch.cat(parts), BATCH)) if parts else []
+        read = torch.cat(parts) if parts else torch.zeros(0, 1)
+        measured = spread(len(read), min(images, max(2, len(read) * 2 // 5)))
+        self._batches = list(torch.split(read[measured], BATCH)) if parts else []
+        self._fit_batches = list(torch.split(read[~measured], BATCH)) if len(read) > 2 else self._batches
         self.example = self._batches[0][:1] if parts else torch.zeros(0)
         self._dense = self._logits() if parts else torch.zeros(0)
         self._power = float(self._dense.var(0, correction=0).sum()) if parts else 0.0
@@ -120,22 +147,32 @@ class Distortion:
 
     @torch.no_grad()
     def patches(self, names: Iterable[str]) -> dict[str, Patches]:
-        """Gather moments of the patches of some layers, in one pass over the images.
+        """Gather moments of the patches of some layers, in one pass over the images that are fitted.
 
-        Layers of one tap are left out, for the statistics know them; and those whose patches are too large, whose
-        channels do not all mix.
+        Layers whose patches are too large, or whose channels do not all mix, are left out.
         """
-        moments: dict[str, CoMoments] = {}
-        count = sum(map(len, self._batches))
+        # of every four images one is held out to choose ridges
+        moments: dict[str, tuple[CoMoments, CoMoments]] = {}
+        count = sum(map(len, self._fit_batches))
+        seen: dict[str, int] = {}
 
         def hook(name: str) -> Callable[..., None]:
-            def take(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-                x = inputs[0]
+            def take(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+                x = kernel_input(layer, inputs, named)
                 if name not in moments:
                     device = x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
-                    moments[name] = CoMoments(patch_size(layer), device=device)
-                positions = positions_for(layer, output[0, 0].numel(), count).to(x.device)
-                moments[name].update(patch_rows(x, layer, positions).flatten(0, 2))
+                    moments[name] = (
+                        CoMoments(patch_size(layer), device=device),
+                        CoMoments(patch_size(layer), device=device),
+                    )
+                first = seen.get(name, 0)
+                seen[name] = first + len(x)
+                available = flatten_positions(output, layer, len(x), name).shape[1]
+                positions = positions_of(layer, available, count, range(first, seen[name])).to(x.device)
+                held_out = (torch.arange(first, seen[name]) % 4 == 3).to(x.device)
+                rows = patch_rows(x, layer, positions)
+                for own, chosen in zip(moments[name], (rows[~held_out], rows[held_out]), strict=True):
+                    own.update(chosen.flatten(0, 2))
 
             return take
 
@@ -144,13 +181,12 @@ class Distortion:
             return {}
         with ExitStack() as stack:
             for name in wanted:
-                stack.callback(self.layers[name].register_forward_hook(hook(name)).remove)
-            self._logits()
-        found = {}
-        for name, taken in moments.items():
-            covariance = taken.symmetrize().covariance
-            found[name] = Patches(taken.mean.cpu(), covariance.cpu(), taken.count)
-        return found
+                stack.callback(self.layers[name].register_forward_hook(hook(name), with_kwargs=True).remove)
+            self._logits(self._fit_batches)
+        return {
+            name: Patches(_described(fitted), _described(held_out) if held_out.count else None)
+            for name, (fitted, held_out) in moments.items()
+        }
 
     @torch.no_grad()
     def __call__(self, missing: dict[str, Tensor], patches: Mapping[str, Patches] | None = None) -> float:
@@ -171,8 +207,9 @@ class Distortion:
         self._bar.update()
         return float((logits - self._dense).square().sum(1).mean()) / self._power
 
-    def _logits(self) -> Tensor:
-        with forward_pass(self.network, self._batches, what="anticipate") as run:
+    def _logits(self, batches: list[Tensor] | None = None) -> Tensor:
+        batches = self._batches if batches is None else batches
+        with forward_pass(self.network, batches, what="anticipate") as run:
             return torch.cat([run.logits(batch).double() for batch in run.batches])
 
     def _refit(self, name: str, missing: Tensor, patches: Patches) -> Callable[[], None]:
@@ -181,10 +218,8 @@ class Distortion:
         old = layer.weight, layer.bias
         weight = weight_blocks(layer)[0].double().cpu()  # [O, C_in, taps]
         gone = missing.cpu().repeat_interleave(weight.shape[2])
-        reconstruction = affine_reconstruction(
-            patches.mean, patches.covariance, gone, ridge=ridge_for(patches.rows, len(gone))
-        )
         flat = weight.flatten(1)
+        reconstruction = patches.reconstruct(flat, gone)
         new = torch.zeros_like(flat)
         absorbed, shift = absorb_into_weight(
             flat[..., None], reconstruction
@@ -230,8 +265,28 @@ class Distortion:
         return hook
 
 
+def _described(moments: CoMoments) -> tuple[Tensor, Tensor]:
+    return moments.mean.cpu(), moments.symmetrize().covariance.cpu()
+
+
 def _has_patches(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution of several taps that mixes all its channels, and its patch small enough."""
-    if not isinstance(layer, _ConvNd) or cannot_refit(layer) is not None or blocks_of(layer) > 1:
-        return False
-    return weight_blocks(layer).shape[-1] > 1 and fits(layer)
+    """Whether a layer mixes all its channels and its patch is small enough."""
+    return (
+        isinstance(layer, (_ConvNd, nn.Linear))
+        and cannot_refit(layer) is None
+        and blocks_of(layer) == 1
+        and fits(layer)
+    )
+
+
+def spread(total: int, chosen: int) -> Tensor:
+    """Choose so many of all, evenly spread: [total] bool.
+
+    Example:
+        >>> spread(5, 2).tolist()
+        [False, True, False, True, False]
+    """
+    found = torch.zeros(total, dtype=torch.bool)
+    if chosen:
+        found[((torch.arange(min(chosen, total)) + 0.5) * total / min(chosen, total)).long()] = True
+    return found

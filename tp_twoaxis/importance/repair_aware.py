@@ -259,7 +259,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         assert isinstance(weight, Tensor)
         weight = weight.detach().cpu().double()
         if name in patches:
-            flat, own = weight.flatten(1), patches[name].covariance
+            flat, own = weight.flatten(1), patches[name].fitted[1]
             return Reading(own, flat, member.channels, member.roots, power, flat.shape[1] // weight.shape[1])
         if isinstance(member.module, _ConvTransposeNd) and member.module.groups == 1:
             weight = weight.transpose(0, 1)

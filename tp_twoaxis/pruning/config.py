@@ -37,6 +37,7 @@ class PruningConfig:
     round_to: int | None = None
     attention: AttentionUnit = "heads"
     tolerance: float = 0.01
+    guard: bool = True
 
     def __post_init__(self) -> None:
         check_name("budget", self.budget, get_args(Budget))

@@ -61,6 +61,7 @@ def prune_to_flops(
     round_to: int | None = None,
     attention: AttentionUnit = "heads",
     tolerance: float = 0.01,
+    guard: bool = True,
     max_images: int | None = 5000,
     latency: bool = False,
     other_counters: bool = True,
@@ -99,6 +100,8 @@ def prune_to_flops(
             number of queries, keys and values of every head, at places of its own in each. PyTorch's own
             ``nn.MultiheadAttention`` loses head dims with the stream that it reads, either way.
         tolerance: accepted relative distance to the target.
+        guard: hold every fifth image out of repair, at most 128, and keep changes of weights only as far as they bring
+            the network nearer to the dense one on those; see :func:`~tp_twoaxis.repair.repair_network`.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report Torch-Pruning's and thop's MACs; in a sweep over small networks they take most of
             the time.
@@ -141,7 +144,9 @@ def prune_to_flops(
         >>> report.steps, abs(report.achieved - 0.5) < 0.005
         (3, True)
     """
-    config = PruningConfig(flops, budget, steps, repair, ignored_layers, min_keep, round_to, attention, tolerance)
+    config = PruningConfig(
+        flops, budget, steps, repair, ignored_layers, min_keep, round_to, attention, tolerance, guard
+    )
     network = unwrap(model)
     parameter = next(network.parameters(), None)
     if parameter is None:
@@ -193,6 +198,7 @@ def _prune(
             stats=stats,
             max_images=state.max_images,
             measure=last,
+            guard=config.guard,
             progress=state.progress,
         )
 

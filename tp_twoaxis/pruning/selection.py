@@ -45,6 +45,7 @@ def select_score(
     round_to: int | None = None,
     attention: AttentionUnit = "heads",
     tolerance: float = 0.01,
+    guard: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> SelectionResult:
@@ -77,6 +78,7 @@ def select_score(
         min_keep: share of every group's channels that always stays.
         round_to: keep multiples of this many channels.
         attention: as for ``prune_to_flops``.
+        guard: as for ``prune_to_flops``.
         tolerance: accepted relative distance to the target.
         seed: of the split, and of ``random``.
         progress: show progress bars on stderr.
@@ -107,7 +109,8 @@ def select_score(
         names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in listed_layers(ignored_layers)
     ]
     configs = [
-        PruningConfig(share, "macs", 1, repair, ignored, min_keep, round_to, attention, tolerance) for share in shares
+        PruningConfig(share, "macs", 1, repair, ignored, min_keep, round_to, attention, tolerance, guard)
+        for share in shares
     ]
     configs[0].ignored_in(network)
     if not 0.0 < held_out < 1.0:

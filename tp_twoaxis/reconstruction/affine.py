@@ -11,6 +11,8 @@ from tp_twoaxis.errors import TwoAxisError
 
 # many rows: the ridge only protects against rounding; few rows: it shrinks the fit towards no change
 LEAST_RIDGE, NOISE_RIDGE, LARGEST_RIDGE = 1e-6, 1e-2, 0.1
+# relative ridges that are tried where images are held out; the last reconstructs means alone
+RIDGES = (*(10.0**power for power in range(-6, 3)), float("inf"))
 
 
 def ridge_for(rows: int, width: int) -> float:
@@ -130,6 +132,32 @@ def affine_reconstruction(mean: Tensor, covariance: Tensor, removed: Tensor, *, 
     product = weights.T @ half
     shift, residual = mean[lost] - weights.T @ mean[kept], s_dd - product - product.T
     return AffineReconstruction(kept, lost, weights, shift, residual, s_dd.diagonal())
+
+
+def held_out_error(weight: Tensor, found: AffineReconstruction, mean: Tensor, covariance: Tensor) -> float:
+    """Mean squared error of a layer's outputs on other images, after :func:`absorb_into_weight`; summed over outputs.
+
+    As in :func:`output_error`, errors are taken to be uncorrelated between taps.
+
+    Args:
+        weight: [O, C, taps], of the dense layer.
+        found: the reconstruction of its inputs.
+        mean: [C] float64, of its inputs on those images.
+        covariance: [C, C] float64, the same.
+
+    Example:
+        >>> s = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
+        >>> found = affine_reconstruction(s[0], s, torch.tensor([False, True]), ridge=1e-12)
+        >>> round(held_out_error(torch.ones(1, 2, 1), found, s[0], s), 6)
+        0.0
+    """
+    rows = weight.double()[:, found.removed]
+    kept, removed, a = found.kept, found.removed, found.weights
+    cross = a.T @ covariance[kept][:, removed]
+    error = covariance[removed][:, removed] - cross - cross.T + a.T @ covariance[kept][:, kept] @ a
+    offset = mean[removed] - a.T @ mean[kept] - found.shift
+    squares = torch.einsum("odt,de,oet->", rows, error, rows)
+    return float(squares) + float(torch.einsum("odt,d->o", rows, offset).square().sum())
 
 
 def absorb_into_weight(weight: Tensor, reconstruction: AffineReconstruction) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""The images that a repair reads, several times over, with a few held out to measure on."""
+"""The images that a repair reads, several times over, with some held out that no fit sees."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,59 +12,108 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.runtime.batches import split_batch
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.batches import image_batches, split_batch
 from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
 
-# measured errors come from so many images of the first batch; no fit of ours uses that batch if there are others
-HELD_OUT = 64
+# of every so many images the last is held out, up to so many
+HELD_OUT_EVERY, MOST_HELD_OUT = 5, 128
+# with fewer images held out nothing can be judged
+FEWEST_HELD_OUT = 2
+# so many of them run at a time
+HELD_OUT_BATCH = 32
 
 
 class _FitBatches:
-    """All batches but the first; all of them when there is only one."""
+    """The batches of a loader without the images that are held out, in whatever order they come."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+    def __init__(self, images: RepairImages) -> None:
+        self._images = images
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        first = next(batches, None)
-        second = next(batches, None)
-        if first is not None:
-            yield first if second is None else second
-        yield from batches
+        held_out = self._images.held_out_keys
+        for number, batch in enumerate(self._images.loader):
+            images = split_batch(batch, number, labels=False)[0]
+            kept = [i for i, image in enumerate(images) if _key(image) not in held_out] if held_out else None
+            if kept is None or len(kept) == len(images):
+                yield images
+            elif kept:
+                yield images[kept]
 
     def __len__(self) -> int:
-        return max(len(self.loader) - 1, 1)  # type: ignore[arg-type]
+        return len(self._images.loader)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class RepairImages:
     """Images of a repair.
 
+    Every fifth image is held out, at most 128. They are known by their pixels, so a loader may shuffle.
+
     Attributes:
         loader: re-iterable; yields ``(images, labels)`` or images.
         max_images: at most so many for each pass.
         progress: show progress bars.
+        hold_out: whether to hold images out.
 
     Example:
-        >>> images = RepairImages([torch.zeros(4, 1), torch.ones(2, 1)], None, False)
-        >>> images.held_out.tolist()[0], images.count
-        ([0.0], 4)
+        >>> images = RepairImages([torch.arange(16.0)[:, None]], None, False)
+        >>> images.held_out.flatten().tolist(), images.count
+        ([4.0, 9.0, 14.0], 13)
     """
 
     loader: Iterable[Any]
     max_images: int | None
     progress: bool
+    hold_out: bool = True
 
     @property
     def fit_batches(self) -> Iterable[Any]:
-        """What fits are made from: all but the held-out batch."""
-        return _FitBatches(self.loader)
+        """What fits are made from: all but the images held out."""
+        return _FitBatches(self)
 
     @cached_property
     def held_out(self) -> Tensor:
-        """The first images of the first batch."""
-        return next((split_batch(batch, labels=False)[0][:HELD_OUT] for batch in self.loader), torch.zeros(0))
+        """Images that no fit sees, [n, ...]; none unless ``hold_out``.
+
+        Raises:
+            TwoAxisError: there are too few images to hold some out.
+        """
+        if not self.hold_out:
+            return torch.zeros(0)
+        limit = HELD_OUT_EVERY * MOST_HELD_OUT
+        limit = limit if self.max_images is None else min(limit, self.max_images)
+        chosen: list[Tensor] = []
+        seen = 0
+        with image_batches(
+            self.loader, max_images=limit, labels=False, description="hold out", progress=False
+        ) as batches:
+            for batch in batches:
+                first = (HELD_OUT_EVERY - 1 - seen) % HELD_OUT_EVERY
+                chosen.append(batch.images[first::HELD_OUT_EVERY])
+                seen += len(batch.images)
+        if sum(map(len, chosen)) < FEWEST_HELD_OUT:
+            raise TwoAxisError(
+                f"repair: expected at least {FEWEST_HELD_OUT * HELD_OUT_EVERY} images, so that some can be held out to "
+                f"judge what is fitted to the others, got {seen}; give more, choose repair='bn', or switch the "
+                "judgement off with guard=False"
+            )
+        return torch.cat(chosen)
+
+    @cached_property
+    def held_out_batches(self) -> list[Tensor]:
+        """The images held out, in batches."""
+        return list(torch.split(self.held_out, HELD_OUT_BATCH)) if len(self.held_out) else []
+
+    @cached_property
+    def held_out_keys(self) -> frozenset[bytes]:
+        """What images held out are known by."""
+        return frozenset(_key(image) for image in self.held_out)
+
+    @property
+    def most_fitted(self) -> int | None:
+        """Limit of the images for each pass over :attr:`fit_batches`."""
+        return None if self.max_images is None else max(self.max_images - len(self.held_out), 1)
 
     @cached_property
     def count(self) -> int:
@@ -72,11 +122,16 @@ class RepairImages:
         try:
             sampler = getattr(self.loader, "sampler", None)
             total = len(sampler) if sampler is not None else len(self.loader) * first  # type: ignore[arg-type]
-            total = total - first if total > first else total
         except (TypeError, NotImplementedError):
-            total = sum(len(split_batch(batch, labels=False)[0]) for batch in self.fit_batches)
-        return total if self.max_images is None else min(total, self.max_images)
+            total = sum(len(split_batch(batch, labels=False)[0]) for batch in self.loader)
+        total = max(total - len(self.held_out), 1)
+        return total if self.most_fitted is None else min(total, self.most_fitted)
 
     def forward_pass(self, model: nn.Module, what: str) -> AbstractContextManager[ForwardPass]:
         """Run a model over ``fit_batches``; see :func:`~tp_twoaxis.runtime.forward.forward_pass`."""
-        return forward_pass(model, self.fit_batches, what=what, max_images=self.max_images, progress=self.progress)
+        return forward_pass(model, self.fit_batches, what=what, max_images=self.most_fitted, progress=self.progress)
+
+
+def _key(image: Tensor) -> bytes:
+    data = image.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from tp_twoaxis.reconstruction.patches import PatchFit, TargetFunction, safe_inverse
+from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight, safe_inverse
 from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, weight_blocks
 from tp_twoaxis.runtime.weights import add_bias, write_weight
 
@@ -66,13 +65,6 @@ class RectifiedInput:
         return (x > self.low) & (x < self.high)
 
 
-def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """Run a layer with another weight and no bias."""
-    if not isinstance(layer, _ConvNd):
-        return F.linear(x, weight)
-    return layer._conv_forward(x, weight, None)
-
-
 def backpropagate(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """Backpropagate a residual of a layer's outputs to its inputs ``x``: the transpose of the layer.
 
@@ -107,9 +99,9 @@ def joint_reconstruction(
     backpropagates the residual through the second layer, its scale and the rectifier. A Gauss-Newton step of the first
     layer is then a least-squares fit of its patches to the backpropagated residual, divided by the curvature with
     respect to its outputs (Kronecker-factored: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions). The
-    step size is an exact line search as long as no rectifier switches, and halved until the error falls. Then the
-    second layer is refitted to its new inputs. Every round lowers the error or changes nothing. It takes images, no
-    labels, and touches nothing but the two layers.
+    step size is an exact line search as long as no rectifier switches, and halved until the error falls on the images
+    that the fits hold out (on all, if they hold out none). Then the second layer is refitted to its new inputs. A round
+    that would not lower that error changes nothing. It takes images, no labels, and touches nothing but the two layers.
 
     Args:
         second: with a rectified input; its weights, and those of that input's producer, are replaced.
@@ -157,7 +149,7 @@ def _gauss_newton_step(
 ) -> bool:
     """Change the first layer; return whether a step was found that lowers the error."""
     first, preactivation = rectified.producer, rectified.preactivation
-    direction, error = _direction(second, rectified, current, reference, target_fn)
+    direction = _direction(second, rectified, current, reference, target_fn)
     weight_change, shift = first.fit.fit_residual(first.inputs, direction)
     delta = direction  # the memory is used again, for the part of the direction that the first layer can take
     factor = broadcast_channels(first.scale, preactivation, first.layer)
@@ -166,7 +158,7 @@ def _gauss_newton_step(
         output = apply_weight(first.layer, first.inputs[chunk], weight_change)
         delta[chunk] = factor * (output + broadcast_channels(shift, output, first.layer))
     step = _Step(second, rectified, current, delta)
-    size = _line_search(step, reference, target_fn, error)
+    size = _line_search(step, reference, target_fn)
     if size is None:
         return False
     for chunk in chunks:
@@ -179,21 +171,29 @@ def _gauss_newton_step(
     return True
 
 
-def _line_search(step: _Step, reference: Tensor, target_fn: TargetFunction, error: float) -> float | None:
-    """Find a step size that lowers the squared error: exact where no rectifier switches, then halved; None if none."""
-    chunks = _chunks(step.current)
+def _line_search(step: _Step, reference: Tensor, target_fn: TargetFunction) -> float | None:
+    """Find a step size that lowers the squared error of images held out: exact for those fitted where no rectifier
+    switches, then halved; None if none.
+    """
+    fitted = step.second.fit.images
     numerator = denominator = 0.0
-    for chunk in chunks:
+    for chunk in _chunks(step.current, 0, fitted):
         current = step.current[chunk]
         change = step.downstream(chunk, 1.0) - current
         denominator += _squared_norm(change)
         numerator += float(((target_fn(current, reference[chunk]) - current) * change).sum(dtype=torch.float64))
     size = numerator / denominator if denominator > 0 else 0.0
+    judged = _chunks(step.current, fitted if len(step.current) > fitted else 0)
+
+    def error(size: float) -> float:
+        pairs = ((step.downstream(chunk, size) if size else step.current[chunk], reference[chunk]) for chunk in judged)
+        return sum(_squared_norm(target_fn(after, dense) - after) for after, dense in pairs)
+
+    before = error(0.0)
     for _ in range(HALVINGS + 1):
         if not size > 0:
             return None
-        trials = ((step.downstream(chunk, size), reference[chunk]) for chunk in chunks)
-        if sum(_squared_norm(target_fn(after, dense) - after) for after, dense in trials) < error:
+        if error(size) < before:
             return size
         size /= 2
     return None
@@ -201,22 +201,20 @@ def _line_search(step: _Step, reference: Tensor, target_fn: TargetFunction, erro
 
 def _direction(
     second: ProducerOutput, rectified: RectifiedInput, current: Tensor, reference: Tensor, target_fn: TargetFunction
-) -> tuple[Tensor, float]:
-    """Find the Gauss-Newton direction of the first layer's outputs, and the present squared error."""
+) -> Tensor:
+    """Find the Gauss-Newton direction of the first layer's outputs, for the images that are fitted."""
     layer, first, preactivation = second.layer, rectified.producer, rectified.preactivation
     scale = broadcast_channels(second.scale, current, layer)
     factor = broadcast_channels(first.scale, preactivation, first.layer)
     axis = channel_axis(layer)
     inverse = torch.linalg.inv(_curvature(second, rectified)).to(preactivation)
     direction = torch.empty_like(preactivation)
-    error = 0.0
-    for chunk in _chunks(current):
+    for chunk in _chunks(current, 0, first.fit.images):
         residual = target_fn(current[chunk], reference[chunk]) - current[chunk]
-        error += _squared_norm(residual)
         backpropagated = factor * backpropagate(layer, second.inputs[chunk], residual * scale)
         backpropagated = torch.where(rectified.active(chunk), backpropagated, 0.0)
         direction[chunk] = (backpropagated.movedim(axis, -1) @ inverse).movedim(-1, axis)
-    return direction, error
+    return direction
 
 
 def _curvature(second: ProducerOutput, rectified: RectifiedInput) -> Tensor:
@@ -229,7 +227,7 @@ def _curvature(second: ProducerOutput, rectified: RectifiedInput) -> Tensor:
     blocks = torch.einsum("go,goit,gojt->gij", outer.square(), taps, taps)
     curvature: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     both_active, rows = torch.zeros_like(curvature), 0
-    for chunk in _chunks(rectified.preactivation):
+    for chunk in _chunks(rectified.preactivation, 0, rectified.producer.fit.images):
         active = rectified.active(chunk).movedim(channel_axis(second.layer), -1).flatten(0, -2)
         active = active.to(rectified.preactivation.dtype)
         both_active += active.T @ active
@@ -254,8 +252,10 @@ def _refit_second(
         output = apply_weight(layer, second.inputs[chunk], weight)
         output = output + broadcast_channels(bias.detach(), output, layer) if isinstance(bias, Tensor) else output
         target[chunk] = output + (target_fn(current[chunk], reference[chunk]) - current[chunk]) * inverse
-    fit = PatchFit(layer, images=len(current))
-    fit.update(second.inputs, target)
+    images = second.fit.images
+    fit = PatchFit(layer, images=images)
+    fit.update(second.inputs[:images], target[:images])
+    fit.update(second.inputs[images:], target[images:], held_out=True)
     shift = fit.solve()
     add_bias(layer, shift, second.norm)
     weight_change = _weight(layer) - weight
@@ -265,10 +265,11 @@ def _refit_second(
     return replace(second, fit=fit)
 
 
-def _chunks(x: Tensor) -> list[slice]:
+def _chunks(x: Tensor, first: int = 0, end: int | None = None) -> list[slice]:
     """Cut images into chunks whose temporary tensors stay small."""
     step = max(1, CHUNK_NUMBERS // max(1, x[:1].numel()))
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+    end = len(x) if end is None else min(end, len(x))
+    return [slice(start, min(start + step, end)) for start in range(first, end, step)]
 
 
 def _weight(layer: nn.Module) -> Tensor:

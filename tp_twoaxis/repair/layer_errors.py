@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
-from tp_twoaxis.repair.pruned_consumers import first_input
 from tp_twoaxis.repair.repair_report import relative
 from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.kernels import first_input
 from tp_twoaxis.runtime.layers import flatten_positions, select_channels
 
 # dense outputs of all layers are held for so many images at a time: 44 MB an image for a ResNet-50 at 224 pixels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.repair.op_interceptor import OpInterceptor
-from tp_twoaxis.repair.pruned_consumers import first_input
+from tp_twoaxis.runtime.kernels import first_input
 
 SUM, RECTIFIER = "a sum", "a rectifier"
 
@@ -22,7 +22,7 @@ class _Stopped(BaseException):
 
 
 class LockstepReference:
-    """A forward pass that pauses after each of some layers, at sums and at rectifiers, and returns their tensors.
+    """A forward pass that pauses at norms, after layers, at sums and at rectifiers, and returns their tensors.
 
     It runs in a thread of its own, but never at the same time as the caller: one waits while the other works.
     So the dense network's outputs need not be kept for all layers, nor computed again for each.
@@ -31,6 +31,7 @@ class LockstepReference:
         model: in eval mode; layers must be called once.
         layers: name -> layer of it.
         images: a batch on the model's device.
+        norms: name -> norm of it, called once.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -39,8 +40,10 @@ class LockstepReference:
         [(4, 3), (4, 3), (4, 1)]
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> None:
-        self._model, self._layers, self._images = model, layers, images
+    def __init__(
+        self, model: nn.Module, layers: dict[str, nn.Module], images: Tensor, norms: dict[str, nn.Module] | None = None
+    ) -> None:
+        self._model, self._layers, self._images, self._norms = model, layers, images, norms or {}
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._resume = threading.Semaphore(0)
         self._stopped = False
@@ -52,6 +55,10 @@ class LockstepReference:
         self._handles = [
             layer.register_forward_hook(self._layer_hook(name), with_kwargs=True)
             for name, layer in self._layers.items()
+        ]
+        self._handles += [
+            norm.register_forward_pre_hook(self._norm_hook(name), with_kwargs=True)
+            for name, norm in self._norms.items()
         ]
         self._thread.start()
         return self
@@ -66,13 +73,14 @@ class LockstepReference:
             handle.remove()
 
     def next(self, name: str) -> tuple[Tensor, ...]:
-        """Run to the next layer, sum or rectifier.
+        """Run to the next layer, norm, sum or rectifier.
 
         Args:
-            name: what must come next: a layer's name, :data:`SUM` or :data:`RECTIFIER`.
+            name: what must come next: a layer's or norm's name, :data:`SUM` or :data:`RECTIFIER`.
 
         Returns:
-            The input and output of a layer, the result of a sum, the input of a rectifier; valid until the next call.
+            The input and output of a layer, the result of a sum, the input of a norm or rectifier; valid until the next
+            call.
 
         Raises:
             TwoAxisError: something else came, or nothing.
@@ -92,6 +100,12 @@ class LockstepReference:
     def _layer_hook(self, name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             self._pause(name, first_input(inputs, named), output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def _norm_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._pause(name, first_input(inputs, named))
 
         return hook
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
-from tp_twoaxis.reconstruction.affine import absorb_into_weight, affine_reconstruction, output_error, ridge_for
-from tp_twoaxis.reconstruction.patches import PatchFit, fits
-from tp_twoaxis.repair.pruned_consumers import first_input, pruned_blocks
+from tp_twoaxis.errors import listing
+from tp_twoaxis.reconstruction.affine import (
+    RIDGES,
+    AffineReconstruction,
+    absorb_into_weight,
+    affine_reconstruction,
+    held_out_error,
+    output_error,
+    ridge_for,
+)
+from tp_twoaxis.reconstruction.patch_fit import PatchFit
+from tp_twoaxis.reconstruction.patches import fits
+from tp_twoaxis.repair.pruned_consumers import pruned_blocks
 from tp_twoaxis.repair.repair_task import ChannelReconstruction, Outcome, RepairTask
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.kernels import first_input, kernel_input
 from tp_twoaxis.runtime.layers import select_channels, weight_blocks
 from tp_twoaxis.runtime.weights import add_bias, write_weight
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 # the normal equations of the layers that one pass over the images fits
 PASS_BYTES = 2**30
+NO_GAIN = "because no fit over patches lowered their error on images held out"
 
 
 def reconstruct_channels(task: RepairTask, *, means_only: bool = False) -> dict[str, Outcome]:
@@ -37,6 +51,7 @@ def reconstruct_channels(task: RepairTask, *, means_only: bool = False) -> dict[
             task.dense.get_submodule(name),
             task.masks[name],
             task.stats[name],
+            None if task.held_out_stats is None else task.held_out_stats[name],
             means_only=means_only,
             ridge=task.ridge,
             batch_norm=task.batch_norm_of(name),
@@ -50,6 +65,7 @@ def reconstruct_layer(
     dense: nn.Module,
     pruned: PrunedChannels,
     entry: LayerStatistics,
+    held_out: LayerStatistics | None = None,
     *,
     means_only: bool,
     ridge: float | None,
@@ -62,32 +78,60 @@ def reconstruct_layer(
         dense: its original.
         pruned: channels that it lost.
         entry: statistics of the original, with inputs.
+        held_out: the same of images to choose the ridge on.
         means_only: reconstruct means alone; the weight stays.
-        ridge: relative; default from rows and width.
+        ridge: relative; default by the images held out, or from rows and width.
         batch_norm: see :func:`~tp_twoaxis.runtime.weights.add_bias`.
     """
-    mean, covariance = entry.input_mean, entry.input_covariance
-    alive, inputs, outputs = pruned_blocks(dense, pruned)
-    width = inputs.shape[1]
+    lost = pruned_blocks(dense, pruned)
     weight = weight_blocks(dense).cpu()
-    blocks = {}
-    weights, shifts, errors = [], [], []
-    for i, block in enumerate(alive.tolist()):
-        own = slice(block * width, (block + 1) * width)
-        strength = ridge_for(entry.num_input_rows, int((~inputs[i]).sum())) if ridge is None else ridge
-        reconstruction = affine_reconstruction(
-            mean[own], covariance[own, own], inputs[i], ridge=float("inf") if means_only else strength
-        )
-        rows = weight[block][~outputs[i]]
+    if means_only:
+        ridges: tuple[float, ...] = (float("inf"),)
+    elif ridge is None and held_out is not None:
+        ridges = RIDGES
+    else:
+        widest = int((~lost[1]).sum(1).max()) if len(lost[1]) else 0
+        ridges = (ridge_for(entry.num_input_rows, widest) if ridge is None else ridge,)
+    fits = [_reconstruct_blocks(entry, lost, strength) for strength in ridges]
+    best = 0
+    if held_out is not None and len(fits) > 1:
+        errors = [_error_on(held_out, weight, lost, blocks) for blocks in fits]
+        best = errors.index(min(errors))
+    weights, shifts, predicted = [], [], []
+    for i, reconstruction in enumerate(fits[best].values()):
+        rows = weight[lost[0][i]][~lost[2][i]]
         absorbed, shift = absorb_into_weight(rows, reconstruction)
-        blocks[own.start] = reconstruction
         weights.append(absorbed)
         shifts.append(shift)
-        errors.append(output_error(rows, reconstruction))
+        predicted.append(output_error(rows, reconstruction))
     if not means_only:
         write_weight(layer, torch.stack(weights))
     add_bias(layer, torch.cat(shifts), batch_norm)
-    return ChannelReconstruction(blocks, torch.cat(errors), entry.num_input_rows)
+    return ChannelReconstruction(fits[best], torch.cat(predicted), entry.num_input_rows)
+
+
+_Lost = tuple[Tensor, Tensor, Tensor]  # blocks that stay, and their lost inputs and outputs
+
+
+def _reconstruct_blocks(entry: LayerStatistics, lost: _Lost, ridge: float) -> dict[int, AffineReconstruction]:
+    """Reconstruct the lost inputs of each block that stays: first channel -> reconstruction."""
+    mean, covariance = entry.input_mean, entry.input_covariance
+    width = lost[1].shape[1]
+    blocks = {}
+    for block, inputs in zip(lost[0].tolist(), lost[1], strict=True):
+        own = slice(block * width, (block + 1) * width)
+        blocks[own.start] = affine_reconstruction(mean[own], covariance[own, own], inputs, ridge=ridge)
+    return blocks
+
+
+def _error_on(entry: LayerStatistics, weight: Tensor, lost: _Lost, blocks: dict[int, AffineReconstruction]) -> float:
+    """Mean squared error of a layer's outputs for the inputs that statistics describe."""
+    width, total = lost[1].shape[1], 0.0
+    for i, (start, found) in enumerate(blocks.items()):
+        own = slice(start, start + width)
+        rows = weight[lost[0][i]][~lost[2][i]]
+        total += held_out_error(rows, found, entry.input_mean[own], entry.input_covariance[own, own])
+    return total
 
 
 def refit_patches(task: RepairTask) -> dict[str, Outcome]:
@@ -112,15 +156,23 @@ def refit_patches(task: RepairTask) -> dict[str, Outcome]:
                 run.hook(dense.get_submodule(name), _accumulate(fit, task.masks[name]), with_kwargs=True)
             for _ in run:
                 pass
+        with forward_pass(dense, task.images.held_out_batches, what="repair patch") as run:
+            for name, fit in patch_fits.items():
+                run.hook(dense.get_submodule(name), _accumulate(fit, task.masks[name], held_out=True), with_kwargs=True)
+            for _ in run:
+                pass
         for name, fit in patch_fits.items():
             add_bias(network.get_submodule(name), fit.solve(), task.batch_norm_of(name))
+        if kept := [name for name, fit in patch_fits.items() if math.isnan(fit.solved.ridge)]:
+            task.notes.append(f"{listing(kept)}: kept as 'ridge' left them, {NO_GAIN}")
     return outcomes
 
 
-def _accumulate(fit: PatchFit, pruned: PrunedChannels) -> Any:
+def _accumulate(fit: PatchFit, pruned: PrunedChannels, *, held_out: bool = False) -> Any:
     def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         x = select_channels(first_input(inputs, named), layer, ~pruned.inputs)
-        fit.update(x, select_channels(output, layer, ~pruned.outputs))
+        x = kernel_input(fit.layer, (x,), {})
+        fit.update(x, select_channels(output, layer, ~pruned.outputs), held_out=held_out)
 
     return hook
 

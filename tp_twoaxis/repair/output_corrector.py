@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tp_twoaxis.reconstruction.patches import PatchFit, TargetFunction
+from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight
 from tp_twoaxis.repair.joint import (
     ProducerOutput,
     RectifiedInput,
-    apply_weight,
     has_transpose,
     joint_reconstruction,
 )
@@ -32,6 +32,9 @@ ROUNDS = 1
 JOINT_ROUNDS = 3
 
 
+_Traced = MutableMapping[Tensor, tuple[ProducerOutput, ...]]
+
+
 class OutputCorrector:
     """Traces outputs of refitted layers through BatchNorm to sums and rectifiers, and corrects the layers there.
 
@@ -41,17 +44,19 @@ class OutputCorrector:
     the current input, clamped to the bound. The layer is fitted in rounds, each of which lowers the error after the
     rectifier (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
     corrected outputs replace those in the running pass. At rectifiers, a layer and the one before it can also be fitted
-    together, see :func:`~tp_twoaxis.repair.joint.joint_reconstruction`, if that one has no other consumer.
+    together, see :func:`~tp_twoaxis.repair.joint.joint_reconstruction`.
 
-    Only the outputs of layers, BatchNorms and additions are traced; after any other operation a layer keeps its
-    weights.
+    Only the outputs of layers, BatchNorms and additions are traced, and only as long as nothing but the next of these
+    operations reads them: another reader has taken the tensor as it was, or would be served worse by the corrected
+    one. After any other operation a layer keeps its weights.
 
     Args:
         dense: the dense network's pass; taken to the next sum or rectifier at each of them.
-        single_consumer: layers that may be changed for the sake of the next, from :func:`single_consumer_layers`.
+        readers: from :func:`count_readers`.
+        joint: also fit layers together.
     """
 
-    def __init__(self, dense: LockstepReference, single_consumer: set[nn.Module]) -> None:
+    def __init__(self, dense: LockstepReference, readers: list[int], *, joint: bool) -> None:
         self.interceptor = OpInterceptor(
             on_add=self._on_add,
             on_rectifier=self._on_rectifier,
@@ -59,11 +64,12 @@ class OutputCorrector:
             on_rectified=self._on_rectified,
         )
         self._dense = dense
-        self._single_consumer = single_consumer
+        self._readers = iter(readers)
+        self._joint = joint
         self._registered: dict[nn.Module, ProducerOutput] = {}
-        self._producers: MutableMapping[Tensor, tuple[ProducerOutput, ...]] = WeakTensorKeyDictionary()
+        self._producers: _Traced = WeakTensorKeyDictionary()
         # producers whose outputs went into a sum: corrected at the rectifier after it, but not at the next sum
-        self._summed: MutableMapping[Tensor, tuple[ProducerOutput, ...]] = WeakTensorKeyDictionary()
+        self._summed: _Traced = WeakTensorKeyDictionary()
         self._rectified: MutableMapping[Tensor, RectifiedInput] = WeakTensorKeyDictionary()
         self._pending: RectifiedInput | None = None  # of the rectifier that is running
 
@@ -75,13 +81,25 @@ class OutputCorrector:
         rectified = self._rectified.get(inputs)
         self._registered[layer] = ProducerOutput(layer, fit, inputs, norm, kept.to(weight.device), scale, rectified)
 
-    def trace_output(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
+    def trace_output(self, layer: nn.Module, inputs: object, output: object) -> None:
         """Forward hook of the layers."""
-        if (producer := self._registered.pop(layer, None)) is not None:
-            self._producers[output] = (producer,)
+        producer = self._registered.pop(layer, None)
+        if isinstance(output, Tensor):
+            self._trace(output, () if producer is None else (producer,), self._producers)
+
+    def _trace(self, tensor: Tensor, producers: tuple[ProducerOutput, ...], where: _Traced) -> None:
+        self._producers.pop(tensor, None)
+        self._summed.pop(tensor, None)
+        if self._has_one_reader() and producers:
+            where[tensor] = producers
+
+    def _has_one_reader(self) -> bool:
+        """Whether the tensor that was just computed is read once; to be asked of each in its turn."""
+        return next(self._readers, 2) <= 1
 
     def _on_norm(self, x: Tensor, out: Tensor, scale: Tensor) -> None:
-        self._producers[out] = tuple(replace(p, scale=p.scale * scale) for p in self._producers.get(x, ()))
+        producers = tuple(replace(p, scale=p.scale * scale) for p in self._producers.get(x, ()))
+        self._trace(out, producers, self._producers)
 
     def _on_add(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         (reference,) = self._dense.next(SUM)
@@ -90,8 +108,7 @@ class OutputCorrector:
         producers = sorted(both, key=lambda p: p.fit.width, reverse=True)
         for producer in producers:
             self._correct(producer, out, reference, _equal, 1)
-        self._summed[out] = tuple(producers)
-        self._producers.pop(out, None)
+        self._trace(out, tuple(producers), self._summed)
 
     def _on_rectifier(self, x: Tensor, low: float, high: float) -> None:
         (reference,) = self._dense.next(RECTIFIER)
@@ -104,14 +121,17 @@ class OutputCorrector:
         own = self._producers.get(x, ())
         for producer in own or self._summed.get(x, ()):
             self._correct(producer, x, reference, target_fn, ROUNDS)
-            fitted = self._reconstruct_jointly(producer, x, reference, target_fn)
-            if len(own) == 1 and producer.layer in self._single_consumer:
-                self._pending = RectifiedInput(fitted, x.clone(), low, high)
+            if self._joint:
+                fitted = self._reconstruct_jointly(producer, x, reference, target_fn)
+                if len(own) == 1:
+                    self._pending = RectifiedInput(fitted, x.clone(), low, high)
 
     def _on_rectified(self, out: Tensor) -> None:
         self._producers.pop(out, None)  # the rectifier may have worked in place
-        if self._pending is not None:
-            self._rectified[out], self._pending = self._pending, None
+        self._summed.pop(out, None)
+        pending, self._pending = self._pending, None
+        if self._has_one_reader() and pending is not None:
+            self._rectified[out] = pending
 
     def _reconstruct_jointly(
         self, producer: ProducerOutput, current: Tensor, dense: Tensor, target_fn: TargetFunction
@@ -136,58 +156,48 @@ class OutputCorrector:
         current += broadcast_channels(producer.scale, delta, layer) * (delta + broadcast_channels(shift, delta, layer))
 
 
-def single_consumer_layers(network: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> set[nn.Module]:
-    """Find the layers with a single consumer, after at most a BatchNorm and one rectifier.
+def count_readers(network: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> list[int]:
+    """Count the operations that read the outputs of layers, BatchNorms, additions and rectifiers, in their order.
 
-    The outputs of such a layer may change, if its consumer is changed with it.
+    Being one of the model's outputs counts as being read. Views are not followed: they are one reader.
 
     Args:
         network: in eval mode; run once.
-        layers: of it, each called once in a pass.
+        layers: of it.
         images: a few, on the network's device.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> single_consumer_layers(net, [net[0], net[2]], torch.zeros(2, 2)) == {net[0], net[2]}
-        True
+        >>> count_readers(net, [net[0], net[2]], torch.zeros(2, 2))
+        [1, 1, 1]
     """
-    producer: MutableMapping[Tensor, nn.Module] = WeakTensorKeyDictionary()
     reads: MutableMapping[Tensor, list[int]] = WeakTensorKeyDictionary()
-    counts: dict[nn.Module, list[list[int]]] = {}
-    rectified: nn.Module | None = None
+    counts: list[list[int]] = []
 
-    def trace(tensor: Tensor, layer: nn.Module) -> None:
-        producer[tensor], reads[tensor] = layer, [0]
-        counts.setdefault(layer, []).append(reads[tensor])
-
-    def trace_output(layer: nn.Module, inputs: object, output: object) -> None:
-        if isinstance(output, Tensor):
-            trace(output, layer)
-
-    def on_norm(x: Tensor, out: Tensor, scale: Tensor) -> None:
-        if x in producer:
-            trace(out, producer[x])
-
-    def on_rectifier(x: Tensor, low: float, high: float) -> None:
-        nonlocal rectified
-        rectified = producer.get(x)
-
-    def on_rectified(out: Tensor) -> None:
-        if rectified is not None:
-            trace(out, rectified)
+    def trace(tensor: object) -> None:
+        if isinstance(tensor, Tensor):
+            reads[tensor] = [0]
+            counts.append(reads[tensor])
 
     def on_read(tensor: Tensor) -> None:
         if tensor in reads:
             reads[tensor][0] += 1
 
-    interceptor = OpInterceptor(on_norm=on_norm, on_rectifier=on_rectifier, on_rectified=on_rectified, on_read=on_read)
+    interceptor = OpInterceptor(
+        on_add=lambda a, b, out: trace(out),
+        on_norm=lambda x, out, scale: trace(out),
+        on_rectified=trace,
+        on_read=on_read,
+    )
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(trace_output).remove)
+            stack.callback(layer.register_forward_hook(lambda layer, inputs, output: trace(output)).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(interceptor)
-        network(images)
-    return {layer for layer, tensors in counts.items() if all(count[0] <= 1 for count in tensors)}
+        for tensor in tree_leaves(network(images)):
+            if isinstance(tensor, Tensor):
+                on_read(tensor)
+    return [count for (count,) in counts]
 
 
 def _kept_part(producer: ProducerOutput, current: Tensor, dense: Tensor) -> Tensor | None:

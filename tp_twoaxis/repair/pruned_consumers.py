@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +86,6 @@ def check_removed(name: str, layer: nn.Module, dense: nn.Module, pruned: PrunedC
             f"{name}: expected the dense layer's weights without the removed channels, got others - it was repaired or "
             "trained after removal; repair a network once, straight after removal"
         )
-
-
-def first_input(inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Give a layer's first argument, whether it was passed by position or by name."""
-    return inputs[0] if inputs else next(iter(named.values()))
 
 
 def _obstacle(layer: nn.Module, pruned: PrunedChannels, shared: Counter[int]) -> str:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.repair.batch_norm import batch_norms, reestimate_batch_norm
+from tp_twoaxis.repair.guard import output_distance
 from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.repair.layer_errors import layer_errors
 from tp_twoaxis.repair.pruned_consumers import pruned_consumers
 from tp_twoaxis.repair.repair_report import (
+    HELD_BACK,
     ConsumerRepair,
+    Distance,
     RemovedChannel,
     RepairReport,
     relative,
     removed_channels_of,
 )
 from tp_twoaxis.repair.repair_task import ConsumerState, RepairTask
-from tp_twoaxis.repair.strategies import RepairStrategy, check_repair, refits, stages_of
-from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.repair.strategies import REPAIRS, RepairStrategy, check_repair, refits, stages_of
+from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
 from tp_twoaxis.runtime.timing import timed
 from tp_twoaxis.runtime.weights import cannot_refit
 from tp_twoaxis.statistics.calibration import calibrate
@@ -43,6 +48,7 @@ def repair_network(
     max_images: int | None = 5000,
     ridge: float | None = None,
     measure: bool = True,
+    guard: bool = True,
     progress: bool = True,
 ) -> RepairReport:
     """Reconstruct, from the channels that stay, what the removed ones contributed to their consumers.
@@ -54,7 +60,12 @@ def repair_network(
     included, towards the dense network's tensors after its sums and rectifiers; ``joint`` also changes a layer whose
     only consumer is the next one to compute what that one can use best, for several times the cost. Each contains those
     before it, so of several only the last one runs. ``bn`` runs after them; after ``sequential`` and ``joint`` it is
-    not needed. Related work: He et al. 2017 (reconstruction of feature maps), ThiNet (Luo et al. 2017).
+    not needed.
+
+    Every fifth image, at most 128, is held out of all fits. On these images each fit chooses its ridge, and each change
+    is made whole, in part, or not at all. In the end the outputs of the network are compared with those after the same
+    repair without refits (``bn`` for ``sequential`` and ``joint``): where these are nearer to the dense network's, they
+    stay. The report says so. Related work: He et al. 2017 (reconstruction of feature maps), ThiNet (Luo et al. 2017).
 
     The shift of a convolution without bias whose only consumer is a BatchNorm goes into the running mean; other layers
     without bias get one. Frozen parameters are repaired too and stay frozen. A layer behind a LayerNorm or GroupNorm
@@ -73,7 +84,9 @@ def repair_network(
         stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``, for
             ``sequential`` and ``joint`` from 256 images.
         max_images: at most so many for each step.
-        ridge: relative ridge of ``ridge``; default :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
+        ridge: relative ridge of ``ridge``; default by the images held out, or from the number of rows where there are
+            none, :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
+        guard: hold images out and judge every change on them; without, all images are fitted and every fit is kept.
         measure: also measure the layers' errors, on images that no fit has used.
         progress: show progress bars on stderr.
 
@@ -81,7 +94,7 @@ def repair_network(
         Explained shares, predicted and measured errors of every consumer of a removed channel.
 
     Raises:
-        TwoAxisError: bad arguments; the network was already repaired or trained.
+        TwoAxisError: bad arguments; the network was already repaired or trained; fewer than ten images and ``guard``.
         StaleStatisticsError: the statistics are not of ``dense``.
 
     Example:
@@ -106,28 +119,37 @@ def repair_network(
     """
     network, dense = unwrap(network), unwrap(dense)
     repairs = check_repair(repair, network, loader, stats)
-    images = None if loader is None else RepairImages(loader, max_images, progress)
+    images = None if loader is None else RepairImages(loader, max_images, progress, guard and refits(repairs))
     task = RepairTask(network, dense, masks, images, stats, ridge)
     seconds: dict[str, float] = {}
     consumers: list[ConsumerRepair] = []
     stages = stages_of(repairs)
+    unrepaired = ModelSnapshot(network)
     if refits(repairs):
         task.consumers = {name: ConsumerState(why) for name, why in pruned_consumers(network, dense, masks).items()}
         before = _without_bias(network)
         with timed(seconds, "repair/statistics"):
-            task.stats = _consumer_statistics(task, stages)
+            task.stats, task.held_out_stats = _consumer_statistics(task, stages)
         _run([stage for stage in stages if stage.refits], task, seconds)
         consumers = [_describe(name, task) for name in task.consumers]
         _add_notes(task, consumers)
         if new := sorted(before - _without_bias(network)):
             task.notes.append(f"{listing(new)} got a bias for what removed channels contributed on average")
     _run([stage for stage in stages if not stage.refits], task, seconds)
+    distance = None
+    if consumers and images is not None and images.hold_out:
+        with timed(seconds, "repair/judge"):
+            distance = _judge(task, repairs, unrepaired)
+        if distance.held_back:
+            consumers = [replace(c, repair="none", reason=HELD_BACK) for c in consumers]
+    elif consumers and guard:
+        task.notes.append("no images to hold out, so nothing judged the repair; pass loader=... to have it judged")
     held_out = 0
-    if measure and images is not None and consumers:
+    if measure and images is not None and images.hold_out and consumers:
         with timed(seconds, "repair/measure"):
             consumers = _measure(task, consumers, images)
         held_out = len(images.held_out)
-    return RepairReport(list(repairs), consumers, held_out, seconds, task.notes)
+    return RepairReport(list(repairs), consumers, held_out, seconds, task.notes, distance)
 
 
 def _run(stages: list[RepairStrategy], task: RepairTask, seconds: dict[str, float]) -> None:
@@ -136,30 +158,58 @@ def _run(stages: list[RepairStrategy], task: RepairTask, seconds: dict[str, floa
             task.record(stage.name, stage.run(task))
 
 
-def _consumer_statistics(task: RepairTask, stages: list[RepairStrategy]) -> CalibrationStatistics | None:
-    """Give statistics of the consumers' inputs: those at hand if they have them all, or new ones of enough images."""
+def _judge(task: RepairTask, repairs: tuple[str, ...], unrepaired: ModelSnapshot) -> Distance:
+    """Compare the repaired network with the same repair without refits, on images held out; the nearer one stays."""
+    assert task.images is not None
+    network, images = task.network, task.images
+    after = output_distance(network, task.dense, images.held_out_batches)
+    repaired = ModelSnapshot(network)
+    unrepaired.restore()
+    renews = bool(batch_norms(network)) and any(REPAIRS[name].renews_norms for name in repairs)
+    if renews:
+        reestimate_batch_norm(network, images.fit_batches, max_images=images.most_fitted, progress=images.progress)
+    simple = output_distance(network, task.dense, images.held_out_batches)
+    held_back = not after <= simple * (1 + 1e-6)
+    if held_back:
+        what = "BatchNorm statistics alone" if renews else "no repair"
+        task.notes.append(
+            f"held back: on {len(images.held_out)} images that no fit saw, the outputs' distance from the dense "
+            f"network's is {after:.3g} with {'+'.join(repairs)} and {simple:.3g} with {what}, so that was kept; repair "
+            "from more images"
+        )
+    else:
+        repaired.restore()
+    return Distance(after, simple, held_back)
+
+
+def _consumer_statistics(
+    task: RepairTask, stages: list[RepairStrategy]
+) -> tuple[CalibrationStatistics | None, CalibrationStatistics | None]:
+    """Give statistics of the consumers' inputs on the fitted images, and on those held out, if there are any.
+
+    Where no image is held out, statistics at hand serve if they have all consumers.
+    """
     names, stats, images = task.refittable, task.stats, task.images
     if not names or not any("consumer statistics" in stage.needs for stage in stages):
-        return None
-    if stats is not None and stats.consumers and all(name in stats for name in names):
+        return None, None
+    judged = images is not None and images.hold_out
+    if not judged and stats is not None and stats.consumers and all(name in stats for name in names):
         stats.verify(task.dense, names)
-        return stats
+        return stats, None
     if images is None:
         missing = [name for name in names if stats is None or name not in stats]
         raise TwoAxisError(
             f"{listing(missing or names)}: what these layers read was not recorded; call calibrate(consumers=True) "
             "with all layers, or pass loader=..."
         )
-    limits = (images.max_images, *(stage.start_images for stage in stages))
-    return calibrate(
-        task.dense,
+    limits = (images.most_fitted, *(stage.start_images for stage in stages))
+    gather = partial(calibrate, task.dense, target=None, layers=names, consumers=True)
+    fitted = gather(
         images.fit_batches,
-        target=None,
-        layers=names,
-        consumers=True,
         max_images=min((limit for limit in limits if limit is not None), default=None),
         progress=images.progress,
     )
+    return fitted, gather(images.held_out_batches, progress=False) if judged else None
 
 
 def _describe(name: str, task: RepairTask) -> ConsumerRepair:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tp_twoaxis.reconstruction.affine import AffineReconstruction
 
 PEERS = 3
+HELD_BACK = "on images that no fit saw it did harm"
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,31 @@ class ConsumerRepair:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far the network's outputs are from the dense network's on images that no fit saw.
+
+    Attributes:
+        repaired: mean squared distance over variance after the repair; 0 is no change, 1 as bad as a constant.
+        simple: the same after the repair without refits.
+        held_back: whether the network was left with the latter, because it was nearer.
+    """
+
+    repaired: float
+    simple: float
+    held_back: bool
+
+
+@dataclass(frozen=True)
 class RepairReport:
     """The outcome of :func:`~tp_twoaxis.repair.repair.repair_network`.
 
     Attributes:
         repair: the repairs that ran, in their order.
         consumers: every consumer of removed channels, in the model's order.
-        images: images behind the measured errors; no fit used them, unless they are in statistics that were passed,
-            or the loader has a single batch.
+        images: images behind the measured errors; no fit used them.
         seconds: phase -> wall-clock seconds.
         notes: what users should know: layers that were skipped, too few rows, new biases.
+        distance: of the network's outputs; None where nothing was held out or refitted.
     """
 
     repair: list[str]
@@ -86,6 +102,7 @@ class RepairReport:
     images: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    distance: Distance | None = None
 
     def __str__(self) -> str:
         return "\n".join(consumer_table(self.consumers) + [f"note: {note}" for note in self.notes])

@@ -60,6 +60,7 @@ class RepairTask:
         masks: layer name -> channels that it lost.
         images: to fit on, or None.
         stats: statistics of the dense network, with what its layers read, or None.
+        held_out_stats: the same of images held out, or None.
         ridge: relative ridge of reconstructions by channel, or None for the default.
         consumers: name -> state of every layer that mixes a removed channel into its outputs.
         notes: for the report.
@@ -73,6 +74,7 @@ class RepairTask:
     ridge: float | None = None
     consumers: dict[str, ConsumerState] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    held_out_stats: CalibrationStatistics | None = None
 
     @property
     def refittable(self) -> list[str]:

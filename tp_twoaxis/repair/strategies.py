@@ -36,6 +36,7 @@ class RepairStrategy:
         start: the repair among these whose weights it starts from, and which stay where it cannot refit a layer.
         start_images: so many images suffice for the statistics of that start; None: all.
         refits: whether it changes weights.
+        renews_norms: whether it estimates BatchNorm statistics anew.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RepairStrategy:
     start: str | None = None
     start_images: int | None = None
     refits: bool = True
+    renews_norms: bool = False
 
 
 def _run_batch_norm(task: RepairTask) -> dict[str, Outcome]:
@@ -61,7 +63,14 @@ _STATISTICS: tuple[Need, ...] = ("consumer statistics",)
 _ALL: tuple[Need, ...] = ("consumer statistics", "images")
 
 _TABLE = (
-    RepairStrategy("bn", "re-estimate BatchNorm statistics", _run_batch_norm, ("images", "batch norm"), refits=False),
+    RepairStrategy(
+        "bn",
+        "re-estimate BatchNorm statistics",
+        _run_batch_norm,
+        ("images", "batch norm"),
+        refits=False,
+        renews_norms=True,
+    ),
     RepairStrategy(
         "bias",
         "absorb the removed channels' means into biases",
@@ -91,6 +100,7 @@ _TABLE = (
         contains=("bias", "ridge", "patch"),
         start="ridge",
         start_images=_START_IMAGES,
+        renews_norms=True,
     ),
     RepairStrategy(
         "joint",
@@ -100,6 +110,7 @@ _TABLE = (
         contains=("bias", "ridge", "patch", "sequential"),
         start="ridge",
         start_images=_START_IMAGES,
+        renews_norms=True,
     ),
 )
 REPAIRS: dict[str, RepairStrategy] = {strategy.name: strategy for strategy in _TABLE}

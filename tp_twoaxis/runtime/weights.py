@@ -7,7 +7,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import is_parametrized
+
+from tp_twoaxis.runtime.kernels import own_forward_obstacle
 
 SHARED = "its weight is shared with another layer"
 
@@ -25,11 +26,11 @@ def cannot_refit(layer: nn.Module) -> str | None:
         return "a transposed convolution's taps do not cover its outputs evenly"
     if not isinstance(layer, (_ConvNd, nn.Linear)):
         return f"a {type(layer).__name__} does not mix channels"
-    if is_parametrized(layer) or hasattr(layer, "weight_g"):
+    if "weight" not in layer._parameters:  # weight_norm, spectral_norm, pruning masks, any parametrization
         return "its weight is computed from other parameters"
     if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
         return f"its weight is quantised ({layer.weight.dtype})"
-    return None
+    return own_forward_obstacle(layer)
 
 
 def shared_weights(network: nn.Module) -> Counter[int]:
