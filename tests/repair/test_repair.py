@@ -56,7 +56,8 @@ def test_every_repair_through_prune_to_flops(repair, with_bn):
 def test_a_mobilenet_of_torchvision(repair):
     torch.manual_seed(0)
     net, data = torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.25), [torch.randn(24, 3, 32, 32)] * 2
-    report = prune_to_flops(net, X, "l1", flops=0.6, repair=repair, loader=data, progress=False, other_counters=False)
+    options = {"loader": data, "guard": False, "progress": False, "other_counters": False}
+    report = prune_to_flops(net, X, "l1", flops=0.6, repair=repair, **options)
     assert {c.repair for c in report.consumers} == {repair[0]}
     assert torch.isfinite(net.eval()(data[0])).all()
 
@@ -65,9 +66,8 @@ def test_attention_of_torch_is_named():
     torch.manual_seed(0)
     net = torchvision.models.VisionTransformer(32, 8, 1, 4, 32, 64, num_classes=5)
     data = [torch.randn(24, 3, 32, 32)] * 2
-    report = prune_to_flops(
-        net, data[0][:1], "l1", flops=0.6, repair="sequential", loader=data, progress=False, other_counters=False
-    )
+    options = {"loader": data, "guard": False, "progress": False, "other_counters": False}
+    report = prune_to_flops(net, data[0][:1], "l1", flops=0.6, repair="sequential", **options)
     attention = [c for c in report.consumers if c.layer.endswith("self_attention")]
     assert [c.repair for c in attention] == ["none"]
     assert any("its projections run inside the attention function" in note for note in report.notes)
