@@ -25,7 +25,7 @@ from tp_twoaxis.importance.baselines.weight_criteria import (
     RandomImportance,
 )
 from tp_twoaxis.importance.cap_qgw import CapQGWImportance
-from tp_twoaxis.importance.criterion import Criterion, Importance, option_names
+from tp_twoaxis.importance.criterion import Axis, Criterion, Importance, option_names
 from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.pruning_state import Need, PruningState
 from tp_twoaxis.importance.registry import CRITERIA, find_criterion
@@ -50,9 +50,10 @@ def _score(name: str) -> Criterion:
     entry = SCORES[name]
     of_groups = (option for option in option_names(TwoAxisImportance) if option != "score")
     options = (*option_names(entry.function), *of_groups)
-    summary = f"{entry.summary} ({entry.axis} axis)"
+    axis: Axis = "mixed" if entry.mixed else entry.axis
+    summary = f"{entry.summary} ({axis} axis)"
     factory = partial(_build_score, name)
-    return Criterion(name, summary, factory, ("statistics",), entry.axis, options, entry.function)
+    return Criterion(name, summary, factory, ("statistics",), axis, options, entry.function)
 
 
 def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:
@@ -142,7 +143,7 @@ _ROWS = (
         "what the logits lose for a channel's MACs once its consumers are repaired",
         _anticipating,
         ("statistics", "consumers", "images"),
-        "local",
+        "mixed",
         option_names(AnticipatingImportance),
     ),
     HybridCriterion(
