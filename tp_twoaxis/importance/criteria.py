@@ -16,7 +16,11 @@ from tp_twoaxis.importance.baselines.activation_criteria import (
     MIPPImportance,
     VBPImportance,
 )
-from tp_twoaxis.importance.baselines.gradient_criteria import HessianImportance, TaylorBNImportance
+from tp_twoaxis.importance.baselines.gradient_criteria import (
+    HessianImportance,
+    TaylorBNImportance,
+    TaylorGroupImportance,
+)
 from tp_twoaxis.importance.baselines.tp_criteria import tp_activation, tp_hessian
 from tp_twoaxis.importance.baselines.weight_criteria import (
     BNFoldedNormImportance,
@@ -117,10 +121,12 @@ def _build_gathered(make: Callable[..., Importance], labels: bool, state: Prunin
     return make(model, loader, max_images=state.max_images, progress=state.progress, **options)
 
 
-def _gathered(name: str, summary: str, need: Need, made: type[GatheredImportance]) -> Criterion:
+def _gathered(
+    name: str, summary: str, need: Need, made: type[GatheredImportance], options: tuple[str, ...] | None = None
+) -> Criterion:
     """Make a row of a criterion that gathers statistics of its own."""
     factory = partial(_build_gathered, made.calibrate, need == "labels")
-    return Criterion(name, summary, factory, (need,), options=option_names(made))
+    return Criterion(name, summary, factory, (need,), options=option_names(made) if options is None else options)
 
 
 def _torch_pruning(name: str, summary: str, need: Need, prepare: Callable[..., Importance]) -> Criterion:
@@ -171,8 +177,15 @@ _ROWS = (
     _weights("lamp", "layer-adaptive magnitude (Lee et al. 2021), by channel", tp.importance.LAMPImportance),
     _gradients(
         "taylor-bn",
-        "first-order Taylor expansion of the loss (Molchanov et al. 2019), BatchNorm and biases included",
+        "first-order Taylor expansion of the loss (after Molchanov et al. 2019), BatchNorm and biases included",
         TaylorBNImportance,
+    ),
+    _gathered(
+        "taylor-group",
+        "squared sums of weight times gradient over the group, mean over minibatches (Molchanov et al. 2019)",
+        "labels",
+        TaylorGroupImportance,
+        ("loss", "normalizer"),  # all layers are one sum: there is nothing to reduce
     ),
     _gathered(
         "hessian",

@@ -268,12 +268,15 @@ def _exchange(
     for event in events:
         portions[event.group].append(event)
 
+    def penalty(event: _Event) -> float:  # also where both scores are infinite, whose difference is no number
+        return 0.0 if event.score == threshold else abs(event.score - threshold) * len(event.channels)
+
     def chosen(allocation: Allocation) -> list[_Event]:
         return [event for own, taken in zip(portions, allocation, strict=True) for event in own[:taken]]
 
     found = nearest_allocation(
         tuple(sum(event.group == group for event in events[:low]) for group in range(groups)),
-        [[abs(event.score - threshold) * len(event.channels) for event in own] for own in portions],
+        [[penalty(event) for event in own] for own in portions],
         lambda allocation: close(chosen(allocation)),
     )
     return None if found is None else chosen(found)
