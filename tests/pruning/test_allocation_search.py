@@ -53,4 +53,18 @@ def test_work_is_bounded():
     penalties = [[1.0] * 8 for _ in range(20)]
     assert nearest_allocation((4,) * 20, penalties, lambda a: bool(looked_at.append(a)), limit=100) is None
     assert len(looked_at) == 100
-    assert math.isclose(departure(looked_at[-1], looked_at[0], penalties), 2.0)
+    assert len(set(looked_at)) == 100
+    assert departure(looked_at[-1], looked_at[0], penalties) == 2.0
+
+
+def test_every_allocation_comes_once_in_the_order_of_departure():
+    rng = np.random.default_rng(1)
+    penalties = [rng.random(size).tolist() for size in (3, 0, 4, 2)]
+    penalties[0][1] = 0.0  # a tie with the threshold
+    penalties[2][3] = math.inf  # a channel that leaves before any other
+    looked_at = []
+    assert nearest_allocation((1, 0, 2, 2), penalties, lambda a: bool(looked_at.append(a))) is None
+    every = list(itertools.product(range(4), range(1), range(5), range(3)))
+    assert sorted(looked_at) == every
+    departures = [departure(allocation, looked_at[0], penalties) for allocation in looked_at]
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(departures))

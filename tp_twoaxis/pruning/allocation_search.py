@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Sequence
 
 SEARCHED = 4096
-"""Allocations whose cost is looked at before the search gives up; with three groups of 16 portions that is all."""
+"""Allocations whose cost is looked at before the search gives up; with three groups of 15 portions that is all."""
 
 Allocation = tuple[int, ...]
 """Portions that leave each group, lowest scores first."""
@@ -22,7 +22,9 @@ def nearest_allocation(
     """Find the fitting allocation that departs least from a given one.
 
     A departure is the sum of the penalties of the portions that it takes or gives back. Allocations are looked at in
-    the order of their departure (uniform-cost search, Dijkstra 1959), so the first that fits is the nearest.
+    the order of their departure, each once, so the first that fits is the nearest: a heap holds those that come next,
+    at most three for every one looked at, each with one group moved further, or the next group moved too or instead,
+    the groups in the order of what their least move costs.
 
     Args:
         start: the allocation to depart from, as a rule that of one threshold.
@@ -38,23 +40,33 @@ def nearest_allocation(
         >>> nearest_allocation((1, 1), [[0.3, 0.1, 0.2], [0.4, 0.9]], lambda portions: sum(portions) == 3)
         (2, 1)
     """
-    waiting: list[tuple[float, int, Allocation]] = [(0.0, 0, start)]
-    seen = {start}
+    moves = []  # of each group that can: what it costs to have a level, and the level; the present one first
+    for group, (home, own) in enumerate(zip(start, penalties, strict=True)):
+        costs = [sum(own[min(level, home) : max(level, home)]) for level in range(len(own) + 1)]
+        ranked = sorted((cost, abs(level - home), level) for level, cost in enumerate(costs))
+        moves.append([(cost, group, level) for cost, _, level in ranked])
+    moves = sorted((own for own in moves if len(own) > 1), key=lambda own: own[1])
+    waiting: list[tuple[float, tuple[tuple[int, int], ...]]] = [(0.0, ())]
+
+    def push(*moved: tuple[int, int]) -> None:
+        place, rank = moved[-1]
+        if place < len(moves) and rank < len(moves[place]):
+            heapq.heappush(waiting, (sum(moves[place][rank][0] for place, rank in moved), moved))
+
     for _ in range(limit):
         if not waiting:
             return None
-        departure, moves, allocation = heapq.heappop(waiting)
+        _, moved = heapq.heappop(waiting)
+        levels = {moves[place][rank][1]: moves[place][rank][2] for place, rank in moved}
+        allocation = tuple(levels.get(group, home) for group, home in enumerate(start))
         if fits(allocation):
             return allocation
-        for group, (level, home) in enumerate(zip(allocation, start, strict=True)):
-            steps = []
-            if level >= home and level < len(penalties[group]):
-                steps.append((level + 1, penalties[group][level]))
-            if level <= home and level > 0:
-                steps.append((level - 1, penalties[group][level - 1]))
-            for further, penalty in steps:
-                neighbour = (*allocation[:group], further, *allocation[group + 1 :])
-                if neighbour not in seen:
-                    seen.add(neighbour)
-                    heapq.heappush(waiting, (departure + penalty, moves + 1, neighbour))
+        if not moved:
+            push((0, 1))
+            continue
+        *others, (place, rank) = moved
+        push(*others, (place, rank + 1))
+        push(*moved, (place + 1, 1))
+        if rank == 1:
+            push(*others, (place + 1, 1))
     return None

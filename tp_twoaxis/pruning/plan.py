@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
@@ -173,7 +172,7 @@ def make_plan(
         if abs(macs_after(filled) - target) < error:
             chosen, error = filled, abs(macs_after(filled) - target)
     if round_to and error > close:
-        chosen = _exchange(events, low, len(groups), lambda cuts: abs(macs_after(cuts) - target) <= close) or chosen
+        chosen = _exchange(groups, cost, events, low, target, close) or chosen
     removed = state_after(chosen)
     macs = cost.macs(removed)
     notes = []
@@ -258,28 +257,31 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
 
 
 def _exchange(
-    events: list[_Event], low: int, groups: int, close: Callable[[list[_Event]], bool]
+    groups: list[ScoredGroup], cost: CostModel, events: list[_Event], low: int, target: float, close: float
 ) -> list[_Event] | None:
-    """Let groups exchange portions around the cut at ``low`` until the cuts come close; None where none are found."""
+    """Let groups exchange portions around the cut at ``low`` until the MACs come close; None where none are found."""
     if not events:
         return None
     threshold = events[min(low, len(events) - 1)].score
-    portions: list[list[_Event]] = [[] for _ in range(groups)]
+    portions: list[list[_Event]] = [[] for _ in groups]
+    masks = [[np.zeros(len(group.scores), dtype=bool)] for group in groups]  # after none, one, two portions ...
     for event in events:
         portions[event.group].append(event)
+        masks[event.group].append(masks[event.group][-1].copy())
+        masks[event.group][-1][event.channels] = True
 
     def penalty(event: _Event) -> float:  # also where both scores are infinite, whose difference is no number
         return 0.0 if event.score == threshold else abs(event.score - threshold) * len(event.channels)
 
-    def chosen(allocation: Allocation) -> list[_Event]:
-        return [event for own, taken in zip(portions, allocation, strict=True) for event in own[:taken]]
+    def fits(allocation: Allocation) -> bool:
+        state = {group.name: own[taken] for group, own, taken in zip(groups, masks, allocation, strict=True)}
+        return abs(cost.macs(state) - target) <= close
 
-    found = nearest_allocation(
-        tuple(sum(event.group == group for event in events[:low]) for group in range(groups)),
-        [[penalty(event) for event in own] for own in portions],
-        lambda allocation: close(chosen(allocation)),
-    )
-    return None if found is None else chosen(found)
+    start = tuple(sum(event.group == group for event in events[:low]) for group in range(len(groups)))
+    found = nearest_allocation(start, [[penalty(event) for event in own] for own in portions], fits)
+    if found is None:
+        return None
+    return [event for own, taken in zip(portions, found, strict=True) for event in own[:taken]]
 
 
 def _fill(
