@@ -50,6 +50,18 @@ def folded_norm(weight, gamma, variance, eps):
     return np.array([abs(gamma[k]) / np.sqrt(variance[k] + eps) * np.sqrt((w**2).sum()) for k, w in enumerate(weight)])
 
 
+def squared_group_sums(products, sizes):
+    """[minibatches][C][...]: weight times gradient of everything that leaves with a channel -> [C]."""
+    total = np.zeros(len(products[0]))
+    for minibatch, size in zip(products, sizes, strict=True):
+        for k, numbers in enumerate(minibatch):
+            group_sum = 0.0
+            for number in numbers:
+                group_sum += number
+            total[k] += size * group_sum**2
+    return total / sum(sizes)
+
+
 def layer_saliency(element, *, reads=False, groups=1):
     """Sum a convolution's element saliencies [out, in / groups, ...] by output or by input channel, one by one."""
     outputs, per_group = element.shape[:2]

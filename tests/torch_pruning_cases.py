@@ -61,7 +61,7 @@ class LazyImportance(tp.importance.Importance):
         if self.name == "hybrid":  # its normalisation is the allocation's
             ranking = TwoAxisImportance(state.statistics(), loader=loader)
             return HybridImportance(Magnitude(normalizer=self.normalizer), ranking)
-        if self.name == "hessian":
+        if self.name in ("hessian", "taylor-group"):
             options["loss"] = lambda output, _: output.sum()
         if self.name == "taylor-bn":
             return TaylorBNImportance(**options)

@@ -30,9 +30,18 @@ def made(areas=AREAS):
 
 
 def test_axes_of_criteria():
-    assert [axis_of(c) for c in ("hull", "target-excess", "l2", "module:factory")] == [
-        "local", "target", "baseline", "baseline"
-    ]  # fmt: skip
+    criteria = {
+        "hull": "local",
+        "cap-qgw": "local",
+        "target-excess": "target",
+        "hybrid": "both",
+        "norm-local": "mixed",
+        "norm-local(normalizer='max')": "mixed",
+        "anticipating(levels=4)": "mixed",
+        "l2": "baseline",
+        "module:factory": "baseline",
+    }
+    assert {criterion: axis_of(criterion) for criterion in criteria} == criteria
 
 
 def test_families_by_hand():
@@ -51,6 +60,36 @@ def test_families_by_hand():
 def test_families_that_are_missing_are_left_out():
     assert axis_table(*made({"capture": {1: 0.5}})).empty
     assert axis_table(*made({"l2": {1: 0.5}, "task-mi": {1: 0.4}})).empty
+
+
+def test_weights_and_logits_are_not_in_the_local_family():
+    """The best of all is mixed; best local stays the best of those that look at a layer's outputs alone."""
+    table = axis_table(*made({**AREAS, "norm-local": {1: 0.9, 2: 0.9}, "anticipating": {1: 0.95, 2: 0.95}}))
+    rows = table.set_index("comparison")
+    assert rows.loc["best local - best target", "first"] == "hull"
+    assert (rows.loc["best mixed - best local", "first"], rows.loc["best mixed - best local", "second"]) == (
+        "anticipating",
+        "hull",
+    )
+    assert rows.loc["best mixed - best local"].points == pytest.approx(100 * (0.25 + 0.15) / 2)
+
+
+def test_families_and_selector_compare_on_the_same_seeds():
+    """Criteria that lack a hard seed, or an easy one, neither lead a family nor are chosen."""
+    areas = {c: {**own, 3: 0.1} for c, own in AREAS.items()}
+    areas["capture"] = {1: 0.80, 2: 0.60}  # the best mean, by lacking seed 3
+    areas["target-excess"] = {1: 0.60}
+    areas["l1"] = {2: 0.62, 3: 0.9}
+    table = axis_table(*made(areas)).set_index("comparison")
+    assert set(table.seeds) == {3}
+    assert table.loc["best local - best target", ["first", "second"]].tolist() == ["hull", "task-mi"]
+    assert table.loc["best local - magnitude"].second == "l2"
+    chosen = selector_table(*made(areas))
+    assert set(chosen.chosen) == {"hull"}
+    assert chosen.held_out.tolist() == [1, 2, 3]
+    assert (chosen.behind_oracle == 0).all()
+    only = axis_table(*made({"capture": {1: 0.5}, "task-mi": {1: 0.4, 2: 0.4}}))
+    assert only.empty
 
 
 def test_the_selector_never_sees_the_held_out_seed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from bench_cases import tiny_config, write_parquet
@@ -81,6 +82,36 @@ def test_only_failures(folder, tmp_path):
 
 def test_tables_are_escaped():
     assert markdown_table(pd.DataFrame({"a|b": ["c|d"]})) == "| a\\|b |\n| --- |\n| c\\|d |"
+
+
+def holed_summary():
+    """Two methods on two seeds; b lacks one seed at 0.7 and both at 0.5."""
+    rows = []
+    for method, seeds in {"a": {0.9: 2, 0.7: 2, 0.5: 2, 0.3: 2}, "b": {0.9: 2, 0.7: 1, 0.3: 2}}.items():
+        for keep, number in seeds.items():
+            accuracy = keep / 2 + (0.3 if method == "b" and keep == 0.7 else 0.0)
+            rows.append([method, keep, number, keep, accuracy, 0.01 if number > 1 else float("nan")])
+    names = ["criterion", "keep", "seeds", "achieved", "accuracy", "std"]
+    summary = pd.DataFrame(rows, columns=names)
+    return summary.assign(network="net", method=summary.criterion, treatment="bn", dense=0.9)
+
+
+def test_means_over_fewer_seeds_are_marked():
+    wide = wide_table(holed_summary()).set_index("method")
+    assert wide.loc["a"].tolist() == ["45.0 ± 1.0", "35.0 ± 1.0", "25.0 ± 1.0", "15.0 ± 1.0"]
+    assert wide.loc["b"].tolist() == ["45.0 ± 1.0", "65.0 (1 of 2 seeds)", "-", "15.0 ± 1.0"]
+
+
+def test_curves_do_not_bridge_holes():
+    figure = curves_figure(holed_summary(), "net")
+    (panel,) = figure.axes
+    first, second = (container.lines[0] for container in panel.containers)
+    assert first.get_xdata().tolist() == [30.0, 50.0, 70.0, 90.0]
+    assert np.isnan(second.get_ydata(orig=False)).tolist() == [False, True, True, False]
+    hollow = [line for line in panel.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata(orig=False).tolist() for line in hollow if len(line.get_ydata())] == [[pytest.approx(65.0)]]
+    # b's mean is higher over what it has; it has less
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 def test_wide_table_and_curves(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,28 +94,69 @@ def test_auc_by_hand(records):
 
 
 def test_methods_without_a_common_interval_are_named(records):
-    far = [record("late", seed, keep, 0.1) for seed in (1, 2) for keep in (0.1, 0.2)]
+    far = [record("late", seed, keep, 0.1, achieved=keep / 3.5) for seed in (1, 2) for keep in (0.7, 0.5, 0.3)]
     single = [record("single", seed, 0.5, 0.1) for seed in (1, 2)]
     result = auc_table(trial_table(records + far))
     assert result.table.empty
-    assert "'late' covers 80.0 to 90.0 %" in result.notes[0]
+    assert "'late' covers 80.0 to 91.4 %" in result.notes[0]
     result = auc_table(trial_table(records + single))
     assert result.table.method.tolist() == ["a", "b"]
     assert "single left out" in result.notes[0]
 
 
-def test_failed_trials_only_shorten_the_comparison(records):
+def test_a_method_that_failed_is_compared_where_it_did_not(records):
     records[-1] = record("b", 2, 0.3, 0, failed=True)
     trials = trial_table(records)
     assert (len(measured(trials)), len(failure_table(trials))) == (11, 1)
     assert failure_table(trials).error[0] == "ValueError: no"
     result = auc_table(trials)
-    assert result.intervals["net"] == pytest.approx((0.3, 0.5))
-    assert result.table.seeds.tolist() == [2, 2]
+    assert result.intervals["net"] == pytest.approx((0.3, 0.7))  # not cut short for all
+    table = result.table.set_index("method")
+    assert table.index.tolist() == ["a", "b"]
+    assert table.seeds.to_dict() == {"a": 2, "b": 1}
+    assert table.unmeasured.to_dict() == {"a": 0, "b": 1}
+    whole = auc_table(trial_table([*records[:-1], record("b", 2, 0.3, 0.2)]))
+    assert table.auc["a"] == whole.table.set_index("method").auc["a"]
+    assert result.areas["net"]["b"] == pytest.approx({1: whole.areas["net"]["b"][1]})
+    assert table.behind_best["b"] == pytest.approx(whole.areas["net"]["b"][1] - whole.areas["net"]["a"][1])
+    assert "so last and in no family: b on 1" in result.notes[0]
     everything = trial_table([record("a", 1, 0.5, 0, failed=True)])
     assert summary_table(everything).empty
     assert auc_table(everything).table.empty
     assert win_matrix(everything).empty
+
+
+@pytest.mark.parametrize("hole", ["failed", "missing"])
+@pytest.mark.parametrize("where", [[0.6, 0.5, 0.4], [0.9], [0.3], [0.9, 0.8]])
+def test_no_method_gains_by_a_hole(hole, where):
+    """Two methods of equal accuracy, one with trials that failed or are not there; on one seed, or on both."""
+    accuracy = {0.9: 0.9, 0.8: 0.8, 0.6: 0.3, 0.5: 0.2, 0.4: 0.1, 0.3: 0.1}
+    for lost in ([1], [2], [1, 2]):
+        records = []
+        for method, seed, keep in itertools.product(["whole", "holed"], [1, 2, 3], accuracy):
+            gone = method == "holed" and seed in lost and keep in where
+            if not (gone and hole == "missing"):
+                easier = 0.1 if seed == 3 else 0.0
+                records.append(record(method, seed, keep, accuracy[keep] + easier, failed=gone))
+        result = auc_table(trial_table(records))
+        table = result.table.set_index("method")
+        assert table.index[0] == "whole"
+        assert table.behind_best.tolist() == pytest.approx([0.0, 0.0])
+        seeds = [1, 2, 3] if hole == "failed" else [seed for seed in (1, 2, 3) if seed not in lost]
+        assert list(result.areas["net"]["whole"]) == seeds
+        assert list(result.areas["net"]["holed"]) == [seed for seed in (1, 2, 3) if seed not in lost]
+        assert result.notes
+        wins = win_matrix(trial_table(records))
+        assert wins.loc["holed", "whole"] <= 0.5 <= wins.loc["whole", "holed"]
+        assert (wins.loc["whole", "holed"] > 0.5) == (hole == "failed")
+
+
+def test_seeds_that_are_not_finished_wait(records):
+    """A method that the sweep came to first is not compared alone on its last seed."""
+    more = [record("a", 3, keep, 0.1) for keep in (0.7, 0.5, 0.3)] + [record("b", 3, 0.7, 0.9)]
+    result, before = auc_table(trial_table(records + more)), auc_table(trial_table(records))
+    pd.testing.assert_frame_equal(result.table, before.table)
+    assert result.notes == ["net: seeds 3 are not compared until all trials ran"]
 
 
 def test_wins(records):
@@ -124,6 +167,16 @@ def test_wins(records):
     assert np.isnan(wins.loc["a", "a"])
     apart = win_matrix(trial_table([record("a", 1, 0.5, 0.5), record("b", 2, 0.5, 0.5)]))
     assert np.isnan(apart.loc["a", "b"])
+
+
+def test_a_failed_trial_is_lost(records):
+    records[-1] = record("b", 2, 0.3, 0, failed=True)
+    records.append(record("c", 1, 0.7, 0, failed=True))
+    wins = win_matrix(trial_table(records))
+    assert wins.loc["a", "b"] == pytest.approx(4.5 / 6)
+    assert "c" not in wins.index
+    failed = [record(method, 4, 0.5, 0, failed=True) for method in "ab"]  # nobody's
+    assert win_matrix(trial_table(records + failed)).equals(wins)
 
 
 def test_timing(records):

@@ -262,3 +262,19 @@ def test_without_typer(monkeypatch, capsys):
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert 'pip install "tp-twoaxis[cli]"' in line
+
+
+@pytest.mark.parametrize("command", ["prune", "train", "explain"])
+def test_training_images_are_never_reported_as_test(folder, tmp_path, command):
+    classes = folder / "images" / "train"  # a folder of classes, without splits
+    start = {
+        "prune": (command, MODEL, "--out", tmp_path / "p.safetensors", "--flops", 0.6),
+        "train": (command, "cases:conv_net", "--out", tmp_path / "t.safetensors"),
+        "explain": (command, MODEL, "conv1", "--channel", 0),
+    }[command]
+    message = refused(*start, "--data", classes, "--eval-split", "test")
+    assert f"{classes} has no splits" in message
+    assert "--eval-data" in message
+    for data, other in ((classes, classes), (classes, f"{classes}/"), (folder / "images", classes)):
+        assert "apart from those of --data" in refused(*start, "--data", data, "--eval-data", other)
+    assert list(tmp_path.iterdir()) == []

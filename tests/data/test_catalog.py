@@ -73,14 +73,20 @@ def test_every_data_set_with_a_source_has_splits_and_a_fitting_normalisation():
 
 
 def test_what_has_splits(tmp_path):
-    file = tmp_path / "a.parquet"
+    file = tmp_path / "shards" / "a.parquet"
+    file.parent.mkdir()
     file.touch()
+    (tmp_path / "flat").mkdir()
     expected = {
         "cifar10:/nowhere": True,
         "cifar100:": True,
         "digits:": False,
         "cifar10": False,
-        str(tmp_path): True,
+        str(file.parent): True,
+        folder_of(tmp_path / "both", "train", "test"): True,
+        folder_of(tmp_path / "one", "training", "class"): True,
+        folder_of(tmp_path / "classes", "cat", "dog"): False,
+        str(tmp_path / "flat"): False,
         str(file): False,
         str(tmp_path / "*.parquet"): False,
         str(tmp_path / "nowhere"): False,

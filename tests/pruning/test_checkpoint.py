@@ -279,6 +279,100 @@ def test_files_of_the_first_version_load(tmp_path, monkeypatch):
     assert torch.equal(load_pruned(tmp_path / "net.safetensors", lambda: nn.Linear(4, 3)).weight, net.weight)
 
 
+class Later(nn.Linear):
+    """Gets an attribute when it runs first."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.counted, self.drop, self.flag = None, 0.5, True
+
+    def forward(self, x):
+        self.counted, self.grid = len(x), (1, len(x))
+        return super().forward(x)
+
+
+def test_attributes_that_the_factory_s_modules_lack_are_refused(tmp_path):
+    path, net = tmp_path / "net.safetensors", Later()
+    net.drop, net.counted = 0, 3
+    save_pruned(net, path)
+    loaded = load_pruned(path, Later)
+    assert (loaded.drop, loaded.counted) == (0, 3)
+    net(torch.zeros(2, 4))
+    save_pruned(net, path)
+    with pytest.raises(TwoAxisError, match=r"the saved Later has grid = \(1, 2\), the factory's has no attribute grid"):
+        load_pruned(path, Later)
+
+    def factory():
+        built = Later()
+        built(torch.zeros(5, 4))
+        return built
+
+    loaded = load_pruned(path, factory)
+    assert (loaded.grid, loaded.counted) == ((1, 2), 2)
+
+
+@pytest.mark.parametrize("attributes", [{"forward": 3}, {"to": [1, 2]}, {"flag": 0}, {"in_features": [4]}, {"new": 1}])
+def test_what_is_no_number_of_the_module_s_own_is_not_set(tmp_path, attributes):
+    path = tmp_path / "bad.safetensors"
+    header = {"modules": {"": {"class": "Later", "attributes": attributes}}, "aliases": {}, "empty": []}
+    tensors = {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}
+    write_tensors(path, tensors, header | {"strides": {}, "report": None}, kind=FORMAT, version=VERSION)
+    built = []
+
+    def factory():
+        built.append(Later())
+        return built[0]
+
+    with pytest.raises(TwoAxisError, match=f"the saved Later has {next(iter(attributes))} = "):
+        load_pruned(path, factory)
+    assert vars(built[0]).keys() == vars(Later()).keys()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "asked"),
+    [
+        ({"out_features": 3}, r"weight of shape \[3, 4\], got \[2, 4\]"),
+        ({"in_features": 5, "out_features": 2}, r"weight of shape \[2, 5\]"),
+        ({}, r"weight of shape \[9, 4\]"),
+    ],
+)
+def test_attributes_that_contradict_the_tensors_are_refused(tmp_path, attributes, asked):
+    path = tmp_path / "bad.safetensors"
+    header = {"modules": {"": {"class": "Linear", "attributes": attributes}}, "aliases": {}, "empty": ["bias"]}
+    tensors = {"weight": torch.zeros(2, 4)}
+    write_tensors(path, tensors, header | {"strides": {}, "report": None}, kind=FORMAT, version=VERSION)
+    with pytest.raises(FileFormatError, match=rf"module \(root\): its attributes .* ask for {asked}"):
+        load_pruned(path, lambda: nn.Linear(4, 9))
+
+
+def test_a_network_whose_attributes_are_stale_is_not_written(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    net[0].weight = nn.Parameter(net[0].weight[:5].detach())
+    with pytest.raises(
+        TwoAxisError, match=r"0: its attributes .*out_channels 8.* ask for weight of shape \[8, 3, 3, 3\]"
+    ):
+        save_pruned(net, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+class Transposed(nn.Linear):
+    """Keeps its weight the other way round."""
+
+    def __init__(self, width=6):
+        super().__init__(4, width)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+def test_layers_with_shapes_of_their_own_return(tmp_path):
+    net = Transposed(3)
+    save_pruned(net, tmp_path / "net.safetensors")
+    x = torch.randn(2, 4)
+    assert torch.equal(load_pruned(tmp_path / "net.safetensors", Transposed)(x), net(x))
+
+
 def test_another_network_is_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     save_pruned(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), path)

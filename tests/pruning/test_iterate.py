@@ -271,7 +271,18 @@ def test_an_importances_own_loader_comes_first():
 
 @pytest.mark.parametrize(
     "name",
-    ["l2", "random", "taylor", "taylor-bn", "hessian", "host-hessian", "vbp", "hybrid", "hybrid(ranking='cap-a')"],
+    [
+        "l2",
+        "random",
+        "taylor",
+        "taylor-bn",
+        "taylor-group",
+        "hessian",
+        "host-hessian",
+        "vbp",
+        "hybrid",
+        "hybrid(ranking='cap-a')",
+    ],
 )
 def test_criteria_by_name(name):
     net, x, data = build("conv_net")

@@ -131,6 +131,52 @@ def test_round_to_also_where_the_width_is_no_multiple(size):
     assert kept(make_plan(groups, cost, flops=1.0, round_to=8)) == {"g0": size, "g1": 64}
 
 
+def every_allocation(groups, round_to, min_keep):
+    """All masks that floors and rounding allow, lowest scores first in each group."""
+    options = []
+    for group in groups:
+        size, order = len(group.scores), np.argsort(group.scores, kind="stable")
+        floor = max(1, int(np.ceil(min_keep * size)))
+        widths = [size] + [kept for kept in range(size - 1, floor - 1, -1) if kept % round_to == 0]
+        options.append([np.isin(np.arange(size), order[: size - kept]) for kept in widths])
+    names = [group.name for group in groups]
+    return [dict(zip(names, masks, strict=True)) for masks in itertools.product(*options)]
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.8, 0.65, 0.5, 0.35]))
+@settings(max_examples=40, deadline=None)
+def test_rounded_groups_meet_a_target_that_any_allocation_meets(seed, flops):
+    rng = np.random.default_rng(seed)
+    groups, cost = random_problem(seed, sizes=8 * rng.integers(3, 9, size=3))
+    errors = [abs(cost.macs(masks) / cost.dense - flops) / flops for masks in every_allocation(groups, 8, 0.1)]
+    try:
+        plan = make_plan(groups, cost, flops=flops, round_to=8)
+    except UnreachableTargetError:
+        assert min(errors) > 0.01
+        return
+    assert (plan.error <= 0.01) == (min(errors) <= 0.01)
+    assert bool(plan.notes) == (plan.error > 0.01)
+    for group in groups:
+        count, mask = kept(plan)[group.name], plan.removed[group.name]
+        assert count == len(mask) or (count % 8 == 0 and count > 0)
+        if mask.any() and not mask.all():  # the lowest of a group still leave first
+            assert group.scores[mask].max() <= group.scores[~mask].min()
+
+
+def test_groups_exchange_the_portions_nearest_to_the_threshold():
+    """10 of 46 MACs are to leave. Cuts in order take 9; a and d make 10, and so do c and e, farther from the cut."""
+    portion = {"a": 2.0, "b": 3.0, "c": 4.0, "d": 8.0, "e": 6.0}
+    scores = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 30.0}
+    groups = [ScoredGroup(name, np.repeat([score, 40.0], 2)) for name, score in scores.items()]
+    cost = CostModel([Term(2 * macs, (Side(4, {name: np.ones(4)}),)) for name, macs in portion.items()])
+    plan = make_plan(groups, cost, flops=36 / 46, round_to=2)
+    assert plan.macs == 36.0
+    assert [int(plan.removed[name].sum()) for name in "abcde"] == [2, 0, 0, 2, 0]
+    assert plan.threshold == 4.0
+    coarse = make_plan(groups, cost, flops=36 / 46, round_to=2, tolerance=0.1)  # what is near enough is left alone
+    assert [int(coarse.removed[name].sum()) for name in "abcde"] == [2, 2, 2, 0, 0]
+
+
 def test_groups_narrower_than_round_to_stay_whole():
     groups, cost = problem([np.zeros(6), np.linspace(1, 2, 64)])
     assert kept(make_plan(groups, cost, flops=0.5, round_to=8, tolerance=0.1))["g0"] == 6

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tp_twoaxis import TwoAxisError
@@ -115,6 +116,50 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert (tmp_path / "a").stat().st_mode & 0o777 == mode
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_a_replaced_file_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    owner = path.stat().st_uid, path.stat().st_gid
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o7777 == mode
+    assert (path.stat().st_uid, path.stat().st_gid) == owner
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only the superuser can give a file away")
+def test_a_replaced_file_keeps_its_owner(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    os.chown(path, 12345, 23456)
+    write_bytes(path, b"new")
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_stays_and_its_target_is_replaced(tmp_path, relative):
+    store, place = tmp_path / "store", tmp_path / "place"
+    store.mkdir()
+    place.mkdir()
+    target, link = store / "a-1", place / "a"
+    link.symlink_to(os.path.join("..", "store", "a-1") if relative else target)
+    for content in (b"first", b"second"):  # the link leads nowhere before the first
+        write_bytes(link, content)
+        assert link.is_symlink()
+        assert target.read_bytes() == link.read_bytes() == content
+    assert [p.name for p in store.iterdir()] == ["a-1"]
+    assert [p.name for p in place.iterdir()] == ["a"]
+    write(link)
+    assert link.is_symlink()
+    assert read(target)[1] == {"note": ""}
+    lost = place / "lost"
+    lost.symlink_to(tmp_path / "missing" / "a")
+    with pytest.raises(TwoAxisError, match=r"lost: the folder .*missing does not exist"):
+        write_bytes(lost, b"x")
+
+
 def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(TwoAxisError, match=r"a: the folder .*missing does not exist; create it first"):
         write_bytes(tmp_path / "missing" / "a", b"x")
@@ -171,6 +216,36 @@ def test_a_missing_file(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(FileFormatError, match="no such file"):
             read(path)
+
+
+CHANGES = {
+    "header": lambda metadata, tensors: metadata.update(header='{"note": "y"}'),
+    "spaces in the header": lambda metadata, tensors: metadata.update(header='{"note":"x"}'),
+    "older version": lambda metadata, tensors: metadata.update(version="1"),
+    "tensors of another file": lambda metadata, tensors: tensors.update(a=torch.arange(1.0, 4.0)),
+    "shape": lambda metadata, tensors: tensors.update(a=torch.arange(3.0)[:, None]),
+    "kind of number": lambda metadata, tensors: tensors.update(a=torch.arange(3.0).view(torch.int32)),
+    "name": lambda metadata, tensors: tensors.update(b=tensors.pop("a")),
+    "further tensor": lambda metadata, tensors: tensors.update(b=torch.zeros(1)),
+    "no checksum": lambda metadata, tensors: metadata.pop("checksum"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_header_and_tensors_are_under_one_checksum(tmp_path, change):
+    path = write(tmp_path / "a", "x")
+    with safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {"a": file.get_tensor("a")}
+    save_file(tensors, path, metadata=metadata)
+    assert read(path)[1] == {"note": "x"}  # written again as it was
+    before = dict(metadata)
+    change(metadata, tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(FileFormatError, match=r"checksum.*write it again"):
+        read(path)
+    if metadata != before:  # the header alone shows it
+        with pytest.raises(FileFormatError, match="header"):
+            read_header(path, kind=KIND, version=2)
 
 
 def test_a_changed_number_is_noticed(tmp_path):

@@ -15,7 +15,8 @@ LEGEND_LINE = 0.17
 def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     """Draw one network: a panel for each treatment, a line for each criterion, mean and standard deviation.
 
-    The legend has the criterion of highest mean accuracy first.
+    A line is broken where fewer seeds were measured than elsewhere on the network; the mean of those is a hollow
+    marker. The legend has the criterion of highest mean accuracy first, those with broken lines last.
 
     Args:
         summary: of :func:`~tp_twoaxis.benchmark.tables.summary_table`.
@@ -23,13 +24,14 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
 
     Example:
         >>> summary = pd.DataFrame({"network": "net", "criterion": ["l1", "l1"], "treatment": "bn", "seeds": 1,
-        ...     "achieved": [0.5, 0.7], "accuracy": [0.6, 0.8], "std": float("nan"), "dense": 0.9})
+        ...     "keep": [0.5, 0.7], "achieved": [0.5, 0.7], "accuracy": [0.6, 0.8], "std": float("nan"), "dense": 0.9})
         >>> figure = curves_figure(summary, "net")
         >>> [axes.get_title() for axes in figure.axes]
         ['bn']
     """
     mine = summary[summary.network == network]
     treatments, criteria = list(mine.treatment.unique()), list(mine.criterion.unique())
+    shares = sorted(mine.keep.unique())
     columns = min(3, len(treatments))
     rows = -(-len(treatments) // columns)
     high = 3.6 * rows + 0.4
@@ -44,15 +46,19 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     lines = {}
     for panel, treatment in zip(panels, treatments, strict=False):
         for number, criterion in enumerate(criteria):
-            own = mine[(mine.treatment == treatment) & (mine.criterion == criterion)].sort_values("achieved")
+            own = mine[(mine.treatment == treatment) & (mine.criterion == criterion)]
             if own.empty:
                 continue
+            own = own.set_index("keep").reindex(shares)  # not a number where nothing was measured, which breaks a line
+            whole, some = own.seeds == mine.seeds.max(), own[own.seeds < mine.seeds.max()]
+            marker, colour = MARKERS[number % len(MARKERS)], colours(number % colours.N)
+            panel.plot(100 * some.achieved, 100 * some.accuracy, marker, color=colour, mfc="white", markersize=4)
             lines[criterion] = panel.errorbar(
-                100 * own.achieved,
-                100 * own.accuracy,
+                (100 * own.achieved).where(whole),
+                (100 * own.accuracy).where(whole),
                 yerr=100 * own["std"].fillna(0.0),
-                color=colours(number % colours.N),
-                marker=MARKERS[number % len(MARKERS)],
+                color=colour,
+                marker=marker,
                 markersize=4,
                 linewidth=1.2,
                 elinewidth=0.8,
@@ -66,7 +72,9 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     figure.supxlabel("MACs kept (%)", size=10)
     figure.supylabel("accuracy (%), dashed: dense", size=10)
     figure.suptitle(network, size=11, fontweight="bold")
-    best_first = sorted(lines, key=lambda criterion: -float(mine.accuracy[mine.criterion == criterion].mean()))
+    whole_means = mine[mine.seeds == mine.seeds.max()].groupby("criterion").accuracy.agg(["size", "mean"])
+    places = whole_means.reindex(criteria).fillna(0.0)
+    best_first = sorted(lines, key=lambda criterion: tuple(-places.loc[criterion]))
     handles = [lines[criterion] for criterion in best_first]
     figure.legend(handles, best_first, loc="outside right center", ncols=blocks, fontsize=8, frameon=False)
     return figure

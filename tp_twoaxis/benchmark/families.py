@@ -17,11 +17,11 @@ COMPARISONS = ["network", "treatment", "comparison", "first", "second", "points"
 
 
 def axis_of(criterion: str) -> str:
-    """Give the axis of a criterion: ``local``, ``target``, ``both``, or ``baseline`` for everything that is not ours.
+    """Give the axis of a criterion: as its row says, or ``baseline`` for everything that is not ours.
 
     Example:
-        >>> axis_of("capture"), axis_of("task-mi"), axis_of("taylor")
-        ('local', 'target', 'baseline')
+        >>> axis_of("capture"), axis_of("norm-local"), axis_of("task-mi"), axis_of("taylor")
+        ('local', 'mixed', 'target', 'baseline')
     """
     # by the name alone: a report needs no plug-in that the trials needed
     name = parse_expression(criterion)[0]
@@ -32,7 +32,8 @@ def axis_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
     """Compare families as the paper does (its table 9): the best of one against the best of another.
 
     "Best" is by mean area over the seeds of this very table, as in the paper, so a family of more members has an
-    advantage; :func:`selector_table` shows what remains without it.
+    advantage; :func:`selector_table` shows what remains without it. All criteria of a treatment are compared on the
+    same seeds: one without an area on some of them, because it failed there, belongs to no family here.
 
     Args:
         auc: areas of all methods.
@@ -40,23 +41,22 @@ def axis_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row for each network, treatment (all but the criterion) and comparison: best local minus best target, minus
-        magnitude, minus every baseline, and hybrids minus best local; ``points`` is the mean paired difference of
-        areas times 100, ``low`` and ``high`` its 95 % bootstrap interval over seeds (missing for one seed).
+        magnitude, minus every baseline, and mixed and hybrids minus best local; ``points`` is the mean paired
+        difference of areas times 100, ``low`` and ``high`` Student's 95 % interval over seeds (missing for one seed).
     """
     rows = []
     for network, treatment, own in _families(auc, trials):
-        local, target, both = (_best(own, axis) for axis in ("local", "target", "both"))
+        local, target, mixed, both = (_best(own, axis) for axis in ("local", "target", "mixed", "both"))
         others = [("best local - best target", target)]
         magnitude = _best({c: a for c, a in own.items() if c in MAGNITUDES})
         others += [("best local - magnitude", magnitude)]
         others += [(f"best local - {c}", c) for c in own if axis_of(c) == "baseline" and c not in MAGNITUDES]
-        pairs = [(name, local, other) for name, other in others] + [("best hybrid - best local", both, local)]
+        pairs = [(name, local, other) for name, other in others]
+        pairs += [("best mixed - best local", mixed, local), ("best hybrid - best local", both, local)]
         for name, first, second in pairs:
             if first is None or second is None:
                 continue
-            seeds = [seed for seed in own[first] if seed in own[second]]
-            if not seeds:
-                continue
+            seeds = list(own[first])
             gap = paired_interval([100 * own[first][s] for s in seeds], [100 * own[second][s] for s in seeds])
             rows.append([network, treatment, name, first, second, *gap, len(seeds)])
     return pd.DataFrame(rows, columns=COMPARISONS)
@@ -65,7 +65,8 @@ def axis_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
 def selector_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
     """Choose the local score without seeing the seed it is judged on (the paper's appendix H).
 
-    For each held-out seed the local score of the highest mean area on the other seeds is taken, and compared there.
+    For each held-out seed the local score of the highest mean area on the other seeds is taken, and compared there;
+    all on the same seeds, as in :func:`axis_table`.
 
     Returns:
         A row for each network, treatment and held-out seed: ``chosen``, its ``auc``, and in points of area
@@ -75,15 +76,13 @@ def selector_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for network, treatment, own in _families(auc, trials):
         local = {c: a for c, a in own.items() if axis_of(c) == "local"}
-        for seed in sorted({s for areas in local.values() for s in areas}):
-            there = {c: a for c, a in local.items() if seed in a and len(a) > 1}
-            if not there:
-                continue
-            chosen = max(there, key=lambda c: _mean(a for s, a in there[c].items() if s != seed))
-            area = there[chosen][seed]
+        seeds = sorted({s for areas in local.values() for s in areas})
+        for seed in seeds if len(seeds) > 1 else ():
+            chosen = max(local, key=lambda c: _mean(a for s, a in local[c].items() if s != seed))
+            area = local[chosen][seed]
 
             def over(criteria: Iterable[str], own: Areas = own, seed: int = seed, area: float = area) -> float:
-                found = [own[c][seed] for c in criteria if c in own and seed in own[c]]
+                found = [own[c][seed] for c in criteria if c in own]
                 return 100 * (area - max(found)) if found else float("nan")
 
             rows.append(
@@ -103,7 +102,7 @@ def selector_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _families(auc: AucResult, trials: pd.DataFrame) -> Iterable[tuple[str, str, Areas]]:
-    """Give each network's areas by treatment, with criteria in the place of methods' names."""
+    """Give each network's areas by treatment, by criterion; those alone that have an area on all of its seeds."""
     for network, areas in auc.areas.items():
         methods = trials[(trials.network == network)].drop_duplicates("method").set_index("method")
         by_treatment: dict[str, Areas] = {}
@@ -111,7 +110,9 @@ def _families(auc: AucResult, trials: pd.DataFrame) -> Iterable[tuple[str, str, 
             row = methods.loc[method]
             by_treatment.setdefault(str(row.treatment), {})[str(row.criterion)] = own
         for treatment, found in by_treatment.items():
-            yield network, treatment, found
+            seeds = sorted({seed for own in found.values() for seed in own})
+            whole = {c: {seed: own[seed] for seed in seeds} for c, own in found.items() if len(own) == len(seeds)}
+            yield network, treatment, whole
 
 
 def _best(areas: Areas, axis: str | None = None) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from tp_twoaxis.errors import TwoAxisError
 
@@ -38,7 +39,7 @@ class Curve(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and its bootstrap interval; the bounds are NaN for a single seed."""
+    """A mean over seeds and its confidence interval; the bounds are NaN for a single seed."""
 
     mean: float
     low: float
@@ -147,31 +148,29 @@ def retention_auc(curve: Curve, interval: tuple[float, float]) -> float:
     return float(np.sum(np.diff(knots) * (heights[1:] + heights[:-1]) / 2) / (high - low))
 
 
-def mean_interval(values: Sequence[float], *, level: float = 0.95, resamples: int = 9999, seed: int = 0) -> Interval:
-    """Mean over seeds with a percentile bootstrap interval; see :func:`paired_interval`.
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean over seeds with Student's interval; see :func:`paired_interval`.
 
     Example:
         >>> mean_interval([0.5, 0.5, 0.5])
         Interval(mean=0.5, low=0.5, high=0.5)
     """
-    return _bootstrap(np.asarray(values, dtype=np.float64), level, resamples, seed)
+    return _student(np.asarray(values, dtype=np.float64), level)
 
 
-def paired_interval(
-    first: Sequence[float], second: Sequence[float], *, level: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> Interval:
-    """Mean difference of two methods and its paired percentile bootstrap interval over seeds.
+def paired_interval(first: Sequence[float], second: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean difference of two methods and Student's paired interval over seeds.
 
-    Seeds are drawn with replacement and each brings both methods' numbers, so what is easy or hard about a seed
-    cancels. With five seeds an interval is coarse and rather too narrow: it can hold no more than 126 distinct
-    means. It shows how much the seeds agree, nothing about other networks.
+    Each seed brings both methods' numbers, so what is easy or hard about a seed cancels. The interval is
+    ``mean -+ t(n - 1) s / sqrt(n)`` with s the sample standard deviation of the n differences (Student 1908). It covers
+    the mean over all seeds in ``level`` of all repetitions where differences are normal, also at two seeds, where it is
+    wide because two numbers say little of their spread; a percentile bootstrap covers 52 % there instead of 95, and 85
+    at five. It says nothing of other networks.
 
     Args:
         first: [seeds] of one method.
         second: [seeds] of the other, in the same order.
         level: of confidence.
-        resamples: of ``scipy.stats.bootstrap``.
-        seed: of the resampling.
 
     Returns:
         The mean of ``first - second`` and its interval.
@@ -186,10 +185,10 @@ def paired_interval(
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise TwoAxisError(f"expected the same seeds of both methods, got {a.size} and {b.size}; run what is missing")
-    return _bootstrap(a - b, level, resamples, seed)
+    return _student(a - b, level)
 
 
-def _bootstrap(values: Any, level: float, resamples: int, seed: int) -> Interval:
+def _student(values: Any, level: float) -> Interval:
     if values.ndim != 1 or values.size == 0:
         raise TwoAxisError(f"expected one number a seed, got shape {list(values.shape)}; run the trials first")
     mean = float(values.mean())
@@ -197,14 +196,5 @@ def _bootstrap(values: Any, level: float, resamples: int, seed: int) -> Interval
         return Interval(mean, math.nan, math.nan)
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
-    from scipy.stats import bootstrap  # takes a second, and only reports need it
-
-    result = bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=level,
-        n_resamples=resamples,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(mean, float(result.low), float(result.high))
+    half = stdtrit(values.size - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(values.size)
+    return Interval(mean, float(mean - half), float(mean + half))

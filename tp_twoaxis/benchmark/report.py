@@ -154,10 +154,16 @@ def write_report(report: Report, folder: str | Path | None = None) -> list[Path]
 
 
 def wide_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Turn one network's summary into a row a method and a column a share kept, as text in percent."""
+    """Turn one network's summary into a row a method and a column a share kept, as text in percent.
+
+    Where fewer seeds were measured than elsewhere in the table, the text says how many.
+    """
+    most = summary.seeds.max()
     text = [
-        f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
-        for mean, std in zip(summary.accuracy, summary["std"], strict=True)
+        f"{100 * mean:.1f}"
+        + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
+        + ("" if seeds == most else f" ({seeds} of {most} seeds)")
+        for mean, std, seeds in zip(summary.accuracy, summary["std"], summary.seeds, strict=True)
     ]
     wide = summary.assign(text=text).pivot_table(
         index="method", columns="keep", values="text", aggfunc="first", sort=False
@@ -253,8 +259,9 @@ def _auc_words(auc: tables.AucResult) -> str:
     ends = "; ".join(f"{name}: {100 * low:.1f} to {100 * high:.1f} %" for name, (low, high) in auc.intervals.items())
     return (
         "<p class='soft'>Mean of accuracy over dense accuracy on the interval of MACs removed that all methods cover "
-        f"({escape(ends) or 'there is none'}); 95 % bootstrap intervals over seeds, differences paired. With few "
-        "seeds these are coarse, and they hold for no other networks.</p>"
+        f"({escape(ends) or 'there is none'}); Student's 95 % intervals over seeds, differences paired. They cover the "
+        "mean of further seeds where these differ as normal numbers do, and hold for no other networks. A method with "
+        "unmeasured trials has no area on their seeds and comes after those that have all.</p>"
     )
 
 

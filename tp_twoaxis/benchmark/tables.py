@@ -15,6 +15,7 @@ from tp_twoaxis.errors import TwoAxisError
 
 COUNTERS = ("macs", "host_macs", "thop_macs", "params")
 Areas = dict[str, dict[int, float]]
+FAILED = -1.0  # below any accuracy
 ACCURACIES = ("accuracy", "before_finetuning", "dense")
 
 
@@ -131,9 +132,11 @@ class AucResult:
     """Areas under the accuracy-retention curves.
 
     Attributes:
-        table: columns ``network, method, auc, low, high, seeds, behind_best, behind_low, behind_high``; ``auc`` is
-            the mean retention over the common interval, ``behind_best`` the mean paired difference from the best
-            method of the network; bounds are 95 % bootstrap intervals over seeds. Best first.
+        table: columns ``network, method, auc, low, high, seeds, unmeasured, behind_best, behind_low, behind_high``;
+            ``auc`` is the mean retention over the common interval, ``unmeasured`` how many of the compared seeds'
+            trials failed or are missing, ``behind_best`` the mean paired difference from the best method of the
+            network; bounds are Student's 95 % intervals over seeds. Methods with an area on more seeds first, of those
+            the best.
         areas: network -> method -> seed -> area.
         intervals: network -> the interval of MACs removed that its methods have in common.
         notes: what is missing and why.
@@ -148,8 +151,11 @@ class AucResult:
 def auc_table(trials: pd.DataFrame) -> AucResult:
     """Compare methods by the area under accuracy retention over MACs removed; see the protocol.
 
-    A method whose curve has fewer than two points on some seed is compared on its other seeds, and left out when
-    there are none. A network without a common interval has no rows but a note that names the method at fault.
+    A curve counts where it was measured at every share of the network's: no line bridges a trial that failed, and no
+    interval is cut short for it. So a method that failed somewhere has no area on that seed and comes after those that
+    have; its difference from the best is over the seeds that both have. Seeds that some method has not been run on to
+    the end are left out for all. A network without a common interval has no rows but a note that names the method at
+    fault.
     """
     rows: list[dict[str, Any]] = []
     found: dict[str, Areas] = {}
@@ -157,10 +163,20 @@ def auc_table(trials: pd.DataFrame) -> AucResult:
     notes: list[str] = []
     for network in trials.network.unique():
         mine = trials[trials.network == network]
-        curves = {method: _curves(measured(mine[mine.method == method])) for method in mine.method.unique()}
-        absent = [method for method, own in curves.items() if not own]
-        if absent:
-            notes.append(f"{network}: {', '.join(absent)} left out, no seed has two measured shares of MACs")
+        seeds, unfinished = _compared_seeds(mine)
+        if unfinished:
+            notes.append(f"{network}: seeds {', '.join(map(str, unfinished))} are not compared until all trials ran")
+        compared, shares = mine[mine.seed.isin(seeds)], mine.keep.nunique()
+        curves = {method: _curves(measured(own), shares) for method, own in compared.groupby("method", sort=False)}
+        if absent := [method for method, own in curves.items() if not own]:
+            notes.append(
+                f"{network}: {', '.join(absent)} left out, no seed has all its shares of MACs measured, or two"
+            )
+        if partial := [f"{method} on {len(own)}" for method, own in curves.items() if 0 < len(own) < len(seeds)]:
+            notes.append(
+                f"{network}: not measured to the end on all {len(seeds)} seeds, so last and in no family: "
+                f"{', '.join(partial)}"
+            )
         curves = {method: own for method, own in curves.items() if own}
         try:
             interval = common_interval({method: list(own.values()) for method, own in curves.items()})
@@ -172,17 +188,30 @@ def auc_table(trials: pd.DataFrame) -> AucResult:
             method: {seed: retention_auc(curve, interval) for seed, curve in own.items()}
             for method, own in curves.items()
         }
-        order = sorted(areas, key=lambda method: -float(np.mean(list(areas[method].values()))))
-        rows += [_auc_row(network, method, areas[method], areas[order[0]]) for method in order]
-    columns = ["network", "method", "auc", "low", "high", "seeds", "behind_best", "behind_low", "behind_high"]
+        order = sorted(areas, key=lambda method: (-len(areas[method]), -float(np.mean(list(areas[method].values())))))
+        good = measured(compared).groupby("method").size()
+        for method in order:
+            row = _auc_row(network, method, areas[method], areas[order[0]])
+            rows.append(row | {"unmeasured": len(seeds) * shares - int(good[method])})
+    columns = ["network", "method", "auc", "low", "high", "seeds", "unmeasured"]
+    columns += ["behind_best", "behind_low", "behind_high"]
     return AucResult(pd.DataFrame(rows, columns=columns), found, intervals, notes)
 
 
-def _curves(trials: pd.DataFrame) -> dict[int, Curve]:
+def _compared_seeds(trials: pd.DataFrame) -> tuple[list[int], list[int]]:
+    """Split a network's seeds into those on which every method's trials ran, and others; none of the former: all."""
+    ran = trials.drop_duplicates(["seed", "method", "keep"]).groupby("seed", sort=False).size()
+    whole = trials.method.nunique() * trials.keep.nunique()
+    finished, unfinished = ran.index[ran == whole].tolist(), ran.index[ran < whole].tolist()
+    return (finished, unfinished) if finished else (unfinished, [])
+
+
+def _curves(trials: pd.DataFrame, shares: int) -> dict[int, Curve]:
+    """Give the curve of every seed that has all shares measured, and at least two different MACs."""
     return {
         int(seed): Curve((1.0 - own.achieved).tolist(), own.retention.tolist())
         for seed, own in trials.groupby("seed", sort=False)
-        if own.achieved.nunique() > 1
+        if own.keep.nunique() == shares and own.achieved.nunique() > 1
     }
 
 
@@ -199,10 +228,13 @@ def _auc_row(network: str, method: str, own: dict[int, float], best: dict[int, f
 def win_matrix(trials: pd.DataFrame) -> pd.DataFrame:
     """Count how often the row's method is more accurate than the column's, at equal network, seed and MACs.
 
+    A trial that failed is lost to one that did not. Methods that always failed have no row.
+
     Returns:
         [methods, methods] shares in [0, 1], ties count half; missing on the diagonal and where no trial is shared.
     """
-    wide = measured(trials).pivot_table(
+    some = trials[trials.method.isin(measured(trials).method)]
+    wide = some.assign(accuracy=some.accuracy.where(some.status == "ok", FAILED)).pivot_table(
         index=["network", "seed", "keep"], columns="method", values="accuracy", sort=False
     )
     names = list(wide.columns)
@@ -210,7 +242,7 @@ def win_matrix(trials: pd.DataFrame) -> pd.DataFrame:
     shares = np.full((len(names), len(names)), np.nan)
     for i in range(len(names)):
         for j in range(len(names)):
-            both = ~np.isnan(values[:, i]) & ~np.isnan(values[:, j])
+            both = ~np.isnan(values[:, i]) & ~np.isnan(values[:, j]) & (np.maximum(values[:, i], values[:, j]) > FAILED)
             if i != j and both.any():
                 a, b = values[both, i], values[both, j]
                 shares[i, j] = float(np.mean((a > b) + 0.5 * (a == b)))

@@ -17,7 +17,7 @@ from torch import nn
 
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.option_values import names, numbers, position_rule
-from tp_twoaxis.data import ArrayDataset, ImageDataset, has_splits, make_loader, open_dataset
+from tp_twoaxis.data import ArrayDataset, ImageDataset, has_splits, make_loader, open_dataset, same_images
 from tp_twoaxis.errors import TwoAxisError, check_name
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
@@ -186,9 +186,16 @@ class EvaluationOptions:
             return None
         if self.eval_data is None and not has_splits(source.data):
             raise TwoAxisError(f"--eval-split: {source.data} has no splits; name the files for it with --eval-data")
-        return replace(
+        beside = replace(
             source, data=self.eval_data or source.data, split=self.eval_split or "test", images=self.eval_images
         )
+        if same_images((source.data, source.split), (beside.data, beside.split), source.label_column):
+            option = "--eval-split" if self.eval_data is None else "--eval-data"
+            raise TwoAxisError(
+                f"{option}: expected images apart from those of --data ({source.data}, {source.split}), got the same "
+                "ones; name another split, or a file or folder with --eval-data"
+            )
+        return beside
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ def digits(split: str, seed: int = 0) -> ArrayDataset:
 
 
 def has_splits(spec: str) -> bool:
-    """Whether the images of a spec depend on the split; files and globs are taken whole.
+    """Whether the images of a spec depend on the split; files, globs and folders of classes are taken whole.
 
     Args:
         spec: as in :func:`open_dataset`.
@@ -144,7 +144,8 @@ def has_splits(spec: str) -> bool:
         >>> has_splits("cifar10:/data"), has_splits("test-00000-of-00001.parquet")
         (True, False)
     """
-    return split_spec(spec) is not None or Path(spec).expanduser().is_dir()
+    folder = Path(spec).expanduser()
+    return split_spec(spec) is not None or (folder.is_dir() and bool(_shards(folder) or _split_folders(folder)))
 
 
 def same_images(first: tuple[str, str], second: tuple[str, str], label_column: str | None = None) -> bool:
@@ -199,17 +200,23 @@ def _find_source(spec: str, split: str, label_column: str | None) -> tuple[Norma
 
 
 def _folder_source(folder: Path, split: str, label_column: str | None) -> Source:
-    shards = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
-    if shards:
+    if shards := _shards(folder):
         by_split: dict[str, list[Path]] = {}
         for shard in shards:
             by_split.setdefault(re.split(r"[-_.\d]", shard.name, maxsplit=1)[0], []).append(shard)
         return ParquetSource(_choose(folder, split, by_split), label_column)
-    folders = {p.name: p for p in folder.iterdir() if p.is_dir()}
-    # without any folder that is named like a split, the folders are the classes
-    if any(name in names for name in folders for names in SPLITS.values()):
-        folder = _choose(folder, split, folders)
-    return FolderSource(folder)
+    folders = _split_folders(folder)
+    return FolderSource(_choose(folder, split, folders) if folders else folder)
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """Find the folders in a folder by name; none where no name is that of a split, for then they are the classes."""
+    folders = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    return folders if any(name in names for name in folders for names in SPLITS.values()) else {}
 
 
 def _choose(path: Path, split: str, by_split: dict[str, T]) -> T:

@@ -16,7 +16,11 @@ from tp_twoaxis.importance.baselines.activation_criteria import (
     MIPPImportance,
     VBPImportance,
 )
-from tp_twoaxis.importance.baselines.gradient_criteria import HessianImportance, TaylorBNImportance
+from tp_twoaxis.importance.baselines.gradient_criteria import (
+    HessianImportance,
+    TaylorBNImportance,
+    TaylorGroupImportance,
+)
 from tp_twoaxis.importance.baselines.tp_criteria import tp_activation, tp_hessian
 from tp_twoaxis.importance.baselines.weight_criteria import (
     BNFoldedNormImportance,
@@ -25,7 +29,7 @@ from tp_twoaxis.importance.baselines.weight_criteria import (
     RandomImportance,
 )
 from tp_twoaxis.importance.cap_qgw import CapQGWImportance
-from tp_twoaxis.importance.criterion import Criterion, Importance, option_names
+from tp_twoaxis.importance.criterion import Axis, Criterion, Importance, option_names
 from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.pruning_state import Need, PruningState
 from tp_twoaxis.importance.registry import CRITERIA, find_criterion
@@ -50,9 +54,10 @@ def _score(name: str) -> Criterion:
     entry = SCORES[name]
     of_groups = (option for option in option_names(TwoAxisImportance) if option != "score")
     options = (*option_names(entry.function), *of_groups)
-    summary = f"{entry.summary} ({entry.axis} axis)"
+    axis: Axis = "mixed" if entry.mixed else entry.axis
+    summary = f"{entry.summary} ({axis} axis)"
     factory = partial(_build_score, name)
-    return Criterion(name, summary, factory, ("statistics",), entry.axis, options, entry.function)
+    return Criterion(name, summary, factory, ("statistics",), axis, options, entry.function)
 
 
 def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:
@@ -116,10 +121,12 @@ def _build_gathered(make: Callable[..., Importance], labels: bool, state: Prunin
     return make(model, loader, max_images=state.max_images, progress=state.progress, **options)
 
 
-def _gathered(name: str, summary: str, need: Need, made: type[GatheredImportance]) -> Criterion:
+def _gathered(
+    name: str, summary: str, need: Need, made: type[GatheredImportance], options: tuple[str, ...] | None = None
+) -> Criterion:
     """Make a row of a criterion that gathers statistics of its own."""
     factory = partial(_build_gathered, made.calibrate, need == "labels")
-    return Criterion(name, summary, factory, (need,), options=option_names(made))
+    return Criterion(name, summary, factory, (need,), options=option_names(made) if options is None else options)
 
 
 def _torch_pruning(name: str, summary: str, need: Need, prepare: Callable[..., Importance]) -> Criterion:
@@ -142,7 +149,7 @@ _ROWS = (
         "what the logits lose for a channel's MACs once its consumers are repaired",
         _anticipating,
         ("statistics", "consumers", "images"),
-        "local",
+        "mixed",
         option_names(AnticipatingImportance),
     ),
     HybridCriterion(
@@ -170,8 +177,15 @@ _ROWS = (
     _weights("lamp", "layer-adaptive magnitude (Lee et al. 2021), by channel", tp.importance.LAMPImportance),
     _gradients(
         "taylor-bn",
-        "first-order Taylor expansion of the loss (Molchanov et al. 2019), BatchNorm and biases included",
+        "first-order Taylor expansion of the loss (after Molchanov et al. 2019), BatchNorm and biases included",
         TaylorBNImportance,
+    ),
+    _gathered(
+        "taylor-group",
+        "squared sums of weight times gradient over the group, mean over minibatches (Molchanov et al. 2019)",
+        "labels",
+        TaylorGroupImportance,
+        ("loss", "normalizer"),  # all layers are one sum: there is nothing to reduce
     ),
     _gathered(
         "hessian",

@@ -16,7 +16,7 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Importance = Callable[[Any], Any]
 """A Torch-Pruning importance: group -> [root channels] scores, larger keeps, or None to leave the group whole."""
-Axis = Literal["local", "target", "both", "baseline"]
+Axis = Literal["local", "target", "mixed", "both", "baseline"]
 
 # what is passed when a criterion is built, and is no option of it
 _GIVEN = {"self", "cls", "stats", "statistics", "layer", "model", "loader", "max_images", "progress", "seed"}
@@ -31,7 +31,8 @@ class Criterion:
         summary: what it is, in one line.
         factory: state, and options by keyword -> importance.
         needs: what it looks at: any of :data:`Need`; none for weights alone.
-        axis: ``local``, ``target``, ``both``; ``baseline`` for criteria of others.
+        axis: ``local``, ``target``; ``mixed`` where local statistics come with weights or with what the network makes
+            of a layer; ``both``; ``baseline`` for criteria of others.
         options: keywords that ``factory`` takes.
         score: statistics of a layer -> [C], for criteria that score single layers; takes some of the options.
         draws: whether it draws random numbers.

@@ -29,12 +29,12 @@ ENTRY_POINTS = "tp_twoaxis.importances"
 ALIASES = {"local": DEFAULT_SCORE, "target": "task-mi"}
 """Short names of the default score of each axis."""
 FAMILIES: dict[str, tuple[Axis, ...]] = {
-    "all": ("local", "target", "both", "baseline"),
-    "all-local": ("local",),
+    "all": ("local", "target", "mixed", "both", "baseline"),
+    "all-local": ("local", "mixed"),
     "all-target": ("target",),
     "all-baselines": ("baseline",),
 }
-"""Names that stand for several criteria, where several are taken. ``all-local`` are the scores of the local axis."""
+"""Names that stand for several criteria, where several are taken. ``all-local`` are the scores of a layer by itself."""
 
 
 def find_criterion(expression: str) -> Criterion:

@@ -2,7 +2,8 @@
 
 The recipe holds, by module name, the class, every integer attribute (``out_channels``, ``num_heads``,
 ``normalized_shape``, ...) and the scale of attention as absolute values. Loading builds the dense network with the
-user's own factory, sets the attributes that differ and puts every parameter and buffer in its place.
+user's own factory, sets those of its attributes that differ, puts every parameter and buffer in its place and compares
+their shapes with the attributes. Recipe and tensors are under one checksum.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tp_twoaxis.dependency.attention import SCALES
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
 from tp_twoaxis.runtime import serialization
 from tp_twoaxis.runtime.model_state import fork_rng, unwrap
+from tp_twoaxis.runtime.tensor_shapes import misshapen
 
 FORMAT = "tp-twoaxis/pruned"
 VERSION = 2  # 2: scales of attention
@@ -54,7 +56,8 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
         report: how the network came about; :func:`read_header` returns it.
 
     Raises:
-        TwoAxisError: the folder does not exist or cannot be written, or a tensor has no values (meta device).
+        TwoAxisError: the folder does not exist or cannot be written, a tensor has no values (meta device), or the
+            attributes of one of torch's own layers describe other shapes than those of its tensors.
 
     Example:
         >>> import tempfile, os
@@ -64,6 +67,7 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
         Linear(in_features=4, out_features=2, bias=True)
     """
     model = unwrap(model)
+    _check_shapes(model)
     tensors: dict[str, Tensor] = {}
     first_name: dict[Tensor, str] = {}
     aliases: dict[str, str] = {}
@@ -133,7 +137,8 @@ def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
         machine, device and torch version.
 
     Raises:
-        FileFormatError: the file is missing, corrupted, a pickle, foreign, of a newer version or incomplete.
+        FileFormatError: the file is missing, corrupted, a pickle, foreign, of a newer version or incomplete, or its
+            attributes and the shapes of its tensors contradict each other.
         TwoAxisError: the factory builds another network than the one that was pruned.
 
     Example:
@@ -178,13 +183,18 @@ def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
                 f"built {type(module).__name__}; build the network that was pruned"
             )
     _compare(path, "parameter or buffer", {*saved, *empty}, slots)
+    # a layer whose subclass shapes its tensors in a way of its own has no rule to follow
+    ruled = {name: module for name, module in modules.items() if misshapen(module) is None}
     for name, module in modules.items():
         for key, value in attributes[name].items():
-            current = getattr(module, key, None)
-            wanted = list(value) if isinstance(current, list) and isinstance(value, tuple) else value
-            if current != wanted:
-                setattr(module, key, wanted)
+            _set_attribute(path, name, module, key, value)
     _fill(slots, saved)
+    for name, module in ruled.items():
+        if (wrong := misshapen(module)) is not None:
+            raise FileFormatError(
+                f"{path}: module {name or '(root)'}: its attributes ({_attributes_of(module)}) ask for {wrong}; "
+                "the recipe and the tensors belong to different networks, save the network again"
+            )
     return model.eval()
 
 
@@ -213,6 +223,10 @@ def _structure(module: nn.Module) -> dict[str, int | float | list[int]]:
     return found
 
 
+def _attributes_of(module: nn.Module) -> str:
+    return listing(f"{name} {value}" for name, value in _structure(module).items())
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -230,6 +244,44 @@ def _checked(attributes: dict[str, Any]) -> dict[str, int | float | tuple[int, .
             raise ValueError(f"attribute {name} = {value!r} is no structure")
         checked[name] = tuple(value) if isinstance(value, list) else value
     return checked
+
+
+def _set_attribute(
+    path: str | Path, name: str, module: nn.Module, key: str, value: int | float | tuple[int, ...]
+) -> None:
+    """Set an attribute that the module has, by a value of the kind that it has.
+
+    Raises:
+        TwoAxisError: the module has no such attribute, or one of another kind.
+    """
+    present = vars(module)
+    current = present.get(key)
+    wanted = list(value) if isinstance(current, list) and isinstance(value, tuple) else value
+    if key in present and current == wanted:
+        return
+    several = isinstance(current, (tuple, list))
+    number = isinstance(current, (int, float)) and not isinstance(current, bool)
+    if key not in present or not (current is None or (several if isinstance(value, tuple) else number)):
+        got = f"{key} = {current!r}" if key in present else f"no attribute {key}"
+        raise TwoAxisError(
+            f"{path}: module {name or '(root)'}: the saved {type(module).__name__} has {key} = {wanted!r}, the "
+            f"factory's has {got}; build the network that was pruned, and let the factory set what was set on it later"
+        )
+    setattr(module, key, wanted)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse layers that could not be told from damaged ones when they are read.
+
+    Raises:
+        TwoAxisError: one of torch's own layers has attributes that are not those of its tensors.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn.modules.") and (wrong := misshapen(module)) is not None:
+            raise TwoAxisError(
+                f"{name or type(module).__name__}: its attributes ({_attributes_of(module)}) ask for {wrong}; "
+                "set them to what the tensors are"
+            )
 
 
 def _restride(name: str, tensor: Tensor, strides: dict[str, list[int]]) -> Tensor:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tp_twoaxis.dependency.cost import CostModel
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.pruning.allocation_search import Allocation, nearest_allocation
 
 # cuts that may be taken back, one at a time, to look for a closer match in networks of few channels
 BACK = 32
@@ -94,7 +95,9 @@ def make_plan(
     except below a group's floor. A group whose channels leave together loses channels in such
     portions, each when its last channel is passed. The cut is the prefix of that order nearest to the
     target. Where one removal is too coarse to come within a quarter of ``tolerance``, cheaper channels
-    further up the order fill the gap.
+    further up the order fill the gap. Where portions of ``round_to`` channels miss the target even so, groups exchange
+    portions: of the allocations within ``tolerance`` that are found, the one is taken whose exchanged channels have
+    scores nearest to the threshold.
 
     Args:
         groups: what may be removed; groups that are not listed stay whole.
@@ -168,14 +171,13 @@ def make_plan(
         )
         if abs(macs_after(filled) - target) < error:
             chosen, error = filled, abs(macs_after(filled) - target)
+    if round_to and error > close:
+        chosen = _exchange(groups, cost, events, low, target, close) or chosen
     removed = state_after(chosen)
     macs = cost.macs(removed)
     notes = []
     if abs(macs - target) > close:
-        notes.append(
-            f"kept {macs / dense:.4f} of the {cost.unit} instead of {flops:g}: no removal near the threshold lies "
-            "closer; single channels are that coarse here (lower round_to or min_keep)"
-        )
+        notes.append(missed_note(macs / dense, flops, cost.unit, coarse_reason(round_to)))
     threshold = max((event.score for event in chosen), default=-math.inf)
     return PruningPlan(removed, macs, target, dense, threshold, notes)
 
@@ -197,6 +199,29 @@ def check_constraints(flops: float, min_keep: float, round_to: int | None, toler
         raise TwoAxisError(f"round_to: expected a positive whole number or None, got {round_to!r}")
     if tolerance is not None and not (_is_number(tolerance) and tolerance > 0.0):
         raise TwoAxisError(f"tolerance: expected a positive relative distance, got {tolerance!r}")
+
+
+def missed_note(kept: float, asked: float, unit: str, reason: str) -> str:
+    """Say that a target was missed.
+
+    Example:
+        >>> missed_note(0.52, 0.5, "MACs", "heads are large")
+        'kept 0.5200 of the MACs instead of 0.5: heads are large'
+    """
+    return f"kept {kept:.4f} of the {unit} instead of {asked:g}: {reason}"
+
+
+def coarse_reason(round_to: int | None) -> str:
+    """Say why a plan can miss its target, and what to do.
+
+    Example:
+        >>> coarse_reason(8)
+        'no removal near the threshold lies closer, multiples of 8 channels are that coarse here; lower round_to'
+    """
+    portions, remedy = (
+        (f"multiples of {round_to} channels", "lower round_to") if round_to else ("single channels", "lower min_keep")
+    )
+    return f"no removal near the threshold lies closer, {portions} are that coarse here; {remedy}"
 
 
 def _is_number(value: object, kind: type = Real) -> bool:
@@ -229,6 +254,34 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
                 removed_units = units
     # a later cut of a group never comes before an earlier one: within a group scores ascend with the step
     return sorted(events, key=lambda event: (event.score, event.group, event.step))
+
+
+def _exchange(
+    groups: list[ScoredGroup], cost: CostModel, events: list[_Event], low: int, target: float, close: float
+) -> list[_Event] | None:
+    """Let groups exchange portions around the cut at ``low`` until the MACs come close; None where none are found."""
+    if not events:
+        return None
+    threshold = events[min(low, len(events) - 1)].score
+    portions: list[list[_Event]] = [[] for _ in groups]
+    masks = [[np.zeros(len(group.scores), dtype=bool)] for group in groups]  # after none, one, two portions ...
+    for event in events:
+        portions[event.group].append(event)
+        masks[event.group].append(masks[event.group][-1].copy())
+        masks[event.group][-1][event.channels] = True
+
+    def penalty(event: _Event) -> float:  # also where both scores are infinite, whose difference is no number
+        return 0.0 if event.score == threshold else abs(event.score - threshold) * len(event.channels)
+
+    def fits(allocation: Allocation) -> bool:
+        state = {group.name: own[taken] for group, own, taken in zip(groups, masks, allocation, strict=True)}
+        return abs(cost.macs(state) - target) <= close
+
+    start = tuple(sum(event.group == group for event in events[:low]) for group in range(len(groups)))
+    found = nearest_allocation(start, [[penalty(event) for event in own] for own in portions], fits)
+    if found is None:
+        return None
+    return [event for own, taken in zip(portions, found, strict=True) for event in own[:taken]]
 
 
 def _fill(

@@ -18,7 +18,7 @@ from tp_twoaxis.dependency.validation import verified_groups
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.history import RemovalHistory
-from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, make_plan
+from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, coarse_reason, make_plan, missed_note
 from tp_twoaxis.pruning.ranking import score_groups
 from tp_twoaxis.runtime.model_state import ModelSnapshot
 from tp_twoaxis.runtime.timing import timed
@@ -80,6 +80,7 @@ def prune_step(
     before = present.total / dense
     last = share == config.flops
     target = share
+    nearest: tuple[StepResult, ModelSnapshot] | None = None
     for attempt in range(1, TRIES + 1):
         with timed(seconds, "graph"):
             graph = build_graph(network, inputs)
@@ -95,6 +96,8 @@ def prune_step(
             try:
                 plan = _plan(scored, cost, target, config, whole, last=last)
             except UnreachableTargetError as error:
+                if nearest is not None:  # the correction asked for more than there is, not the caller
+                    break
                 raise UnreachableTargetError("; ".join([str(error), *notes, *declined])) from None
         with timed(seconds, "remove"):
             joined = history.then(
@@ -112,24 +115,31 @@ def prune_step(
             refresh_widths(network)
         with timed(seconds, "count"):
             count = _count_pruned(network, inputs)
-        missed = plan.notes if last else []
         if config.budget == "channels":  # counted, not predicted
+            missed = plan.notes if last else []
             return StepResult(count, plan.macs / plan.dense, joined, notes + missed + declined)
         achieved = count.total / dense
         met = abs(achieved - share) <= config.tolerance * share
+        missed = [] if met or not last else [missed_note(achieved, share, "MACs", _reason(plan, config))]
+        if nearest is None or abs(achieved - share) < abs(nearest[0].achieved - share):
+            nearest = StepResult(count, achieved, joined, notes + missed + declined), ModelSnapshot(network)
         as_planned = abs(count.total - plan.macs) < 1.0 or count.total >= present.total
         if met or as_planned or plan.notes or attempt == TRIES:
             break
         snapshot.restore()
         # what was removed by prediction and in truth are in proportion, near enough
         target = min(1.0, max(1e-6, before - (before - target) * (before - share) / (before - achieved)))
-    notes += missed + declined
-    if not met and not plan.notes and last:
-        notes.append(
-            f"kept {achieved:.4f} of the MACs instead of {share:g}: the model runs operations that the cost model "
-            "cannot attribute to a group"
-        )
-    return StepResult(count, achieved, joined, notes)
+    assert nearest is not None
+    result, pruned = nearest
+    pruned.restore()
+    return result
+
+
+def _reason(plan: PruningPlan, config: PruningConfig) -> str:
+    """Say why the counter and the target disagree."""
+    if plan.notes:
+        return coarse_reason(config.round_to)
+    return "the model runs operations that the cost model cannot attribute to a group"
 
 
 def _plan(

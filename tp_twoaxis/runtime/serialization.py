@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ Json = dict[str, Any]
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that it is either there whole or not there at all.
 
+    A file that is replaced keeps its permissions and, where the system allows it, its owner and group; of a symbolic
+    link it is the target that is replaced. A new file has the permissions that the umask leaves.
+
     Raises:
         TwoAxisError: the folder does not exist or cannot be written.
 
@@ -31,20 +37,19 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         b'whole'
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise TwoAxisError(f"{path}: the folder {path.parent} does not exist; create it first")
+    target = Path(os.path.realpath(path))  # a link stays; one that leads nowhere yet gets its target
+    if not target.parent.is_dir():
+        raise TwoAxisError(f"{path}: the folder {target.parent} does not exist; create it first")
     temporary = None
     try:
         # the same folder, so that the final rename stays inside one file system and is atomic
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        _take_permissions(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise TwoAxisError(f"{path}: could not be written ({error}); nothing was changed") from error
     finally:
@@ -52,8 +57,24 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _take_permissions(temporary: Path, target: Path) -> None:
+    """Give a file the permissions of the one that it replaces, or those of a new file."""
+    try:
+        old = target.stat()
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        return
+    new = temporary.stat()
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        with suppress(PermissionError):  # only the superuser gives files away
+            os.chown(temporary, old.st_uid, old.st_gid)
+    temporary.chmod(stat.S_IMODE(old.st_mode))
+
+
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: Json, *, kind: str, version: int) -> None:
-    """Write tensors with a header that names the file's format and version.
+    """Write tensors with a header that names the file's format and version, all under one checksum.
 
     Args:
         path: of the file, which is replaced as a whole.
@@ -70,12 +91,12 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: Js
         >>> tensors["a"].tolist(), header["note"]
         ([1.0, 1.0], 'hi')
     """
-    metadata = {"format": kind, "version": str(version), "header": json.dumps(header), "digest": _digest(tensors)}
-    write_bytes(path, save(tensors, metadata=metadata))
+    metadata = {"format": kind, "version": str(version), "header": json.dumps(header), "tensors": _digest(tensors)}
+    write_bytes(path, save(tensors, metadata={**metadata, "checksum": _checksum(metadata)}))
 
 
 def read_header(path: str | Path, *, kind: str, version: int) -> Json:
-    """Read the header alone; see :func:`read_tensors` for what is refused."""
+    """Read the header alone; see :func:`read_tensors` for what is refused. The tensors are not checked."""
     return _read(path, kind=kind, version=version, tensors=False)[1]
 
 
@@ -83,8 +104,8 @@ def read_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str
     """Read what :func:`write_tensors` wrote.
 
     Raises:
-        FileFormatError: the file is missing, cut short, a pickle, another program's, of another kind, or
-            of a newer version.
+        FileFormatError: the file is missing, cut short, a pickle, another program's, of another kind, of a newer
+            version, or its header or tensors are not those that were written.
     """
     return _read(path, kind=kind, version=version, tensors=True)
 
@@ -107,12 +128,19 @@ def refuse_pickle(path: str | Path) -> None:
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    """Hash names and bytes: safetensors notices a file cut short, but not a number that changed."""
+    """Hash names, kinds, shapes and bytes: safetensors notices a file cut short, but not a number that changed."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _checksum(metadata: Mapping[str, str]) -> str:
+    """Hash format, version, header and the tensors' hash: the header can be checked without the tensors."""
+    parts = [metadata[key] for key in ("format", "version", "header", "tensors")]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _read(path: str | Path, *, kind: str, version: int, tensors: bool) -> tuple[dict[str, torch.Tensor], Json]:
@@ -134,8 +162,12 @@ def _read(path: str | Path, *, kind: str, version: int, tensors: bool) -> tuple[
                     "update tp-twoaxis"
                 )
             header: Json = json.loads(metadata["header"])
+            if "checksum" not in metadata:
+                raise ValueError("it has no checksum of its header")
+            if _checksum(metadata) != metadata["checksum"]:
+                raise ValueError("its header does not match its checksum")
             read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-            if tensors and _digest(read) != metadata["digest"]:
+            if tensors and _digest(read) != metadata["tensors"]:
                 raise ValueError("its numbers do not match their checksum")
             return read, header
     except FileFormatError:

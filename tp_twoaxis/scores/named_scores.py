@@ -27,12 +27,14 @@ class NamedScore:
         summary: what it is, in one line.
         normalizer: makes groups comparable unless another is chosen; signed scores need one that does not divide.
             What theirs rests on is in :mod:`~tp_twoaxis.scores.composite`.
+        mixed: whether it looks at weights beside the statistics of its axis.
     """
 
     function: Score
     axis: Literal["local", "target"]
     summary: str
     normalizer: str = "mean"
+    mixed: bool = False
 
 
 def capture(layer: LayerStatistics) -> Tensor:
@@ -110,7 +112,9 @@ SCORES: dict[str, NamedScore] = {
     "variance": NamedScore(relative_variance, "local", "output variance over its layer mean"),
     "low-overlap": NamedScore(low_overlap, "local", "minus the mean peer overlap R_k", "standarization"),
     "composite-local": NamedScore(composite.composite_local, "local", "capture less overlap", "softmax"),
-    "norm-local": NamedScore(composite.norm_local, "local", "weight norm and capture less overlap", "softmax"),
+    "norm-local": NamedScore(
+        composite.norm_local, "local", "weight norm and capture less overlap", "softmax", mixed=True
+    ),
     "hull": NamedScore(hull_refined, "local", "variance less what the best 8 peers can supply"),
     "compact-hull": NamedScore(composite.compact_hull, "local", "capture less compact peer support", "softmax"),
     "cap-a": NamedScore(cap_a, "local", "capture, in an order annealed from overlap to capture"),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from tp_twoaxis.errors import TwoAxisError
@@ -18,10 +20,13 @@ from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
 from tp_twoaxis.runtime.layers import broadcast_per_image, out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.weight_sums import sum_by_input, sum_by_output
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.targets import class_indices
 
 Loss = Callable[[Any, Tensor], Tensor]
+SUMMED_LAYERS = (_ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
+"""Layers whose parameters belong to channels that they write or read."""
 
 
 class OutputSaliency:
@@ -247,6 +252,101 @@ def gather_squared_gradients(
             raise TwoAxisError(f"{name}: its gradients are not finite on finite images; check the model and the loss")
     means = {name: (total / run.images).cpu() for name, total in sums.items()}
     return SquaredGradients(means, run.images, ModelFingerprints.of_model(network))
+
+
+class MinibatchProducts:
+    """Weight times gradient, summed by channel in each minibatch, and the model state it holds for.
+
+    Attributes:
+        by_output: parameter name -> [minibatches, C] float64 on the CPU, sums over what belongs to a channel that the
+            layer writes; parameters that do not train are absent.
+        by_input: name of a weight -> [minibatches, C_in], the same by the channels that the layer reads.
+        sizes: [minibatches] images of each.
+        num_images: images seen.
+        state: to verify a model with.
+    """
+
+    def __init__(
+        self, by_output: dict[str, Tensor], by_input: dict[str, Tensor], sizes: Tensor, state: ModelFingerprints
+    ) -> None:
+        self.by_output = by_output
+        self.by_input = by_input
+        self.sizes = sizes
+        self.num_images = int(sizes.sum())
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"MinibatchProducts({len(self.by_output)} parameters, {len(self.sizes)} minibatches)"
+
+
+def gather_minibatch_products(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss: Loss = F.cross_entropy,
+    max_images: int | None = 5000,
+    progress: bool = True,
+) -> MinibatchProducts:
+    """Sum weight times gradient of each minibatch's loss by channel, for convolutions, linear layers and norms.
+
+    The loader's batches are the minibatches: how many images a gradient is a mean of is part of what is measured. The
+    model runs in eval mode and comes back as it was, its gradients included.
+
+    Args:
+        model: a model that returns logits [n, K], or whatever ``loss`` takes; wrappers are looked through.
+        loader: yields ``(images, labels)``, labels class indices [n].
+        loss: ``(output of a minibatch, its labels) -> scalar``, a mean over the images.
+        max_images: stop after this many; None reads the loader to its end.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        TwoAxisError: no labelled images came, the model or the loss failed, no parameter trains, or gradients
+            are not finite.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        >>> loader = [(torch.randn(8, 3, 2, 2), torch.randint(4, (8,)))] * 3
+        >>> products = gather_minibatch_products(net, loader, progress=False)
+        >>> products.by_output["1.weight"].shape, products.by_input["1.weight"].shape
+        (torch.Size([3, 4]), torch.Size([3, 12]))
+    """
+    network = unwrap(model)
+    trained = _trained(network)
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, SUMMED_LAYERS)}
+    by_output: dict[str, list[Tensor]] = {}
+    by_input: dict[str, list[Tensor]] = {}
+    sizes = []
+    with _labelled_pass(network, loader, "weight-gradient products", max_images, progress) as run:
+        for batch, output in run:
+            assert batch.labels is not None
+            with _backward_errors(
+                network, "it must return logits [n, K] with labels in [0, K), or give a loss= that fits it"
+            ):
+                value = loss(output, batch.labels.to(run.device))
+                gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+            sizes.append(len(batch.labels))
+            products = {
+                parameter: torch.zeros_like(parameter) if gradient is None else parameter.detach() * gradient
+                for parameter, gradient in zip(trained.values(), gradients, strict=True)
+            }
+            for name, layer in layers.items():
+                for key, parameter in layer.named_parameters(name, recurse=False):
+                    if (product := products.get(parameter)) is None:
+                        continue
+                    if parameter.ndim == 1:  # a bias, or a norm's
+                        by_output.setdefault(key, []).append(product.cpu().double())
+                    elif isinstance(layer, (_ConvNd, nn.Linear)):
+                        by_output.setdefault(key, []).append(sum_by_output(product, layer).cpu().double())
+                        by_input.setdefault(key, []).append(sum_by_input(product, layer).cpu().double())
+    for key, sums in by_output.items():
+        if not all(bool(torch.isfinite(total).all()) for total in sums):
+            raise TwoAxisError(f"{key}: its gradients are not finite on finite images; check the model and the loss")
+    return MinibatchProducts(
+        {key: torch.stack(sums) for key, sums in by_output.items()},
+        {key: torch.stack(sums) for key, sums in by_input.items()},
+        torch.tensor(sizes),
+        ModelFingerprints.of_model(network),
+    )
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

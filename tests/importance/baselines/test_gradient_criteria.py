@@ -6,15 +6,21 @@ import torch
 import torch_pruning as tp
 from baseline_cases import X, full_group, reorder, residual
 from cases import batches, conv_net
-from reference_baselines import layer_saliency
+from reference_baselines import layer_saliency, squared_group_sums
 from torch import nn
 from torch.nn import functional as F
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.errors import StaleStatisticsError
-from tp_twoaxis.importance.baselines.gradient_criteria import HessianImportance, TaylorBNImportance, layer_saliencies
+from tp_twoaxis.importance import find_criterion
+from tp_twoaxis.importance.baselines.gradient_criteria import (
+    HessianImportance,
+    TaylorBNImportance,
+    TaylorGroupImportance,
+    layer_saliencies,
+)
 from tp_twoaxis.importance.baselines.tp_criteria import tp_activation, tp_hessian
-from tp_twoaxis.statistics.gradients import accumulate_gradients
+from tp_twoaxis.statistics.gradients import accumulate_gradients, gather_minibatch_products
 
 
 def numbers(tensor):
@@ -75,6 +81,84 @@ def test_sums_over_grouped_and_transposed_weights(layer):
         np.testing.assert_allclose(sums[0][0], layer_saliency(numbers(plain), reads=reads, groups=2), rtol=1e-6)
 
 
+def elements_of_channel(net, element, k):
+    """All that leaves with channel k of the residual stream, one number after the other."""
+    return np.concatenate(
+        [
+            element[net.first.weight][k].ravel(),
+            element[net.second.weight][k].ravel(),
+            element[net.second.bias][[k]],
+            *(element[p][[k]] for norm in (net.bn_first, net.bn_second) for p in (norm.weight, norm.bias)),
+            element[net.second.weight][:, k].ravel(),
+            element[net.fc.weight][:, 4 * k : 4 * k + 4].ravel(),
+        ]
+    )
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 5, 2), (12,), (1,) * 12])
+def test_squared_group_sums_of_minibatches(sizes):
+    net = residual()
+    images, labels = (torch.cat(parts) for parts in zip(*batches(images=12, batch_size=5), strict=True))
+    loader = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+    products = []
+    for batch, targets in loader:
+        net.zero_grad()
+        F.cross_entropy(net(batch), targets).backward()
+        element = {p: numbers(p) * numbers(p.grad) for p in net.parameters()}
+        products.append([elements_of_channel(net, element, k) for k in range(6)])
+    net.zero_grad()
+    importance = TaylorGroupImportance.calibrate(net, loader, progress=False, normalizer=None)
+    expected = squared_group_sums(products, sizes)
+    np.testing.assert_allclose(importance(full_group(net, "first")), expected, rtol=1e-3, atol=1e-9)
+    assert all(p.grad is None for p in net.parameters())
+    assert importance.statistics.num_images == 12
+
+
+def test_what_parameters_of_a_channel_do_may_cancel():
+    """A channel that tells the two classes the same: each weight that reads it acts, all of them together do not."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.Flatten(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([[1.0, 0.5], [1.0, -0.5]]))
+    loader = [(torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 0, 1]))]
+    group = full_group(net, "0", torch.zeros(1, 3, 1, 1))
+    sums = TaylorGroupImportance.calibrate(net, loader, progress=False, normalizer=None)(group)
+    accumulate_gradients(net, loader, progress=False)
+    absolute = TaylorBNImportance(normalizer=None)(group)
+    assert float(sums[0]) == pytest.approx(0.0, abs=1e-9)
+    assert float(sums[1]) > 1e-6
+    assert float(absolute[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("layer", "images"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2), (4, 8, 8)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 8, 8)),
+        (nn.Conv2d(4, 4, 3, groups=4), (4, 8, 8)),
+        (nn.Linear(4, 6), (4,)),
+    ],
+)
+def test_products_are_summed_by_output_and_by_input(layer, images):
+    net = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3))
+    loader = [(torch.randn(3, *images), torch.tensor([0, 1, 2])) for _ in range(2)]
+    net(loader[0][0])
+    products = gather_minibatch_products(net, loader, progress=False)
+    groups = getattr(layer, "groups", 1)
+    for number, (batch, labels) in enumerate(loader):
+        net.zero_grad()
+        F.cross_entropy(net(batch), labels).backward()
+        element = layer.weight.detach() * layer.weight.grad
+        if isinstance(layer, nn.ConvTranspose2d):
+            element = torch.cat([part.transpose(0, 1) for part in element.split(2)])
+        plain = numbers(element.flatten(2) if element.ndim > 2 else element[:, :, None])
+        for sums, reads in ((products.by_output, False), (products.by_input, True)):
+            expected = layer_saliency(plain, reads=reads, groups=groups)
+            np.testing.assert_allclose(sums["0.weight"][number], expected, rtol=1e-3, atol=1e-6)
+        bias = numbers(layer.bias * layer.bias.grad)
+        np.testing.assert_allclose(products.by_output["0.bias"][number], bias, rtol=1e-3, atol=1e-6)
+    net.zero_grad()
+
+
 def test_hessian_is_the_mean_over_images_of_squared_gradients():
     net = residual()
     images, labels = (torch.cat(parts) for parts in zip(*batches(images=12, batch_size=5), strict=True))
@@ -98,9 +182,10 @@ def test_permuting_channels_permutes_scores():
     scores = []
     for net in (residual(), reorder(residual(), order)):
         importance = HessianImportance.calibrate(net, batches(images=6), progress=False)
+        sums = TaylorGroupImportance.calibrate(net, batches(images=6), progress=False)
         accumulate_gradients(net, batches(images=6), progress=False)
         group = full_group(net, "first")
-        scores.append((importance(group), TaylorBNImportance()(group)))
+        scores.append((importance(group), sums(group), TaylorBNImportance()(group)))
     for plain, permuted in zip(*scores, strict=True):
         torch.testing.assert_close(permuted, plain[order], rtol=1e-3, atol=1e-6)
 
@@ -120,6 +205,12 @@ def test_another_loss_is_kept_for_gathering_anew():
         net[0].weight *= 2.0
     assert importance(full_group(net, "0")).shape == (6,)
     assert calls == [(1, 2, 4, 4)] * 8
+    calls.clear()
+    sums = TaylorGroupImportance.calibrate(net, batches(images=4), progress=False, loss=loss, loader=batches(images=4))
+    with torch.no_grad():
+        net[0].weight *= 2.0
+    assert sums(full_group(net, "0")).shape == (6,)
+    assert calls == [(4, 2, 4, 4)] * 2
 
 
 def test_what_is_missing_is_said():
@@ -131,21 +222,26 @@ def test_what_is_missing_is_said():
         ([], "got none"),
         ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 9]))], "loss= that fits"),
     ]:
-        with pytest.raises(TwoAxisError, match=message):
-            HessianImportance.calibrate(net, loader, progress=False)
-    with pytest.raises(TwoAxisError, match="requires a gradient"):
-        HessianImportance.calibrate(residual().requires_grad_(False), batches(), progress=False)
-    partly = residual()
-    for name, parameter in partly.named_parameters():
-        parameter.requires_grad_(name == "fc.bias")
-    importance = HessianImportance.calibrate(partly, batches(images=2), progress=False)
-    with pytest.raises(TwoAxisError, match="expected parameters that were trained"):
-        importance(full_group(partly.requires_grad_(True), "first"))
+        for made in (HessianImportance, TaylorGroupImportance):
+            with pytest.raises(TwoAxisError, match=message):
+                made.calibrate(net, loader, progress=False)
+    for made in (HessianImportance, TaylorGroupImportance):
+        with pytest.raises(TwoAxisError, match="requires a gradient"):
+            made.calibrate(residual().requires_grad_(False), batches(), progress=False)
+        partly = residual()
+        for name, parameter in partly.named_parameters():
+            parameter.requires_grad_(name == "fc.bias")
+        importance = made.calibrate(partly, batches(images=2), progress=False)
+        with pytest.raises(TwoAxisError, match="expected parameters that were trained"):
+            importance(full_group(partly.requires_grad_(True), "first"))
+    with pytest.raises(TwoAxisError, match=r"option: expected one of loss, normalizer, got 'group_reduction'"):
+        find_criterion("taylor-group(group_reduction='sum')")
 
 
-def test_stale_gradients_raise():
+@pytest.mark.parametrize("made", [HessianImportance, TaylorGroupImportance])
+def test_stale_gradients_raise(made):
     net = residual()
-    importance = HessianImportance.calibrate(net, batches(images=2), progress=False)
+    importance = made.calibrate(net, batches(images=2), progress=False)
     with torch.no_grad():
         net.fc.weight += 1.0
     with pytest.raises(StaleStatisticsError, match="fc: its parameters"):

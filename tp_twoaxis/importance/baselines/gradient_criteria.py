@@ -8,27 +8,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from tp_twoaxis.dependency.groups import members, model_of, root_name
+from tp_twoaxis.dependency.groups import Member, members, model_of, root_name, root_size
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance.base import GatheredImportance, GroupImportance, Part
-from tp_twoaxis.runtime.layers import blocks_of
-from tp_twoaxis.statistics.gradients import Loss, SquaredGradients, gather_squared_gradients
-
-_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+from tp_twoaxis.importance.normalize import Normalizer
+from tp_twoaxis.runtime.weight_sums import sum_by_input, sum_by_output
+from tp_twoaxis.statistics.gradients import (
+    SUMMED_LAYERS,
+    Loss,
+    MinibatchProducts,
+    SquaredGradients,
+    gather_minibatch_products,
+    gather_squared_gradients,
+)
 
 # (module, parameter's name in it) -> saliency of every element in the parameter's shape, or None where unknown
 Saliency = Callable[[nn.Module, str], Tensor | None]
 
 
 class TaylorBNImportance(GroupImportance):
-    """First-order Taylor expansion of the loss (Molchanov et al. 2019), the norms' parameters included.
+    """First-order Taylor expansion of the loss, in absolute values, after Molchanov et al. (2019); with the norms.
 
     A layer's part is the sum of ``|w dL/dw|`` over all of its parameters that leave with the channel: weights that
     write it and their bias, weights that read it, scale and shift of BatchNorm, LayerNorm and GroupNorm.
-    Torch-Pruning's class leaves biases and BatchNorm out (it tests for GroupNorm in BatchNorm's place).
+    Torch-Pruning's class leaves biases and BatchNorm out (it tests for GroupNorm in BatchNorm's place). Squared sums,
+    as they are published, are :class:`TaylorGroupImportance`.
 
     Gradients are read from the parameters at every call, as Torch-Pruning's class does: run ``loss.backward()`` before,
     or :func:`~tp_twoaxis.statistics.gradients.accumulate_gradients` for the mean over a loader.
@@ -59,6 +65,69 @@ class TaylorBNImportance(GroupImportance):
                 "loss.backward() before, or make_importance('taylor-bn', model=..., loader=...)"
             )
         return parts
+
+
+class TaylorGroupImportance(GatheredImportance):
+    """First-order Taylor expansion of the loss for whole groups (Molchanov et al. 2019), as it is written there.
+
+    ``I = mean over minibatches of (sum over s of w_s dL/dw_s)^2``, s all parameters that leave with a channel: those of
+    :class:`TaylorBNImportance`, of all layers of the group together. The square comes after the sum, so what the
+    parameters of a channel do to the loss may cancel, and before the mean, so minibatches may not. Where minibatches
+    have different numbers of images, the mean is weighted by them (ours): a smaller last one would count for more.
+
+    Args:
+        statistics: from :meth:`calibrate`, whose loader yields ``(images, labels)`` in minibatches.
+        loss: ``(output of a minibatch, its labels) -> scalar``, to gather anew with.
+        normalizer: Torch-Pruning's names.
+        loader: gather anew from it when the statistics are stale, instead of raising.
+
+    Example:
+        >>> import torch_pruning as tp
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+        >>> loader = [(torch.randn(6, 3, 8, 8), torch.randint(4, (6,)))] * 2
+        >>> importance = TaylorGroupImportance.calibrate(net, loader, progress=False)
+        >>> graph = tp.DependencyGraph().build_dependency(net, torch.randn(1, 3, 8, 8))
+        >>> importance(graph.get_pruning_group(net[0], tp.prune_conv_out_channels, list(range(8)))).shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        statistics: MinibatchProducts,
+        *,
+        loss: Loss = F.cross_entropy,
+        normalizer: Normalizer = "mean",
+        loader: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(statistics, normalizer=normalizer, loader=loader)
+        self.loss = loss
+
+    def gather(
+        self, model: nn.Module, loader: Iterable[Any], *, max_images: int | None, progress: bool
+    ) -> MinibatchProducts:
+        """Gather products of weights and gradients, one backward pass a minibatch; labels are needed."""
+        return gather_minibatch_products(model, loader, loss=self.loss, max_images=max_images, progress=progress)
+
+    def _parts(self, group: Any) -> list[Part]:
+        products: MinibatchProducts = self.statistics
+        names = {module: name for name, module in model_of(group).named_modules()}
+        total = torch.zeros(len(products.sizes), root_size(group), dtype=torch.float64)
+        known = False
+        for member in members(group):
+            for parameter, reads in _leaving(member):
+                name = names[member.module]
+                key = f"{name}.{parameter}" if name else parameter
+                sums = (products.by_input if reads else products.by_output).get(key)
+                if sums is not None:
+                    total.index_add_(1, member.roots, sums[:, member.channels])
+                    known = True
+        if not known:
+            raise TwoAxisError(
+                f"group of {root_name(group)}: expected parameters that were trained when gradients were gathered, "
+                "got none; call requires_grad_(True) and calibrate again"
+            )
+        weights = products.sizes.double() / products.num_images
+        return [(weights @ total.square(), torch.arange(root_size(group)))]
 
 
 class HessianImportance(GatheredImportance):
@@ -130,34 +199,30 @@ def layer_saliencies(group: Any, saliency: Saliency) -> list[Part]:
     parts = []
     for member in members(group):
         module = member.module
-        terms: list[Tensor | None] = []
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            weight = saliency(module, "weight")
-            if weight is not None:
-                terms.append(_by_output(weight, module) if member.is_producer else _by_input(weight, module))
-            if member.is_producer and module.bias is not None:
-                terms.append(saliency(module, "bias"))
-        elif isinstance(module, _NORMS):
-            terms += [saliency(module, name) for name in ("weight", "bias") if getattr(module, name) is not None]
-        known = [term for term in terms if term is not None]
-        if known:
-            total = torch.stack([term.double().cpu() for term in known]).sum(0)
+        total: Tensor | None = None
+        for parameter, reads in _leaving(member):
+            values = saliency(module, parameter)
+            if values is None:
+                continue
+            if parameter == "weight" and isinstance(module, (_ConvNd, nn.Linear)):
+                values = (sum_by_input if reads else sum_by_output)(values, module)
+            total = values.double().cpu() if total is None else total + values.double().cpu()
+        if total is not None:
             parts.append((total[member.channels], member.roots))
     return parts
+
+
+def _leaving(member: Member) -> list[tuple[str, bool]]:
+    """List a layer's parameters that leave with a channel, and whether they do as what the layer reads it with."""
+    module = member.module
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        bias = [("bias", False)] if member.is_producer and module.bias is not None else []
+        return [("weight", not member.is_producer), *bias]
+    if isinstance(module, SUMMED_LAYERS):
+        return [(name, False) for name in ("weight", "bias") if getattr(module, name) is not None]
+    return []
 
 
 def _first_order(module: nn.Module, parameter: str) -> Tensor | None:
     value = getattr(module, parameter)
     return None if value.grad is None else (value.detach().double() * value.grad.double()).abs()
-
-
-def _by_output(values: Tensor, layer: nn.Module) -> Tensor:
-    if isinstance(layer, _ConvTransposeNd):  # stored as [in, out / groups, ...]
-        return values.reshape(layer.groups, -1, values.shape[1], values[0, 0].numel()).sum((1, 3)).reshape(-1)
-    return values.flatten(1).sum(1)
-
-
-def _by_input(values: Tensor, layer: nn.Module) -> Tensor:
-    if isinstance(layer, _ConvTransposeNd):
-        return values.flatten(1).sum(1)
-    return values.reshape(blocks_of(layer), -1, values.shape[1], values[0, 0].numel()).sum((1, 3)).reshape(-1)
