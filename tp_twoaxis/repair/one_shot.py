@@ -151,16 +151,16 @@ def refit_patches(task: RepairTask) -> dict[str, Outcome]:
     }
     for names in _passes([name for name, outcome in outcomes.items() if outcome.refitted], network):
         patch_fits = {name: PatchFit(network.get_submodule(name), images=task.images.count) for name in names}
-        with task.images.forward_pass(dense, "repair patch") as run:
-            for name, fit in patch_fits.items():
-                run.hook(dense.get_submodule(name), _accumulate(fit, task.masks[name]), with_kwargs=True)
-            for _ in run:
-                pass
-        with forward_pass(dense, task.images.held_out_batches, what="repair patch") as run:
-            for name, fit in patch_fits.items():
-                run.hook(dense.get_submodule(name), _accumulate(fit, task.masks[name], held_out=True), with_kwargs=True)
-            for _ in run:
-                pass
+        passes = [(task.images.forward_pass(dense, "repair patch"), False)]
+        if task.images.held_out_batches:
+            passes.append((forward_pass(dense, task.images.held_out_batches, what="repair patch"), True))
+        for one, held_out in passes:
+            with one as run:
+                for name, fit in patch_fits.items():
+                    hook = _accumulate(fit, task.masks[name], held_out=held_out)
+                    run.hook(dense.get_submodule(name), hook, with_kwargs=True)
+                for _ in run:
+                    pass
         for name, fit in patch_fits.items():
             add_bias(network.get_submodule(name), fit.solve(), task.batch_norm_of(name))
         if kept := [name for name, fit in patch_fits.items() if math.isnan(fit.solved.ridge)]:
