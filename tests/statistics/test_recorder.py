@@ -9,14 +9,15 @@ from torch import nn
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.runtime.layers import channel_layers
-from tp_twoaxis.statistics.recorder import PENDING_IMAGES, Recorder, stratified
+from tp_twoaxis.statistics.recorder import PENDING_IMAGES, Recorder
+from tp_twoaxis.statistics.sampling import stratified
 
 
 def record(model, inputs, *, task=None, **options):
     """Records of a model that sees the batches."""
     with torch.no_grad(), Recorder(channel_layers(model), **options) as recorder:
         for i, batch in enumerate(inputs):
-            recorder.begin(len(batch))
+            recorder.begin(batch)
             model(batch)
             recorder.finish(None if task is None else task[i])
     return recorder.records

@@ -13,7 +13,7 @@ from tp_twoaxis.reconstruction.affine import ridge_factor, ridge_for
 from tp_twoaxis.runtime.layers import blocks_of, flatten_positions, weight_blocks
 from tp_twoaxis.runtime.weights import write_weight
 from tp_twoaxis.statistics.moments import CoMoments
-from tp_twoaxis.statistics.recorder import stratified
+from tp_twoaxis.statistics.sampling import stratified
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """``(current, reference) -> target``, elementwise."""

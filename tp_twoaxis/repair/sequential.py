@@ -22,7 +22,8 @@ from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, select_channels, weight_blocks
 from tp_twoaxis.runtime.weights import SHARED, add_bias, cannot_refit, shared_weights, write_weight
 from tp_twoaxis.statistics.moments import CoMoments
-from tp_twoaxis.statistics.recorder import WIDEST_INPUT, stratified
+from tp_twoaxis.statistics.recorder import WIDEST_INPUT
+from tp_twoaxis.statistics.sampling import stratified
 
 BY_CHANNELS = "by channels because its patch is too large"
 # the images run as one batch, so many that their activations in both networks stay below this
@@ -190,7 +191,7 @@ def _gather(
         room = None
         for batch in run.batches:
             if room is None:
-                run(batch._replace(images=batch.images[:1]))
+                run(batch._replace(inputs=batch.inputs[:1]))
                 room = max(1, BYTES // max(1, 2 * alive * largest))
             kept.append(batch.images[:room])
             room -= len(kept[-1])
