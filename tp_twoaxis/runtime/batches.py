@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.runtime.inputs import CallSignature, Inputs
+from tp_twoaxis.runtime.inputs import CallSignature, Inputs, usable
 
 ONE_INPUT = CallSignature()
 # keys of a mapping: what a model's only input may be called where the model calls it otherwise, and labels
@@ -95,7 +95,7 @@ def image_batches(
                 left -= len(inputs)
             if len(inputs):
                 check_inputs(inputs, index)
-                yield Batch(index, inputs, classes)
+                yield Batch(index, inputs.usable(), classes if classes is None else usable(classes))
                 bar.update(len(inputs))
             index += 1
 

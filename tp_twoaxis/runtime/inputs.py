@@ -87,6 +87,10 @@ class Inputs:
             lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         )
 
+    def usable(self) -> Inputs:
+        """Copy tensors that were made in inference mode; see :func:`usable`."""
+        return self._each(usable)
+
     @staticmethod
     def concatenate(parts: Sequence[Inputs]) -> Inputs:
         """Join batches; what is no tensor is taken from the first.
@@ -109,6 +113,18 @@ class Inputs:
         return Inputs(
             tuple(changed(value) for value in self.args), {name: changed(v) for name, v in self.kwargs.items()}
         )
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """Copy a tensor that was made in inference mode, which no backward pass could use; return others as they are.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     tensor = torch.zeros(2)
+        >>> tensor.is_inference(), usable(tensor).is_inference()
+        (True, False)
+    """
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 @dataclass(frozen=True)
