@@ -1,4 +1,4 @@
-"""Do rows at sampled positions rank channels like rows at all positions, however many images there are?
+"""How rows at sampled positions rank channels, against rows at all positions and against other images.
 
 On the two CIFAR-10 ResNet-20s, for 1,000, 5,000 and 20,000 images: Spearman correlation, mean over layers and worst
 layer, between the scores of a calibration on every position and those of

@@ -117,8 +117,10 @@ def select_score(
     with fork_rng():
         calibration, judges = _split(network, loader, max_images, held_out, seed, progress)
         state = PruningState(network, calibration, target=target, max_images=None, seed=seed, progress=progress)
-        if any("statistics" in criterion.needs for criterion in criteria.values()):
-            state.statistics(*dict.fromkeys(extra for criterion in criteria.values() for extra in criterion.extras))
+        readers = [criterion for criterion in criteria.values() if "statistics" in criterion.needs]
+        if readers:
+            extras = dict.fromkeys(extra for criterion in readers for extra in criterion.extras)
+            state.statistics(*extras, target=any(criterion.reads_task for criterion in readers))
         judge = HeldOutEvaluator(network, judges)
         table: list[SelectionRow] = []
         hits: dict[tuple[str, float], Tensor] = {}
