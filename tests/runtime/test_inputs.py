@@ -127,7 +127,7 @@ def test_names_of_one_input():
         ((["a", "b"], Y), One(), "got none"),
         (((A, [B]), Y), Pair(), "expected tensors, numbers or None, got list"),
         (((A, B[:3]), Y), Pair(), r"the same number of images .* got \[4, 3\], \[3, 2\]"),
-        ({}, One(), "got a mapping with"),
+        ({}, One(), "a mapping with "),
     ],
 )
 def test_items_that_could_mean_several_things_or_nothing(item, network, message):
