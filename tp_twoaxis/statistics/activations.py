@@ -239,7 +239,15 @@ class AdjacentMoments:
         if self.too_wide:
             return
         cells = min(CELLS, read.shape[1], written.shape[1])
-        x, y = (F.adaptive_avg_pool1d(side.mT.float(), cells).mT.cpu() for side in (read, written))
+        size = max(1, BLOCK_NUMBERS // max(read[0].numel(), written[0].numel(), 1))
+        x, y = (torch.cat([_cells(part, cells) for part in torch.split(side, size)]) for side in (read, written))
         self._inputs.update(x, y)
         self._outputs.update(y)
         self._cross.update(x, y)
+
+
+def _cells(rows: Tensor, cells: int) -> Tensor:
+    """Average [n, positions, C] to [n, cells, C] in float64, on the CPU."""
+    if rows.device.type not in ("cpu", "cuda"):
+        rows = rows.cpu()
+    return F.adaptive_avg_pool1d(rows.mT.double(), cells).mT.cpu()
