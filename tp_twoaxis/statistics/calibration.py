@@ -40,6 +40,8 @@ def calibrate(
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass; without gradients by default.
 
+    Before it the model runs on three and on two images, to find where layers have the images of a batch
+    (:func:`~tp_twoaxis.statistics.layouts.find_layouts`).
     The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
     torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
     through. Memory does not grow with the number of images. Under ``torchrun`` give every rank its shard
@@ -75,8 +77,8 @@ def calibrate(
 
     Raises:
         TwoAxisError: no images came; images are not finite floats; labels are missing for a target or for
-            gradients that need them, or out of range; a layer does not exist or gives non-finite values; the model or
-            the loader raised.
+            gradients that need them, or out of range; a layer does not exist, gives non-finite values, or has the
+            images of a batch in no dimension; the model or the loader raised.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))

@@ -170,8 +170,10 @@ def _outputs(run: ForwardPass, layers: Mapping[str, nn.Module], batch: Batch) ->
 
 
 def _layout(three: Tensor, two: Tensor) -> BatchLayout | None:
+    if three.ndim != two.ndim:
+        return None
     grown = [axis for axis in range(three.ndim - 1) if three.shape[axis] != two.shape[axis]]
-    if three.ndim != two.ndim or len(grown) != 1:
+    if len(grown) != 1:
         return None
     axis = grown[0]
     rows = three.shape[axis] // 3
@@ -179,15 +181,14 @@ def _layout(three: Tensor, two: Tensor) -> BatchLayout | None:
         return None
     if rows == 1:
         return BatchLayout(axis)
+    three, two = (y.cpu().double() for y in (three, two))  # not every accelerator has float64
     best, least = None, float("inf")
     for outer in (n for n in range(1, rows + 1) if rows % n == 0):
-        of_three, of_two = (
-            _unflatten(y.double(), axis, outer, images, rows // outer) for y, images in ((three, 3), (two, 2))
-        )
+        of_three, of_two = (_unflatten(y, axis, outer, images, rows // outer) for y, images in ((three, 3), (two, 2)))
         error = float((of_three.narrow(axis + 1, 1, 2) - of_two).square().mean())
         if error < least:
             best, least = outer, error
-    if best is None or least > TOLERANCE**2 * float(two.double().var(correction=0)):
+    if best is None or least > TOLERANCE**2 * float(two.var(correction=0)):
         return None
     if best == 1:
         return BatchLayout(axis)
