@@ -150,6 +150,15 @@ def test_weighted_rows_equal_rows_that_are_repeated(pieces, order, paired, shift
     np.testing.assert_allclose(merged.mean, np.average(x.numpy(), axis=0, weights=weights), rtol=1e-12)
 
 
+def test_rows_with_gradients_leave_no_graph():
+    rows = draw().requires_grad_()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            moments = of(rows, rows).merge(of(rows)).symmetrize()
+        assert not moments.scatter.requires_grad
+        assert not moments.mean.requires_grad
+
+
 def test_weights_that_make_no_sense():
     for weight in (0.0, -1.0, float("nan")):
         with pytest.raises(TwoAxisError, match="weight: expected the number of rows that each row stands for"):

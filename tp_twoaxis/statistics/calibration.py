@@ -116,6 +116,7 @@ class CalibrationRequest:
 
 
 @torch.inference_mode(mode=False)  # the statistics can then be merged outside of the caller's inference mode too
+@torch.no_grad()
 def gather(
     model: nn.Module, loader: Iterable[Any], request: CalibrationRequest, *, shards: int = 1, seed: int = 0
 ) -> list[CalibrationStatistics]:

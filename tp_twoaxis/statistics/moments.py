@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 # rows are converted to float64 in blocks of about this many numbers: large enough for BLAS, small enough for the cache
 BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**25}
 
-# tensors that are made in inference mode cannot be updated outside of it
-_outside_inference_mode = torch.inference_mode(mode=False)
+
+def _plain(function: F) -> F:
+    """Run a method without autograd and outside of inference mode, whose tensors could not be updated later."""
+    decorated: F = torch.inference_mode(mode=False)(torch.no_grad()(function))  # the former turns autograd on
+    return decorated
 
 
 class CoMoments:
@@ -42,7 +50,7 @@ class CoMoments:
         (2, [1.0, 2.0], [[1.0, 2.0], [2.0, 4.0]])
     """
 
-    @_outside_inference_mode
+    @_plain
     def __init__(self, width: int, other_width: int | None = None, *, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.weight = 0.0
@@ -53,7 +61,7 @@ class CoMoments:
         )
 
     @classmethod
-    @_outside_inference_mode
+    @_plain
     def from_parts(
         cls,
         count: int,
@@ -91,7 +99,7 @@ class CoMoments:
         """``scatter / weight``, [D, E]; zeros before the first row."""
         return self.scatter / (self.weight or 1.0)
 
-    @_outside_inference_mode
+    @_plain
     def update(self, rows: Tensor, other: Tensor | None = None, *, weight: float = 1.0) -> None:
         """Take in rows.
 
@@ -130,7 +138,7 @@ class CoMoments:
             self.scatter.addmm_(x.T, y, alpha=weight)
             self._shift(len(x), weight * len(x), mean, other_mean)
 
-    @_outside_inference_mode
+    @_plain
     def merge(self, other: CoMoments) -> CoMoments:
         """Take in another part; the result does not depend on the order of merging beyond rounding.
 
@@ -153,7 +161,7 @@ class CoMoments:
         self._shift(other.count, other.weight, other.mean.to(device), other.other_mean.to(device))
         return self
 
-    @_outside_inference_mode
+    @_plain
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CoMoments:
         """Merge over the ranks of ``torch.distributed``; every rank ends with the same moments.
 
@@ -183,14 +191,14 @@ class CoMoments:
             self._other_mean = common[len(self.mean) :].to(home)
         return self
 
-    @_outside_inference_mode
+    @_plain
     def symmetrize(self) -> CoMoments:
         """Make a symmetric scatter so to the last bit (products round its halves apart); returns self."""
         if not self.paired:
             self.scatter = self.scatter.triu() + self.scatter.triu(1).T
         return self
 
-    @_outside_inference_mode
+    @_plain
     def to(self, device: torch.device | str) -> CoMoments:
         """Move the accumulators; returns self."""
         self.mean, self.scatter = self.mean.to(device), self.scatter.to(device)
