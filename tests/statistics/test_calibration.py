@@ -416,6 +416,16 @@ def test_an_output_without_logits(form):
         run(Wrapped(form), batches())
 
 
+@pytest.mark.parametrize("form", [lambda z: (z[:, :3], z), lambda z: [z, z.repeat(1, 4)]])
+def test_logits_beside_something_that_could_be_logits(form):
+    message = r"expected logits from Wrapped, got a tuple with \[16, \d+\], \[16, \d+\], of which any .*target=None"
+    for options in ({}, {"target": None, "gradients": True}):
+        with pytest.raises(TwoAxisError, match=message):
+            run(Wrapped(form), batches(), **options)
+    assert run(Wrapped(form), batches(), target=None).num_images == 48
+    assert run(Wrapped(lambda z: (z, 2 * z)), batches()).target == "margin"  # heads of the same classes
+
+
 def test_a_model_that_is_no_classifier():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with pytest.raises(TwoAxisError, match=r"batch 0: expected class logits \[n, K >= 2\].*target=None"):

@@ -49,7 +49,7 @@ def calibrate(
 
     Args:
         model: a trained classifier; any float dtype. Its output is logits [n, K], a tuple that starts with
-            them, or an object or dict with ``logits``; with ``target=None`` it may be anything.
+            them and has no other [n, L], or an object or dict with ``logits``; with ``target=None`` it may be anything.
         loader: yields ``(images, labels)``, ``images``, or dicts with ``pixel_values`` and ``labels``; images
             are float tensors [n, ...], normalised as in training, labels class indices [n]. For models with several
             inputs ``((left, right), labels)`` or dicts with the names that ``forward`` has; see
@@ -163,13 +163,13 @@ def gather(
             output = run(batch)
             values = None
             if target is not None:
-                variables = _variables(find_logits(output, network), batch.labels, target, index, images)
+                variables = _variables(_class_logits(output, network), batch.labels, target, index, images)
                 columns = columns or _columns(variables)
                 if list(variables) != list(columns):
                     raise TwoAxisError(mixed_labels(index, batch.labels))
                 values = torch.cat(list(variables.values()), dim=1)
             if part.saliency is not None:
-                _backward(part.saliency, find_logits(output, network), batch.labels, index)
+                _backward(part.saliency, _class_logits(output, network), batch.labels, index)
             part.finish(values, images)
     if len(parts) < shards:
         raise TwoAxisError(
@@ -238,6 +238,19 @@ class _Part:
             self.task.update(task)
         self.recorder.finish(task)
         self.images += images
+
+
+def _class_logits(output: Any, network: nn.Module) -> Tensor:
+    """Find the logits, unless a tuple holds several things that could be them: features, coarse and fine classes."""
+    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
+        tables = [list(value.shape) for value in output if isinstance(value, Tensor) and value.ndim == 2]
+        if len({width for _, width in tables}) > 1:
+            raise TwoAxisError(
+                f"expected logits from {type(network).__name__}, got a tuple with {listing(map(str, tables))}, of "
+                "which any may be logits; wrap the model so that it returns them alone or as 'logits', or pass "
+                "target=None to calibrate the local axis alone"
+            )
+    return find_logits(output, network)
 
 
 def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int, images: int) -> dict[str, Tensor]:
