@@ -31,9 +31,9 @@ def test_the_default_candidates_are_the_scores_of_the_local_axis():
 def test_rows_are_what_pruning_by_hand_gives():
     net, loader = conv_net(), batches(48, 16)
     result = select(net, X, loader, ["capture", "l2"], flops=[0.7, 0.5], seed=4)
-    calibration, held_out = _split(loader, None, 0.5, 4, False)
+    calibration, held_out = _split(net, loader, None, 0.5, 4, False)
     stats = calibrate(net, calibration, progress=False)
-    images, labels = (torch.cat(part) for part in zip(*held_out, strict=True))
+    images, labels = (torch.cat(part) for part in zip(*((x.images, y) for x, y in held_out), strict=True))
     dense = net(images).detach().double().log_softmax(1)
     assert [(row.candidate, row.flops) for row in result.table] == [
         ("capture", 0.7),
@@ -109,13 +109,13 @@ def test_images_are_read_once_and_every_one_is_in_one_part():
         reads.append(1)
         yield from zip(images.split(16), labels.split(16), strict=True)
 
-    calibration, held_out = _split(loader(), None, 0.25, 0, False)
+    calibration, held_out = _split(conv_net(), loader(), None, 0.25, 0, False)
     assert [len(x) for x, _ in calibration] == [16, 14]
     assert [len(x) for x, _ in held_out] == [10]
     seen = torch.cat([y for _, y in calibration + held_out])
     assert sorted(seen.tolist()) == list(range(40))
-    assert all(torch.equal(x[:, 0].long(), y) for x, y in calibration + held_out)
-    other = torch.cat([y for _, y in _split(loader(), None, 0.25, 1, False)[1]])
+    assert all(torch.equal(x.images[:, 0].long(), y) for x, y in calibration + held_out)
+    other = torch.cat([y for _, y in _split(conv_net(), loader(), None, 0.25, 1, False)[1]])
     assert set(other.tolist()) != set(held_out[0][1].tolist())
     # a generator can be read once only
     result = select(conv_net(), X, iter(batches(32, 16)), ["capture"])

@@ -6,7 +6,8 @@ from cases import batches
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.runtime.batches import check_images, expected_images, image_batches, split_batch
+from tp_twoaxis.runtime.batches import check_inputs, expected_images, image_batches, split_batch
+from tp_twoaxis.runtime.inputs import Inputs
 
 
 def read(loader, max_images=None, labels=True):
@@ -18,8 +19,8 @@ def test_split_batch_and_check_images_pass_what_is_right():
     x, y = batches()[0]
     assert split_batch((x, y)) == (x, y)
     assert split_batch(x) == (x, None)
-    check_images(x)
-    check_images(x.bfloat16())
+    check_inputs(Inputs((x,)))
+    check_inputs(Inputs((x.bfloat16(),)))
 
 
 def test_labels_of_any_kind_are_dropped_where_none_are_wanted():

@@ -400,7 +400,6 @@ class Output:
         lambda z: (z, None),
         lambda z: [z],
         lambda z: {"loss": None, "logits": z},
-        lambda z: {"out": z},
         Output,
         lambda z: (Output(z),),
     ],
@@ -411,10 +410,20 @@ def test_logits_inside_an_output(form):
     assert_close(found["net.fc"].target_correlation(), expected["fc"].target_correlation())
 
 
-@pytest.mark.parametrize("form", [lambda z: None, lambda z: (), lambda z: "logits"])
+@pytest.mark.parametrize("form", [lambda z: None, lambda z: (), lambda z: "logits", lambda z: {"out": z}])
 def test_an_output_without_logits(form):
     with pytest.raises(TwoAxisError, match="expected logits from Wrapped, got"):
         run(Wrapped(form), batches())
+
+
+@pytest.mark.parametrize("form", [lambda z: (z[:, :3], z), lambda z: [z, z.repeat(1, 4)]])
+def test_logits_beside_something_that_could_be_logits(form):
+    message = r"expected logits from Wrapped, got a tuple with \[16, \d+\], \[16, \d+\], of which any .*target=None"
+    for options in ({}, {"target": None, "gradients": True}):
+        with pytest.raises(TwoAxisError, match=message):
+            run(Wrapped(form), batches(), **options)
+    assert run(Wrapped(form), batches(), target=None).num_images == 48
+    assert run(Wrapped(lambda z: (z, 2 * z)), batches()).target == "margin"  # heads of the same classes
 
 
 def test_a_model_that_is_no_classifier():
@@ -490,7 +499,7 @@ def test_the_model_and_the_random_state_come_back(accident):
 
         def fail(*_):
             calls.append(torch.rand(1))
-            if len(calls) == 2:
+            if len(calls) == 4:  # two small runs find the batch in what layers write
                 raise error
 
         net.reduce.register_forward_hook(fail)
@@ -577,7 +586,7 @@ def poisoned(value):
         ([(x, y[:, None]) for x, y in batches()], {}, r"class indices \[16\], got torch.int64 \[16, 1\]"),
         ([(x, y.tolist()) for x, y in batches()], {}, r"got \(Tensor, list\)"),
         ([(x.numpy(), y) for x, y in batches()], {}, r"got \(ndarray, Tensor\)"),
-        ([{"x": x, "labels": y} for x, y in batches()], {}, "got a mapping with x: Tensor, labels: Tensor"),
+        ([{"z": x, "labels": y} for x, y in batches()], {}, "got a mapping with z: Tensor, labels: Tensor"),
         ([()], {}, r"batch 0, got tuple"),
         ([None], {}, "got NoneType"),
         ([torch.tensor(1.0)], {}, "expected tensors"),

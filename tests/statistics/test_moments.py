@@ -118,6 +118,53 @@ def test_merging_leaves_the_other_part_alone_and_returns_self():
     assert b.count == 200
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    pieces=st.lists(
+        st.tuples(st.integers(1, 40), st.sampled_from([0.5, 1.0, 4.0, 64.0, 50 / 7])), min_size=1, max_size=5
+    ),
+    order=st.randoms(use_true_random=False),
+    paired=st.booleans(),
+    shift=st.sampled_from([0.0, 1e6]),
+)
+def test_weighted_rows_equal_rows_that_are_repeated(pieces, order, paired, shift):
+    """Rows of weight w count as w of them, in whatever order parts of different weights come or merge."""
+    x, y = draw(sum(n for n, _ in pieces), 4) + shift, draw(sum(n for n, _ in pieces), 3, 1)
+    weights = np.concatenate([np.full(n, w) for n, w in pieces])
+    parts = []
+    for rows, others, (_, weight) in zip(
+        x.split([n for n, _ in pieces]), y.split([n for n, _ in pieces]), pieces, strict=True
+    ):
+        parts.append(CoMoments(4, 3 if paired else None))
+        parts[-1].update(rows, others if paired else None, weight=weight)
+    order.shuffle(parts)
+    merged = parts[0]
+    for part in parts[1:]:
+        merged.merge(part)
+    joint = np.concatenate([x.numpy(), y.numpy()], 1)
+    expected = np.cov(joint, rowvar=False, bias=True, aweights=weights).reshape(7, 7)
+    assert (merged.count, merged.weight) == (len(x), pytest.approx(weights.sum()))
+    scale = np.sqrt(np.outer(x.var(0, correction=0), (y if paired else x).var(0, correction=0)) + 1e-12)
+    found = merged.covariance.numpy() - (expected[:4, 4:] if paired else expected[:4, :4])
+    assert (np.abs(found) / scale).max() < 1e-6
+    np.testing.assert_allclose(merged.mean, np.average(x.numpy(), axis=0, weights=weights), rtol=1e-12)
+
+
+def test_rows_with_gradients_leave_no_graph():
+    rows = draw().requires_grad_()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            moments = of(rows, rows).merge(of(rows)).symmetrize()
+        assert not moments.scatter.requires_grad
+        assert not moments.mean.requires_grad
+
+
+def test_weights_that_make_no_sense():
+    for weight in (0.0, -1.0, float("nan")):
+        with pytest.raises(TwoAxisError, match="weight: expected the number of rows that each row stands for"):
+            CoMoments(3).update(torch.zeros(2, 3), weight=weight)
+
+
 def test_empty_parts_are_neutral():
     x = draw()
     assert torch.equal(CoMoments(3).covariance, torch.zeros(3, 3, dtype=torch.float64))
@@ -149,6 +196,10 @@ def test_all_reduce_without_a_process_group_is_the_identity():
 def test_from_parts_rebuilds():
     x, y = draw(), draw(width=2, seed=3)
     for moments in (of(x), of(x, other=[y])):
+        again = CoMoments.from_parts(
+            moments.count, moments.mean, moments.scatter, moments.other_mean if moments.paired else None, weight=50.0
+        )
+        assert (again.count, again.weight) == (200, 50.0)
         again = CoMoments.from_parts(
             moments.count, moments.mean, moments.scatter, moments.other_mean if moments.paired else None
         )

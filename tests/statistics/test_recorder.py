@@ -9,14 +9,15 @@ from torch import nn
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.runtime.layers import channel_layers
-from tp_twoaxis.statistics.recorder import PENDING_IMAGES, Recorder, stratified
+from tp_twoaxis.statistics.recorder import PENDING_IMAGES, Recorder
+from tp_twoaxis.statistics.sampling import image_keys, sampled_positions
 
 
 def record(model, inputs, *, task=None, **options):
     """Records of a model that sees the batches."""
     with torch.no_grad(), Recorder(channel_layers(model), **options) as recorder:
         for i, batch in enumerate(inputs):
-            recorder.begin(len(batch))
+            recorder.begin(batch)
             model(batch)
             recorder.finish(None if task is None else task[i])
     return recorder.records
@@ -61,7 +62,7 @@ def test_hooks_are_gone_afterwards_and_other_peoples_stay(fails):
     def run():
         with Recorder(channel_layers(net)) as recorder:
             assert len(net.conv2._forward_hooks) == 1
-            recorder.begin(8)
+            recorder.begin(images()[0])
             net(images()[0])
             if fails:
                 raise KeyboardInterrupt
@@ -81,7 +82,7 @@ def test_the_output_is_not_touched_and_gradients_still_flow():
     net, x = conv_net(), images()[0]
     expected = net(x)
     with Recorder(channel_layers(net)) as recorder:
-        recorder.begin(8)
+        recorder.begin(images()[0])
         output = net(x)
         recorder.finish()
     assert torch.equal(output, expected)
@@ -175,25 +176,16 @@ def test_windows_of_an_image_are_pooled_together():
 # sampled positions
 
 
-@pytest.mark.parametrize(("available", "wanted"), [(1, 1), (10, 3), (64, 7), (64, 64), (1000, 333)])
-def test_stratified_takes_one_of_each_stretch(available, wanted):
-    chosen = stratified(available, wanted)
-    edges = [i * available // wanted for i in range(wanted + 1)]
-    assert len(chosen) == wanted
-    assert all(a <= index < b for a, index, b in zip(edges, chosen.tolist(), edges[1:], strict=False))
-    assert torch.equal(chosen, stratified(available, wanted))
-
-
 def test_sampled_rows_are_those_positions_and_pooled_values_use_all():
     net, x = conv_net().double(), [part.double() for part in images()]
     rows = reference.emitted(net, x, channel_layers(net))
     sampled, everything = record(net, x, positions=5), record(net, x, positions="all")
-    chosen = stratified(64, 5).numpy()
+    chosen = sampled_positions(image_keys(torch.cat(x)), 64, 5).numpy()
     for name in ("conv1", "conv2", "depthwise", "reduce"):
-        assert sampled[name].rows.count == 24 * 5
+        assert (sampled[name].rows.count, sampled[name].rows.weight) == (24 * 5, pytest.approx(24 * 64))
         np.testing.assert_allclose(
             sampled[name].rows.covariance,
-            reference.covariance(reference.flat(rows[name][:, chosen])),
+            reference.covariance(reference.flat(rows[name][np.arange(24)[:, None], chosen])),
             rtol=1e-9,
             atol=1e-13,
         )
@@ -216,13 +208,13 @@ def test_the_same_positions_whatever_the_batch_size(batch_size):
 
 @pytest.mark.parametrize(
     ("channels", "expected_images", "positions"),
-    # max(32 C, 16384) rows over all images, a power of two
+    # max(32 C, 16384) rows over all images, a power of two, and at least 8 of each
     [
         (16, 24, None),
         (16, 1024, 16),
         (16, 1000, 16),
-        (16, 5000, 4),
-        (16, 10**6, 1),
+        (16, 5000, 8),
+        (16, 10**6, 8),
         (2048, 1024, None),
         (16, None, None),
     ],
@@ -244,6 +236,69 @@ def test_a_layer_called_twice_samples_each_call_alike():
 
     found = record(Twice(), images(), positions=5)["conv"]
     assert found.rows.count == 2 * 5 * found.pooled.count
+
+
+def test_the_same_rows_whatever_the_order_of_images():
+    net, x = conv_net().double(), torch.cat(images()).double()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    expected, found = record(net, [x], positions=3), record(net, x[order].split(7), positions=3)
+    for name, record_ in found.items():
+        torch.testing.assert_close(record_.rows.scatter, expected[name].rows.scatter, rtol=1e-9, atol=1e-12)
+
+
+class Pattern(nn.Module):
+    """A 1x1 convolution of a map that is filled where ``where`` says."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        self.register_buffer("where", where.float())
+
+    def forward(self, x):
+        return self.conv(x * self.where)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_rows_and_columns_of_both_kinds_are_seen(axis, odd):
+    where = torch.arange(32) % 2 == odd
+    net = Pattern(where[:, None].expand(32, 32) if axis == 0 else where.expand(32, 32))
+    x = torch.randn(400, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact, found = (record(net, x.split(100), positions=p)["conv"].rows.covariance for p in ("all", 4))
+    assert 0.9 < float(found / exact) < 1.1
+
+
+def test_a_class_token_has_the_weight_of_one_token():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 1, bias=False)
+
+        def forward(self, x):  # only the first of 65 tokens is not 0
+            return self.fc(torch.cat([x, torch.zeros(len(x), 64, 1)], 1))
+
+    x = torch.randn(4000, 1, 1, generator=torch.Generator().manual_seed(0))
+    net = Tokens()
+    exact, found = (record(net, [x], positions=p)["fc"].rows.covariance for p in ("all", 8))
+    assert 0.8 < float(found / exact) < 1.2
+
+
+def test_parts_of_different_rates_merge_as_their_images():
+    """Few images with many positions weigh no more than they would with few."""
+    net, x = conv_net().double(), torch.cat(images(60)).double()
+    x[:20] *= 3
+    dense, sparse = record(net, [x[:20]], positions="all"), record(net, [x[20:]], positions=8)
+    for name in ("conv1", "depthwise"):
+        rows = reference.emitted(net, [x], channel_layers(net))[name]
+        chosen = sampled_positions(image_keys(x[20:]), 64, 8).numpy()
+        some = rows[20:][np.arange(40)[:, None], chosen]
+        flat = np.concatenate([reference.flat(rows[:20]), reference.flat(some)])
+        weights = np.concatenate([np.ones(20 * 64), np.full(40 * 8, 8.0)])
+        merged = dense[name].rows.merge(sparse[name].rows)
+        assert (merged.count, merged.weight) == (20 * 64 + 40 * 8, 60 * 64)
+        np.testing.assert_allclose(merged.mean, np.average(flat, axis=0, weights=weights), rtol=1e-10, atol=1e-12)
+        expected = np.cov(flat, rowvar=False, bias=True, aweights=weights)
+        np.testing.assert_allclose(merged.covariance, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_memory_formats_agree():
@@ -280,8 +335,9 @@ def test_what_waits_does_not_grow():
     net = nn.Linear(3, 4)
     with torch.no_grad(), Recorder({"": net}) as recorder:
         for _ in range(40):
-            recorder.begin(100)
-            net(torch.randn(100, 3))
+            rows = torch.randn(100, 3)
+            recorder.begin(rows)
+            net(rows)
             recorder.finish(torch.zeros(100, 1))
             assert sum(len(part) for part in recorder._pending.get("", [])) < PENDING_IMAGES
             assert sum(len(part) for part in recorder._pending_task) < PENDING_IMAGES

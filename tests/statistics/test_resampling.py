@@ -91,6 +91,20 @@ def test_far_means_cancel_nothing():
     assert float(mixed.covariance[1, 1]) == 0.0
 
 
+def test_parts_of_different_weights_mix_as_they_merge():
+    parts = []
+    for seed, weight in enumerate((1.0, 8.0, 50 / 7)):
+        parts.append(CoMoments(4))
+        rows = torch.randn(20 + seed, 4, generator=torch.Generator().manual_seed(seed)) + seed
+        parts[-1].update(rows, weight=weight)
+    mixed, merged = next(MomentMixture(parts).draw(torch.tensor([[2, 0, 1]]))), CoMoments(4)
+    for index in (0, 0, 2):
+        merged.merge(parts[index])
+    assert (mixed.count, mixed.weight) == (merged.count, pytest.approx(merged.weight))
+    torch.testing.assert_close(mixed.mean, merged.mean)
+    torch.testing.assert_close(mixed.covariance, merged.covariance)
+
+
 def test_what_cannot_be_resampled(parts):
     _, loader, shards = parts
     for few in ([], shards[:1], shards[0]):

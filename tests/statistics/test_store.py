@@ -196,6 +196,51 @@ def test_a_file_that_is_incomplete(tmp_path, change):
         CalibrationStatistics.load(path)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_earlier_versions_are_read_and_not_merged(tmp_path, version):
+    """Their rows' weights are not known; alone they are what they were."""
+
+    def change(_, header):
+        del header["weights"]
+        for layer in header["layers"]:
+            del layer["dtype"]
+
+    stats, now = CalibrationStatistics.load(rewritten(tmp_path, change, version=version)), run()
+    assert list(stats) == list(now)
+    assert not stats.mergeable
+    assert stats["conv2"].rows.weight == stats["conv2"].num_rows
+    assert torch.equal(stats["conv2"].correlation, now["conv2"].correlation)
+    stats.verify(conv_net())
+    stats.save(tmp_path / "again")
+    assert not CalibrationStatistics.load(tmp_path / "again").mergeable
+    for one, other in ((stats, now), (now, stats), (stats, stats)):
+        with pytest.raises(TwoAxisError, match=r"merge: .* earlier version, .* each sampled row.*calibrate again"):
+            one.merge(other)
+
+
+@pytest.mark.parametrize("positions", ["auto", "all", 5])
+def test_weights_are_kept(tmp_path, positions):
+    stats = run(positions=positions)
+    stats.save(tmp_path / "a")
+    again = CalibrationStatistics.load(tmp_path / "a")
+    assert [m.weight for m in again._moments()] == [m.weight for m in stats._moments()]
+    assert again["conv2"].rows.weight == pytest.approx(48 * 64)
+
+
+def test_parts_sampled_at_different_rates_weigh_as_their_images(tmp_path):
+    """A part with every position outweighs one with few by no more than it has images."""
+    loader = batches(96, 16)
+    bright = [(3 * x, y) for x, y in loader[:1]]
+    few, many = run(loader=bright, positions="all"), run(loader=loader[1:], positions=2)
+    exact = run(loader=bright + loader[1:], positions="all")
+    merged = few.merge(many)["conv1"]
+    assert float((merged.variance / exact["conv1"].variance - 1).abs().mean()) < 0.1
+    share = 16 / 96
+    parts = [run(loader=part, positions="all")["conv1"] for part in (bright, loader[1:])]
+    within = share * parts[0].variance + (1 - share) * parts[1].variance
+    assert float((merged.variance / within - 1).abs().mean()) < 0.15
+
+
 def test_places_that_do_not_exist(tmp_path):
     with pytest.raises(FileFormatError, match="nothing: no such file"):
         CalibrationStatistics.load(tmp_path / "nothing")

@@ -140,9 +140,9 @@ def lesion(
             for place, substitute in enumerate([None, *(substitute for _, substitute in substitutes)]):
                 ablation.substitute = substitute
                 logits = run.logits(batch)
-                if logits.ndim != 2 or len(logits) != len(batch.images):
+                if logits.ndim != 2 or len(logits) != len(batch.inputs):
                     raise TwoAxisError(
-                        f"lesions: expected class logits [{len(batch.images)}, K] of batch {index}, got "
+                        f"lesions: expected class logits [{len(batch.inputs)}, K] of batch {index}, got "
                         f"{list(logits.shape)}; pass a classifier"
                     )
                 if labels is None:

@@ -45,7 +45,8 @@ def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImpor
     entry = SCORES[name]
     of_score = {option: options.pop(option) for option in option_names(entry.function) if option in options}
     score = partial(entry.function, **of_score) if of_score else name
-    stats = state.statistics(*(("consumers",) if options.get("site") == "consumer" else ()))
+    extras: tuple[Need, ...] = ("consumers",) if options.get("site") == "consumer" else ()
+    stats = state.statistics(*extras, target=entry.axis != "local")
     return TwoAxisImportance(stats, score, **{"normalizer": entry.normalizer, **options}).with_removed(state)
 
 
@@ -61,13 +62,13 @@ def _score(name: str) -> Criterion:
 
 
 def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:
-    return CapQGWImportance(state.statistics("gradients"), **options).with_removed(state)
+    return CapQGWImportance(state.statistics("gradients", target=False), **options).with_removed(state)
 
 
 def _anticipating(state: PruningState, **options: Any) -> AnticipatingImportance:
     model, loader = state.images()
     given = {"model": model, "loader": loader, "max_images": state.max_images, "progress": state.progress}
-    return AnticipatingImportance(state.statistics("consumers"), **{**given, **options})
+    return AnticipatingImportance(state.statistics("consumers", target=False), **{**given, **options})
 
 
 def _hybrid(

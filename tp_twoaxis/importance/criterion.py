@@ -60,6 +60,11 @@ class Criterion:
         return tuple(need for need in self.needs if need in EXTRAS)
 
     @property
+    def reads_task(self) -> bool:
+        """Whether it may look at the task variables of statistics, so that the model has to be a classifier."""
+        return self.axis != "local"
+
+    @property
     def reads_images(self) -> bool:
         """Whether it looks at the model's activations or gradients itself, beside the statistics."""
         return "images" in self.needs or "labels" in self.needs
@@ -95,7 +100,7 @@ class Criterion:
             TwoAxisError: there are none, or those that there are hold less.
         """
         try:
-            return state.statistics(*self.extras, also=also)
+            return state.statistics(*self.extras, also=also, target=self.reads_task)
         except MissingInputError as error:
             raise TwoAxisError(f"criterion {self.name!r}: {error}") from None
 

@@ -12,6 +12,7 @@ from tp_twoaxis.errors import TwoAxisError, check_name
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.recorder import Positions
 from tp_twoaxis.statistics.store import CalibrationStatistics
+from tp_twoaxis.statistics.targets import TARGETS
 
 Need = Literal["statistics", "gradients", "consumers", "images", "labels"]
 """``statistics``: those of :func:`~tp_twoaxis.calibrate`; ``gradients``, ``consumers``: what it records besides;
@@ -42,6 +43,9 @@ class PruningState:
             empty for the dense network.
         removed_inputs: layer -> the same share of its input channels.
 
+    Raises:
+        TwoAxisError: there is no such target.
+
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(72, 4))
@@ -66,12 +70,17 @@ class PruningState:
     removed_inputs: Mapping[str, float] = field(default_factory=dict)
     _gathered: list[CalibrationStatistics] = field(default_factory=list, repr=False)
 
-    def statistics(self, *extras: Need, also: Iterable[Need] = ()) -> CalibrationStatistics:
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            check_name("target", self.target, TARGETS, more=" or None")
+
+    def statistics(self, *extras: Need, also: Iterable[Need] = (), target: bool = True) -> CalibrationStatistics:
         """Give statistics of the network; the only place that turns needs into ``calibrate()``'s flags.
 
         Args:
             extras: what they must hold besides: ``"gradients"``, ``"consumers"``.
             also: extras that are gathered if a pass is made anyway, because somebody else needs them.
+            target: whether a pass records the task; without, the model need not be a classifier.
 
         Raises:
             TwoAxisError: there are no statistics and nothing to gather them from, or those that there are hold less.
@@ -88,7 +97,7 @@ class PruningState:
                 )
             return self.stats
         for gathered in self._gathered:
-            if set(extras) <= set(gathered.extras):
+            if set(extras) <= set(gathered.extras) and (gathered.target or not target or not self.target):
                 return gathered
         labels = " with labels" if "gradients" in extras else ""
         model, images = self._required(
@@ -99,7 +108,7 @@ class PruningState:
             calibrate(
                 model,
                 images,
-                target=self.target,
+                target=self.target if target else None,
                 layers=self.layers,
                 positions=self.positions,
                 max_images=self.max_images,

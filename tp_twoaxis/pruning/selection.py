@@ -23,10 +23,11 @@ from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, r
 from tp_twoaxis.repair import check_repair
 from tp_twoaxis.runtime.batches import image_batches, mixed_labels
 from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.inputs import CallSignature, Inputs
 from tp_twoaxis.runtime.model_state import fork_rng, unwrap
 
 Factory = Callable[..., Importance]
-Batches = list[tuple[Tensor, Tensor]] | list[Tensor]
+Batches = list[tuple[Inputs, Tensor]] | list[Inputs]
 
 
 def select_score(
@@ -117,10 +118,12 @@ def select_score(
         raise TwoAxisError(f"held_out: expected a share between 0 and 1, got {held_out}; 0.5 is usual")
     check_repair(repair, network, loader)
     with fork_rng():
-        calibration, judges = _split(loader, max_images, held_out, seed, progress)
+        calibration, judges = _split(network, loader, max_images, held_out, seed, progress)
         state = PruningState(network, calibration, target=target, max_images=None, seed=seed, progress=progress)
-        if any("statistics" in criterion.needs for criterion in criteria.values()):
-            state.statistics(*dict.fromkeys(extra for criterion in criteria.values() for extra in criterion.extras))
+        readers = [criterion for criterion in criteria.values() if "statistics" in criterion.needs]
+        if readers:
+            extras = dict.fromkeys(extra for criterion in readers for extra in criterion.extras)
+            state.statistics(*extras, target=any(criterion.reads_task for criterion in readers))
         judge = HeldOutEvaluator(network, judges)
         table: list[SelectionRow] = []
         hits: dict[tuple[str, float], Tensor] = {}
@@ -216,20 +219,23 @@ def _label(item: Any) -> str:
 
 
 def _split(
-    loader: Iterable[Any], max_images: int | None, held_out: float, seed: int, progress: bool
+    network: nn.Module, loader: Iterable[Any], max_images: int | None, held_out: float, seed: int, progress: bool
 ) -> tuple[Batches, Batches]:
     """Read all images and split them into calibration and held-out batches of the loader's size."""
-    images: list[Tensor] = []
+    images: list[Inputs] = []
     labels: list[Tensor] = []
     size = 0
-    with image_batches(loader, max_images=max_images, labels=True, description="read", progress=progress) as batches:
+    call = CallSignature.of(network)
+    with image_batches(
+        loader, max_images=max_images, labels=True, description="read", progress=progress, call=call
+    ) as batches:
         for number, part, classes in batches:
             if number and (classes is None) == bool(labels):
                 raise TwoAxisError(mixed_labels(number, classes))
-            if images and part.shape[1:] != images[0].shape[1:]:
+            if images and part[:0].shapes != images[0][:0].shapes:
                 raise TwoAxisError(
-                    f"loader: expected images of one shape, got {list(part.shape[1:])} in batch {number} after "
-                    f"{list(images[0].shape[1:])}; resize them"
+                    f"loader: expected images of one shape, got {part.shapes} in batch {number} after "
+                    f"{images[0].shapes}; resize them"
                 )
             if classes is not None and (classes.shape != (len(part),) or classes.is_floating_point()):
                 raise TwoAxisError(
@@ -247,13 +253,13 @@ def _split(
             f"held_out={held_out}; give more images"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    pixels, classes = torch.cat(images), torch.cat(labels) if labels else None
+    whole, classes = Inputs.concatenate(images), torch.cat(labels) if labels else None
 
     def batched(chosen: Tensor) -> Batches:
         parts = torch.split(chosen, size)
         if classes is None:
-            return [pixels[part.to(pixels.device)] for part in parts]
-        return [(pixels[part.to(pixels.device)], classes[part.to(classes.device)]) for part in parts]
+            return [whole[part] for part in parts]
+        return [(whole[part], classes[part.to(classes.device)]) for part in parts]
 
     return batched(order[kept_back:]), batched(order[:kept_back])
 

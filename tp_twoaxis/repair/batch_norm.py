@@ -64,9 +64,9 @@ def reestimate_batch_norm(
                 norm.momentum = None  # a cumulative average: every batch counts the same
                 norm.training = True
             for batch in run.batches:
-                if len(batch.images) > 1:
+                if len(batch.inputs) > 1:
                     run(batch)
-                    used += len(batch.images)
+                    used += len(batch.inputs)
     except NoImagesError:
         pass  # said below, as of batches that are too small
     finally:

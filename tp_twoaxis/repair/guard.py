@@ -56,7 +56,7 @@ def output_distance(network: nn.Module, dense: nn.Module, batches: Iterable[Any]
             for i, t in enumerate(wanted):
                 sums[i] += (t - mean[i]).sum(0, keepdim=True)
                 square += float((t - mean[i]).square().sum())
-            count += len(batch.images)
+            count += len(batch.inputs)
     variance = square - sum(float(s.square().sum()) for s in sums) / count
     if not math.isfinite(error):
         return math.inf

@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.runtime.batches import image_batches, split_batch
+from tp_twoaxis.runtime.batches import ONE_INPUT, image_batches, read_batch
 from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
+from tp_twoaxis.runtime.inputs import CallSignature, Inputs
 
 # of every so many images the last is held out, up to so many
 HELD_OUT_EVERY, MOST_HELD_OUT = 5, 128
@@ -30,15 +31,15 @@ class _FitBatches:
     def __init__(self, images: RepairImages) -> None:
         self._images = images
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Inputs]:
         held_out = self._images.held_out_keys
         for number, batch in enumerate(self._images.loader):
-            images = split_batch(batch, number, labels=False)[0]
-            kept = [i for i, image in enumerate(images) if _key(image) not in held_out] if held_out else None
-            if kept is None or len(kept) == len(images):
-                yield images
-            elif kept:
-                yield images[kept]
+            inputs, _ = read_batch(batch, number, labels=False, call=self._images.call)
+            kept = torch.tensor([key not in held_out for key in _keys(inputs)]) if held_out else torch.ones(1) > 0
+            if bool(kept.all()):
+                yield inputs
+            elif bool(kept.any()):
+                yield inputs[kept.nonzero()[:, 0]]
 
     def __len__(self) -> int:
         return len(self._images.loader)  # type: ignore[arg-type]
@@ -55,10 +56,11 @@ class RepairImages:
         max_images: at most so many for each pass.
         progress: show progress bars.
         hold_out: whether to hold images out.
+        call: of the model that runs on them.
 
     Example:
         >>> images = RepairImages([torch.arange(16.0)[:, None]], None, False)
-        >>> images.held_out.flatten().tolist(), images.count
+        >>> images.held_out.images.flatten().tolist(), images.count
         ([4.0, 9.0, 14.0], 13)
     """
 
@@ -66,65 +68,71 @@ class RepairImages:
     max_images: int | None
     progress: bool
     hold_out: bool = True
+    call: CallSignature = ONE_INPUT
 
     @property
-    def fit_batches(self) -> Iterable[Any]:
+    def fit_batches(self) -> Iterable[Inputs]:
         """What fits are made from: all but the images held out."""
         return _FitBatches(self)
 
     @cached_property
-    def held_out(self) -> Tensor:
-        """Images that no fit sees, [n, ...]; none unless ``hold_out``.
+    def held_out(self) -> Inputs | None:
+        """Images that no fit sees; None unless ``hold_out``.
 
         Raises:
             TwoAxisError: there are too few images to hold some out.
         """
         if not self.hold_out:
-            return torch.zeros(0)
+            return None
         limit = HELD_OUT_EVERY * MOST_HELD_OUT
         limit = limit if self.max_images is None else min(limit, self.max_images)
-        chosen: list[Tensor] = []
+        chosen: list[Inputs] = []
         seen = 0
         with image_batches(
-            self.loader, max_images=limit, labels=False, description="hold out", progress=False
+            self.loader, max_images=limit, labels=False, description="hold out", progress=False, call=self.call
         ) as batches:
             for batch in batches:
                 first = (HELD_OUT_EVERY - 1 - seen) % HELD_OUT_EVERY
-                chosen.append(batch.images[first::HELD_OUT_EVERY])
-                seen += len(batch.images)
+                chosen.append(batch.inputs[first::HELD_OUT_EVERY])
+                seen += len(batch.inputs)
         if sum(map(len, chosen)) < FEWEST_HELD_OUT:
             raise TwoAxisError(
                 f"repair: expected at least {FEWEST_HELD_OUT * HELD_OUT_EVERY} images, so that some can be held out to "
                 f"judge what is fitted to the others, got {seen}; give more, choose repair='bn', or switch the "
                 "judgement off with guard=False"
             )
-        return torch.cat(chosen)
+        return Inputs.concatenate([part for part in chosen if len(part)])
 
     @cached_property
-    def held_out_batches(self) -> list[Tensor]:
+    def held_out_batches(self) -> list[Inputs]:
         """The images held out, in batches."""
-        return list(torch.split(self.held_out, HELD_OUT_BATCH)) if len(self.held_out) else []
+        return [] if self.held_out is None else self.held_out.split(HELD_OUT_BATCH)
 
     @cached_property
     def held_out_keys(self) -> frozenset[bytes]:
         """What images held out are known by."""
-        return frozenset(_key(image) for image in self.held_out)
+        return frozenset() if self.held_out is None else frozenset(_keys(self.held_out))
 
     @property
     def most_fitted(self) -> int | None:
         """Limit of the images for each pass over :attr:`fit_batches`."""
-        return None if self.max_images is None else max(self.max_images - len(self.held_out), 1)
+        return None if self.max_images is None else max(self.max_images - self._judges, 1)
+
+    @property
+    def _judges(self) -> int:
+        return 0 if self.held_out is None else len(self.held_out)
 
     @cached_property
     def count(self) -> int:
         """About how many images ``fit_batches`` has: batches as large as the first are counted, or all read."""
-        first = next((len(split_batch(batch, labels=False)[0]) for batch in self.loader), 0)
+        sizes = (len(read_batch(batch, labels=False, call=self.call)[0]) for batch in self.loader)
+        first = next(sizes, 0)
         try:
             sampler = getattr(self.loader, "sampler", None)
             total = len(sampler) if sampler is not None else len(self.loader) * first  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
-            total = sum(len(split_batch(batch, labels=False)[0]) for batch in self.loader)
-        total = max(total - len(self.held_out), 1)
+            total = first + sum(sizes)
+        total = max(total - self._judges, 1)
         return total if self.most_fitted is None else min(total, self.most_fitted)
 
     def forward_pass(self, model: nn.Module, what: str) -> AbstractContextManager[ForwardPass]:
@@ -132,6 +140,11 @@ class RepairImages:
         return forward_pass(model, self.fit_batches, what=what, max_images=self.most_fitted, progress=self.progress)
 
 
-def _key(image: Tensor) -> bytes:
-    data = image.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+def _keys(inputs: Inputs) -> Iterator[bytes]:
+    """What each image is known by: its pixels, or those of all images that the model takes together."""
+    tensors = [tensor.detach().cpu().contiguous().flatten(1) for tensor in inputs.tensors]
+    for parts in zip(*tensors, strict=True):
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(part.view(torch.uint8).numpy().tobytes())
+        yield digest.digest()

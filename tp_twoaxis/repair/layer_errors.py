@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.repair.repair_report import relative
 from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input
 from tp_twoaxis.runtime.layers import flatten_positions, select_channels
 
@@ -38,7 +39,7 @@ class _RelativeVariance:
 
 
 def layer_errors(
-    network: nn.Module, dense: nn.Module, masks: dict[str, PrunedChannels], names: list[str], images: Tensor
+    network: nn.Module, dense: nn.Module, masks: dict[str, PrunedChannels], names: list[str], images: Inputs
 ) -> dict[str, tuple[float, float]]:
     """Compare layers of a repaired network with the dense network's.
 
@@ -47,7 +48,7 @@ def layer_errors(
         dense: its original.
         masks: layer name -> channels that it lost.
         names: layers to compare, convolutions and linear layers.
-        images: [n, ...].
+        images: to compare on.
 
     Returns:
         Name -> the error of the layer alone, given the dense network's kept channels, and the error inside the
@@ -75,7 +76,7 @@ def layer_errors(
 
         return hook
 
-    chunks = torch.split(images, CHUNK)
+    chunks = images.split(CHUNK)
     with (
         forward_pass(dense, chunks, what="measure repair") as dense_run,
         forward_pass(network, (), what="measure repair") as pruned_run,

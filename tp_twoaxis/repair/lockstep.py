@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.repair.op_interceptor import OpInterceptor
+from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input
 
 SUM, RECTIFIER = "a sum", "a rectifier"
@@ -30,24 +31,24 @@ class LockstepReference:
     Args:
         model: in eval mode; layers must be called once.
         layers: name -> layer of it.
-        images: a batch on the model's device.
+        inputs: a batch on the model's device.
         norms: name -> norm of it, called once.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> with LockstepReference(net, {"0": net[0], "2": net[2]}, torch.zeros(4, 2)) as dense:
+        >>> with LockstepReference(net, {"0": net[0], "2": net[2]}, Inputs((torch.zeros(4, 2),))) as dense:
         ...     [tuple(dense.next(name)[-1].shape) for name in ("0", RECTIFIER, "2")]
         [(4, 3), (4, 3), (4, 1)]
     """
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Module], images: Tensor, norms: dict[str, nn.Module] | None = None
+        self, model: nn.Module, layers: dict[str, nn.Module], inputs: Inputs, norms: dict[str, nn.Module] | None = None
     ) -> None:
-        self._model, self._layers, self._images, self._norms = model, layers, images, norms or {}
+        self._model, self._layers, self._inputs, self._norms = model, layers, inputs, norms or {}
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._resume = threading.Semaphore(0)
         self._stopped = False
-        kind = images.device.type
+        kind = inputs.tensors[0].device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -122,15 +123,16 @@ class LockstepReference:
         # grad mode, autocast and the current device belong to a thread
         try:
             self._wait()
-            if self._images.is_cuda:
-                torch.cuda.set_device(self._images.device)
+            device = self._inputs.tensors[0].device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             kind, dtype, enabled = self._autocast
             interceptor = OpInterceptor(
                 on_add=lambda a, b, result: self._pause(SUM, result),
                 on_rectifier=lambda x, low, high: self._pause(RECTIFIER, x),
             )
             with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled), interceptor:
-                self._model(self._images)
+                self._model(*self._inputs.args, **self._inputs.kwargs)
             self._items.put(None)
         except _Stopped:
             pass

@@ -20,6 +20,7 @@ from tp_twoaxis.repair.joint import (
 )
 from tp_twoaxis.repair.lockstep import RECTIFIER, SUM, LockstepReference
 from tp_twoaxis.repair.op_interceptor import OpInterceptor
+from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, select_channels
 from tp_twoaxis.runtime.weights import add_bias
 
@@ -156,7 +157,7 @@ class OutputCorrector:
         current += broadcast_channels(producer.scale, delta, layer) * (delta + broadcast_channels(shift, delta, layer))
 
 
-def count_readers(network: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> list[int]:
+def count_readers(network: nn.Module, layers: Iterable[nn.Module], inputs: Inputs) -> list[int]:
     """Count the operations that read the outputs of layers, BatchNorms, additions and rectifiers, in their order.
 
     Being one of the model's outputs counts as being read. Views are not followed: they are one reader.
@@ -164,11 +165,11 @@ def count_readers(network: nn.Module, layers: Iterable[nn.Module], images: Tenso
     Args:
         network: in eval mode; run once.
         layers: of it.
-        images: a few, on the network's device.
+        inputs: a few images, on the network's device.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> count_readers(net, [net[0], net[2]], torch.zeros(2, 2))
+        >>> count_readers(net, [net[0], net[2]], Inputs((torch.zeros(2, 2),)))
         [1, 1, 1]
     """
     reads: MutableMapping[Tensor, list[int]] = WeakTensorKeyDictionary()
@@ -194,7 +195,7 @@ def count_readers(network: nn.Module, layers: Iterable[nn.Module], images: Tenso
             stack.callback(layer.register_forward_hook(lambda layer, inputs, output: trace(output)).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(interceptor)
-        for tensor in tree_leaves(network(images)):
+        for tensor in tree_leaves(network(*inputs.args, **inputs.kwargs)):
             if isinstance(tensor, Tensor):
                 on_read(tensor)
     return [count for (count,) in counts]

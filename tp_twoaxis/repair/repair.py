@@ -27,6 +27,7 @@ from tp_twoaxis.repair.repair_report import (
 )
 from tp_twoaxis.repair.repair_task import ConsumerState, RepairTask
 from tp_twoaxis.repair.strategies import REPAIRS, RepairStrategy, check_repair, refits, stages_of
+from tp_twoaxis.runtime.inputs import CallSignature
 from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
 from tp_twoaxis.runtime.timing import timed
 from tp_twoaxis.runtime.weights import cannot_refit
@@ -119,7 +120,11 @@ def repair_network(
     """
     network, dense = unwrap(network), unwrap(dense)
     repairs = check_repair(repair, network, loader, stats)
-    images = None if loader is None else RepairImages(loader, max_images, progress, guard and refits(repairs))
+    images = (
+        None
+        if loader is None
+        else RepairImages(loader, max_images, progress, guard and refits(repairs), CallSignature.of(network))
+    )
     task = RepairTask(network, dense, masks, images, stats, ridge)
     seconds: dict[str, float] = {}
     consumers: list[ConsumerRepair] = []
@@ -148,7 +153,7 @@ def repair_network(
     if measure and images is not None and images.hold_out and consumers:
         with timed(seconds, "repair/measure"):
             consumers = _measure(task, consumers, images)
-        held_out = len(images.held_out)
+        held_out = len(images.held_out or ())
     return RepairReport(list(repairs), consumers, held_out, seconds, task.notes, distance)
 
 
@@ -173,7 +178,7 @@ def _judge(task: RepairTask, repairs: tuple[str, ...], unrepaired: ModelSnapshot
     if held_back:
         what = "BatchNorm statistics alone" if renews else "no repair"
         task.notes.append(
-            f"held back: on {len(images.held_out)} images that no fit saw, the outputs' distance from the dense "
+            f"held back: on {len(images.held_out or ())} images that no fit saw, the outputs' distance from the dense "
             f"network's is {after:.3g} with {'+'.join(repairs)} and {simple:.3g} with {what}, so that was kept; repair "
             "from more images"
         )
@@ -249,6 +254,7 @@ def _add_notes(task: RepairTask, consumers: list[ConsumerRepair]) -> None:
 
 def _measure(task: RepairTask, consumers: list[ConsumerRepair], images: RepairImages) -> list[ConsumerRepair]:
     names = [c.layer for c in consumers if cannot_refit(task.dense.get_submodule(c.layer)) is None]
+    assert images.held_out is not None
     errors = layer_errors(task.network, task.dense, task.masks, names, images.held_out)
     return [
         replace(c, measured=errors[c.layer][0], in_network=errors[c.layer][1]) if c.layer in errors else c

@@ -22,6 +22,7 @@ from tp_twoaxis.repair.op_interceptor import unintercepted
 from tp_twoaxis.repair.output_corrector import OutputCorrector, count_readers
 from tp_twoaxis.repair.repair_task import Outcome, RepairTask
 from tp_twoaxis.runtime.forward import inference_state
+from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
 from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, select_channels, weight_blocks
 from tp_twoaxis.runtime.weights import SHARED, add_bias, cannot_refit, shared_weights, write_weight
@@ -94,7 +95,8 @@ def refit_in_order(
         stack.enter_context(inference_state(network))
         stack.enter_context(inference_state(dense))
         gathered, calls = _gather(dense, originals, images, ALIVE_JOINT if joint else ALIVE)
-        batch = torch.cat([gathered, images.held_out.to(gathered)]).to(parameter.device, parameter.dtype)
+        judges = [] if images.held_out is None else [images.held_out.to(gathered.tensors[0].device)]
+        batch = Inputs.concatenate([gathered, *judges]).to(parameter.device, parameter.dtype)
         once = {name: layer for name, layer in layers.items() if calls.get(name) == 1}
         readers = count_readers(network, once.values(), batch[:2])
         norms = {name: norm for name, norm in _named_norms(network).items() if calls.get(name) == 1}
@@ -103,7 +105,7 @@ def refit_in_order(
             LockstepReference(dense, {name: originals[name] for name in once}, batch, dense_norms)
         )
         corrector = OutputCorrector(lockstep, readers, joint=joint)
-        refit = _OrderedRefit(network, masks, lockstep, corrector, len(gathered), joint=joint)
+        refit = _OrderedRefit(network, masks, lockstep, corrector, (len(gathered), len(batch)), joint=joint)
         for name, layer in once.items():
             hook = unintercepted(refit.layer_hook(name, originals[name]))
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -112,7 +114,7 @@ def refit_in_order(
             hook = unintercepted(refit.norm_hook(name, dense_norms.get(name)))
             stack.callback(norm.register_forward_pre_hook(hook).remove)
         with corrector.interceptor:
-            network(batch)
+            network(*batch.args, **batch.kwargs)
     repeated = {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
     return repeated | refit.reasons, len(gathered)
 
@@ -130,14 +132,14 @@ class _OrderedRefit:
         masks: dict[str, PrunedChannels],
         lockstep: LockstepReference,
         corrector: OutputCorrector,
-        images: int,
+        images: tuple[int, int],
         *,
         joint: bool,
     ) -> None:
         self.reasons: dict[str, str] = {}
         self._network, self._masks = network, masks
         self._lockstep, self._corrector, self._joint = lockstep, corrector, joint
-        self._images = images  # of the batch, the first so many are fitted
+        self._fitted, self._images = images  # of the batch's images the first so many are fitted
         self._shared = shared_weights(network)
         self._dtype = next(network.parameters()).dtype
         self._changed = False  # whether a layer before the present one lost channels
@@ -166,9 +168,10 @@ class _OrderedRefit:
         norm = None if pruned.batch_norm is None else self._network.get_submodule(pruned.batch_norm)
         if fits(layer):
             x, target = kernel_input(layer, *arguments), select_channels(dense_y, layer, ~pruned.outputs)
-            fit = PatchFit(layer, images=self._images)
-            fit.update(x[: self._images], target[: self._images])
-            fit.update(x[self._images :], target[self._images :], held_out=True)
+            cut = self._cut(x)
+            fit = PatchFit(layer, images=cut)
+            fit.update(x[:cut], target[:cut])
+            fit.update(x[cut:], target[cut:], held_out=True)
             add_bias(layer, fit.solve(), norm)
             gained = not math.isnan(fit.solved.ridge)
             self._corrector.register(layer, fit, x, norm, ~pruned.outputs)
@@ -177,17 +180,25 @@ class _OrderedRefit:
             return ""
         if blocks_of(layer) == 1 and len(pruned.inputs) <= WIDEST_INPUT:
             x = first_input(*arguments)
-            add_bias(layer, _refit_channels(layer, original, x, dense_x, pruned, self._images), norm)
+            add_bias(layer, _refit_channels(layer, original, x, dense_x, pruned, self._cut(x)), norm)
             return BY_CHANNELS
         return "its patch is too large"
+
+    def _cut(self, x: Tensor) -> int:
+        """Where the held-out images begin; images may be cut into windows, one image's after the other's.
+
+        What does not begin with the batch (sequence-first layers) is fitted whole.
+        """
+        return len(x) if len(x) % self._images else len(x) // self._images * self._fitted
 
     def norm_hook(self, name: str, original: nn.Module | None) -> Any:
         """Make the hook of a BatchNorm; ``original`` is None where it runs more than once."""
         kept = [~pruned.outputs for pruned in self._masks.values() if pruned.batch_norm == name]
 
         def hook(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-            dense_x = None if original is None else self._lockstep.next(name)[0][: self._images]
-            x = inputs[0][: self._images]
+            dense_x = None if original is None else self._lockstep.next(name)[0]
+            cut = self._cut(inputs[0])
+            x, dense_x = inputs[0][:cut], None if dense_x is None else dense_x[:cut]
             if not self._changed or x.numel() <= x.shape[1]:  # one row has no variance
                 return
             variance, mean = _moments(x)
@@ -225,7 +236,7 @@ def _named_norms(network: nn.Module) -> dict[str, nn.Module]:
 
 def _gather(
     dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages, alive: int
-) -> tuple[Tensor, dict[str, int]]:
+) -> tuple[Inputs, dict[str, int]]:
     """Read as many images as fit into memory; also count how often each layer runs."""
     calls: dict[str, int] = {}
     largest = 0
@@ -239,20 +250,20 @@ def _gather(
 
         return hook
 
-    kept: list[Tensor] = []
+    kept: list[Inputs] = []
     with images.forward_pass(dense, "read images") as run:
         for name, layer in (layers | _named_norms(dense)).items():
             run.hook(layer, count(name), with_kwargs=True)
         room = None
         for batch in run.batches:
             if room is None:
-                run(batch._replace(images=batch.images[:1]))
+                run(batch._replace(inputs=batch.inputs[:1]))
                 room = max(1, BYTES // max(1, 2 * alive * largest))
-            kept.append(batch.images[:room])
+            kept.append(batch.inputs[:room])
             room -= len(kept[-1])
             if room <= 0:
                 break
-    return torch.cat(kept), calls
+    return Inputs.concatenate(kept), calls
 
 
 def _refit_channels(

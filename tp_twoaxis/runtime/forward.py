@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.runtime.batches import Batch, image_batches
+from tp_twoaxis.runtime.inputs import CallSignature
 from tp_twoaxis.runtime.model_state import eager_mode, eval_mode, fork_rng, unwrap
 
 
@@ -22,6 +23,9 @@ class NoImagesError(TwoAxisError):
 def inference_state(network: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Run a block with a model in eval mode and uncompiled; its modes, torch's random and grad state come back.
 
+    Inside the caller's ``torch.inference_mode`` the block runs outside of it: what is gathered could not be changed
+    afterwards, and there would be no gradients.
+
     Args:
         network: unwrapped.
         gradients: keep autograd on.
@@ -31,7 +35,13 @@ def inference_state(network: nn.Module, *, gradients: bool = False) -> Iterator[
         ...     torch.is_grad_enabled()
         False
     """
-    with fork_rng(), eval_mode(network), eager_mode(network), torch.set_grad_enabled(gradients):
+    with (
+        torch.inference_mode(False),
+        fork_rng(),
+        eval_mode(network),
+        eager_mode(network),
+        torch.set_grad_enabled(gradients),
+    ):
         yield
 
 
@@ -69,13 +79,14 @@ class ForwardPass:
             TwoAxisError: the model raised; the message has its words and the batch's shape.
         """
         try:
-            return self.network(batch.images.to(self.device, self.dtype, non_blocking=True))
+            inputs = batch.inputs.to(self.device, self.dtype)
+            return self.network(*inputs.args, **inputs.kwargs)
         except TwoAxisError:
             raise
         except Exception as error:  # a model is anybody's code
             raise TwoAxisError(
                 f"{type(self.network).__name__} raised {type(error).__name__} on batch {batch.number} of shape "
-                f"{list(batch.images.shape)}: {error}; the model is as it was"
+                f"{batch.inputs.shapes}: {error}; the model is as it was"
             ) from error
 
     def logits(self, batch: Batch) -> Tensor:
@@ -91,7 +102,7 @@ class ForwardPass:
 
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self.images += len(batch.images)
+            self.images += len(batch.inputs)
             yield batch
         if self.images == 0:
             raise NoImagesError(
@@ -115,7 +126,7 @@ def forward_pass(
 
     Args:
         model: any module that takes a batch of images; wrappers are looked through.
-        loader: see :func:`~tp_twoaxis.runtime.batches.split_batch` for what it may yield.
+        loader: see :func:`~tp_twoaxis.runtime.batches.read_batch` for what it may yield.
         what: names the pass on the progress bar and in messages.
         max_images: stop after so many, cutting the last batch; None reads the loader to its end.
         labels: whether batches shall have their labels, if there are any, or ``"required"``.
@@ -143,7 +154,14 @@ def forward_pass(
         stack.enter_context(inference_state(network, gradients=gradients))
         home = stack.enter_context(_placed(network, device))
         batches = stack.enter_context(
-            image_batches(loader, max_images=max_images, labels=bool(labels), description=what, progress=progress)
+            image_batches(
+                loader,
+                max_images=max_images,
+                labels=bool(labels),
+                description=what,
+                progress=progress,
+                call=CallSignature.of(network),
+            )
         )
         yield ForwardPass(network, home, _labelled(batches, what) if labels == "required" else batches, stack)
 
@@ -152,25 +170,31 @@ def find_logits(output: Any, network: nn.Module) -> Tensor:
     """Find the logits in what a model returned.
 
     Args:
-        output: logits, a tuple that starts with them, or an object or dict with ``logits``.
+        output: logits, a tuple that starts with them, or an object, named tuple or dict with ``logits``.
         network: the model, for the message.
 
     Raises:
-        TwoAxisError: there are none.
+        TwoAxisError: there are none; a dict without ``logits`` is not guessed at.
 
     Example:
-        >>> find_logits({"logits": torch.zeros(3, 2)}, nn.Identity()).shape
+        >>> find_logits({"features": torch.zeros(3, 8), "logits": torch.zeros(3, 2)}, nn.Identity()).shape
         torch.Size([3, 2])
     """
     while not isinstance(output, Tensor):
-        if isinstance(output, (tuple, list)) and output:
-            output = output[0]
-        elif isinstance(output, dict) and output:
-            output = output.get("logits", next(iter(output.values())))
-        elif hasattr(output, "logits"):
+        if isinstance(output, Mapping) and "logits" in output:
+            output = output["logits"]
+        elif not isinstance(output, Mapping) and hasattr(output, "logits"):
             output = output.logits
+        elif isinstance(output, (tuple, list)) and output:
+            output = output[0]
         else:
-            raise TwoAxisError(f"expected logits from {type(network).__name__}, got {type(output).__name__}")
+            got = type(output).__name__
+            if isinstance(output, Mapping):
+                got = f"a {got} with {listing(map(str, output)) or 'nothing'}"
+            raise TwoAxisError(
+                f"expected logits from {type(network).__name__}, got {got}; wrap the model so that it returns them, "
+                "alone, first, or under the name 'logits', or do without (calibrate with target=None)"
+            )
     return output
 
 

@@ -165,31 +165,6 @@ def channel_weight(layer: nn.Module) -> Tensor:
     return weight_blocks(layer).reshape(out_channels_of(layer), -1)
 
 
-def broadcast_per_image(values: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
-    """View one number an image and channel so that it broadcasts against a layer's output.
-
-    Args:
-        values: [images, C].
-        output: what the layer returned, as :func:`flatten_positions` takes it.
-        layer: the layer.
-
-    Example:
-        >>> import torch
-        >>> broadcast_per_image(torch.ones(2, 8), torch.zeros(2, 8, 5, 5), nn.Conv2d(3, 8, 3)).shape
-        torch.Size([2, 8, 1, 1])
-    """
-    channels = values.shape[1]
-    if isinstance(layer, _ConvNd):
-        spatial = [1] * len(layer.kernel_size)
-        if output.ndim == len(spatial) + 1:  # one unbatched image
-            return values.reshape(channels, *spatial)
-        return values.repeat_interleave(len(output) // len(values), 0).reshape(len(output), channels, *spatial)
-    if isinstance(layer, nn.MultiheadAttention) and not layer.batch_first and output.ndim == 3:
-        return values.repeat_interleave(output.shape[1] // len(values), 0)[None]
-    repeated = values.repeat_interleave(len(output) // len(values), 0)
-    return repeated.reshape(len(output), *[1] * (output.ndim - 2), channels)
-
-
 def flatten_positions(output: Tensor, layer: nn.Module, batch_size: int, name: str) -> Tensor:
     """View a layer's output as [images, positions, C] without copying.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.forward import forward_pass
-from tp_twoaxis.runtime.layers import channel_layers, flatten_positions, in_channels_of, out_channels_of
+from tp_twoaxis.runtime.layers import channel_layers, in_channels_of, out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
 from tp_twoaxis.statistics.moments import CoMoments
 
 # batches are converted to float64 in parts of about this many numbers
@@ -97,6 +99,7 @@ def gather_activations(
     if not layers:
         raise TwoAxisError(f"{type(network).__name__} has no convolution or linear layer that reads channels")
     records: dict[str, M] = {}
+    layouts: dict[str, BatchLayout] = {}
     batch_size = 0
 
     def hook(name: str) -> Callable[..., None]:
@@ -104,16 +107,19 @@ def gather_activations(
             if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
                 return
             with torch.autocast(inputs[0].device.type, enabled=False):
-                read, written = (flatten_positions(value, layer, batch_size, name) for value in (inputs[0], output))
+                layout = layouts.get(name) or BatchLayout()
+                read, written = (layout.rows(value, layer, batch_size, name) for value in (inputs[0], output))
                 records.setdefault(name, measure(layer)).update(read, written)
 
         return record
 
     with forward_pass(network, loader, what="activations", max_images=max_images, progress=progress) as run:
+        first = next(run.batches)
+        layouts.update(find_layouts(run, layers, first))
         for name, layer in layers.items():
             run.hook(layer, hook(name))
-        for batch in run.batches:
-            batch_size = len(batch.images)
+        for batch in chain([first], run.batches):
+            batch_size = len(batch.inputs)
             run(batch)
     for name, record in records.items():
         if not record.finite:
@@ -233,7 +239,15 @@ class AdjacentMoments:
         if self.too_wide:
             return
         cells = min(CELLS, read.shape[1], written.shape[1])
-        x, y = (F.adaptive_avg_pool1d(side.mT.float(), cells).mT.cpu() for side in (read, written))
+        size = max(1, BLOCK_NUMBERS // max(read[0].numel(), written[0].numel(), 1))
+        x, y = (torch.cat([_cells(part, cells) for part in torch.split(side, size)]) for side in (read, written))
         self._inputs.update(x, y)
         self._outputs.update(y)
         self._cross.update(x, y)
+
+
+def _cells(rows: Tensor, cells: int) -> Tensor:
+    """Average [n, positions, C] to [n, cells, C] in float64, on the CPU."""
+    if rows.device.type not in ("cpu", "cuda"):
+        rows = rows.cpu()
+    return F.adaptive_avg_pool1d(rows.mT.double(), cells).mT.cpu()

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.runtime.batches import expected_images, mixed_labels, split_shards
-from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.forward import find_logits, forward_pass
+from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.gradients import OutputSaliency
+from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import Positions, Recorder
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -38,6 +40,8 @@ def calibrate(
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass; without gradients by default.
 
+    Before it the model runs on three and on two images, to find where layers have the images of a batch
+    (:func:`~tp_twoaxis.statistics.layouts.find_layouts`).
     The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
     torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
     through. Memory does not grow with the number of images. Under ``torchrun`` give every rank its shard
@@ -45,9 +49,11 @@ def calibrate(
 
     Args:
         model: a trained classifier; any float dtype. Its output is logits [n, K], a tuple that starts with
-            them, or an object or dict with ``logits``.
+            them and has no other [n, L], or an object or dict with ``logits``; with ``target=None`` it may be anything.
         loader: yields ``(images, labels)``, ``images``, or dicts with ``pixel_values`` and ``labels``; images
-            are float tensors [n, ...], normalised as in training, labels class indices [n].
+            are float tensors [n, ...], normalised as in training, labels class indices [n]. For models with several
+            inputs ``((left, right), labels)`` or dicts with the names that ``forward`` has; see
+            :func:`~tp_twoaxis.runtime.batches.read_batch`.
         target: default task variable of the target axis, one of ``margin`` (ground-truth margin),
             ``correct_logit``, ``negative_loss``, ``one_vs_rest``, ``predicted_margin``,
             ``predicted_logit``. All of them are recorded. Without labels ``margin`` becomes
@@ -71,8 +77,8 @@ def calibrate(
 
     Raises:
         TwoAxisError: no images came; images are not finite floats; labels are missing for a target or for
-            gradients that need them, or out of range; a layer does not exist or gives non-finite values; the model or
-            the loader raised.
+            gradients that need them, or out of range; a layer does not exist, gives non-finite values, or has the
+            images of a batch in no dimension; the model or the loader raised.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -109,6 +115,8 @@ class CalibrationRequest:
             raise TwoAxisError(f"max_images: expected a positive whole number or None, got {self.max_images!r}")
 
 
+@torch.inference_mode(mode=False)  # the statistics can then be merged outside of the caller's inference mode too
+@torch.no_grad()
 def gather(
     model: nn.Module, loader: Iterable[Any], request: CalibrationRequest, *, shards: int = 1, seed: int = 0
 ) -> list[CalibrationStatistics]:
@@ -145,23 +153,24 @@ def gather(
     ):
         first = next(run.batches)
         # positions are chosen for the whole set, so that the parts merge into what one pass would give
-        expected = expected_images(loader, len(first.images), request.max_images)
+        expected = expected_images(loader, len(first.inputs), request.max_images)
+        layouts = find_layouts(run, recorded, first)
         for shard, batch in split_shards(chain([first], run.batches), shards, seed):
             if shard not in parts:
-                parts[shard] = _Part.start(recorded, request, expected, recorders)
-            part, index = parts[shard], batch.number
-            part.begin(len(batch.images))
-            logits = run.logits(batch)
+                parts[shard] = _Part.start(recorded, request, expected, layouts, recorders)
+            part, index, images = parts[shard], batch.number, len(batch.inputs)
+            part.begin(batch.inputs)
+            output = run(batch)
             values = None
             if target is not None:
-                variables = _variables(logits, batch.labels, target, index, len(batch.images))
+                variables = _variables(_class_logits(output, network), batch.labels, target, index, images)
                 columns = columns or _columns(variables)
                 if list(variables) != list(columns):
                     raise TwoAxisError(mixed_labels(index, batch.labels))
                 values = torch.cat(list(variables.values()), dim=1)
             if part.saliency is not None:
-                _backward(part.saliency, logits, batch.labels, index)
-            part.finish(values, len(batch.images))
+                _backward(part.saliency, _class_logits(output, network), batch.labels, index)
+            part.finish(values, images)
     if len(parts) < shards:
         raise TwoAxisError(
             f"shards: expected at least one image for each of {shards} shards, got "
@@ -199,17 +208,28 @@ class _Part:
 
     @classmethod
     def start(
-        cls, layers: dict[str, nn.Module], request: CalibrationRequest, expected: int | None, stack: ExitStack
+        cls,
+        layers: dict[str, nn.Module],
+        request: CalibrationRequest,
+        expected: int | None,
+        layouts: dict[str, BatchLayout],
+        stack: ExitStack,
     ) -> _Part:
-        recorder = Recorder(layers, positions=request.positions, expected_images=expected, consumers=request.consumers)
+        recorder = Recorder(
+            layers,
+            positions=request.positions,
+            expected_images=expected,
+            consumers=request.consumers,
+            layouts=layouts,
+        )
         stack.enter_context(recorder)
         # after the recorder, whose hooks then see the outputs first
-        return cls(recorder, stack.enter_context(OutputSaliency(layers)) if request.gradients else None)
+        return cls(recorder, stack.enter_context(OutputSaliency(layers, layouts)) if request.gradients else None)
 
-    def begin(self, images: int) -> None:
-        self.recorder.begin(images)
+    def begin(self, inputs: Inputs) -> None:
+        self.recorder.begin(*inputs.tensors)
         if self.saliency is not None:
-            self.saliency.begin(images)
+            self.saliency.begin(len(inputs))
 
     def finish(self, task: Tensor | None, images: int) -> None:
         if task is not None:
@@ -218,6 +238,19 @@ class _Part:
             self.task.update(task)
         self.recorder.finish(task)
         self.images += images
+
+
+def _class_logits(output: Any, network: nn.Module) -> Tensor:
+    """Find the logits, unless a tuple holds several things that could be them: features, coarse and fine classes."""
+    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
+        tables = [list(value.shape) for value in output if isinstance(value, Tensor) and value.ndim == 2]
+        if len({width for _, width in tables}) > 1:
+            raise TwoAxisError(
+                f"expected logits from {type(network).__name__}, got a tuple with {listing(map(str, tables))}, of "
+                "which any may be logits; wrap the model so that it returns them alone or as 'logits', or pass "
+                "target=None to calibrate the local axis alone"
+            )
+    return find_logits(output, network)
 
 
 def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int, images: int) -> dict[str, Tensor]:

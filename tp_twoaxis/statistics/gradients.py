@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -18,9 +18,10 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.batches import Batch
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
-from tp_twoaxis.runtime.layers import broadcast_per_image, out_channels_of
+from tp_twoaxis.runtime.layers import out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.runtime.weight_sums import sum_by_input, sum_by_output
+from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.targets import class_indices
 
@@ -45,6 +46,7 @@ class OutputSaliency:
 
     Args:
         layers: name -> layer, from :func:`~tp_twoaxis.runtime.layers.channel_layers`.
+        layouts: name -> where the layer has its images; default where layers of its kind usually have them.
 
     Attributes:
         records: name -> moments of the saliencies, one row an image; paired with nothing, so they hold count and
@@ -59,8 +61,9 @@ class OutputSaliency:
         (2, torch.Size([4]))
     """
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, layers: dict[str, nn.Module], layouts: Mapping[str, BatchLayout] | None = None) -> None:
         self.layers = layers
+        self.layouts = {name: usual_layout(layer) for name, layer in layers.items()} | dict(layouts or {})
         self.records: dict[str, CoMoments] = {}
         self._handles: list[RemovableHandle] = []
         self._batch_size = 0
@@ -123,7 +126,7 @@ class OutputSaliency:
                 self._gates[name] = torch.ones(
                     self._batch_size, out_channels_of(layer), dtype=y.dtype, device=y.device, requires_grad=True
                 )
-            gated = y * broadcast_per_image(self._gates[name], y, layer)
+            gated = y * self.layouts[name].per_image(self._gates[name], y, layer, name)
             return (gated, *output[1:]) if isinstance(output, tuple) else gated
 
         return hook
@@ -237,7 +240,7 @@ def gather_squared_gradients(
     with _labelled_pass(network, loader, "squared gradients", max_images, progress) as run:
         for batch in run.batches:
             assert batch.labels is not None
-            for image, label in zip(torch.split(batch.images, 1), torch.split(batch.labels, 1), strict=True):
+            for image, label in zip(batch.inputs.split(1), torch.split(batch.labels, 1), strict=True):
                 output = run(Batch(batch.number, image, None))
                 with _backward_errors(
                     network, "it must return logits [n, K] with labels in [0, K), or give a loss= that fits it"

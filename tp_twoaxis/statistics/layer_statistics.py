@@ -11,8 +11,8 @@ from torch import Tensor
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.statistics.moments import CoMoments
 
-# float32 activations of a constant channel scatter by rounding alone; below this share of mean^2 it is no signal
-CONSTANT = 1e-13
+# activations of a constant channel scatter by rounding alone; below this share of mean^2 it is no signal
+CONSTANT, CONSTANT_FLOAT64 = 1e-13, 1e-28
 
 
 @dataclass
@@ -34,6 +34,7 @@ class LayerStatistics:
         inputs: moments of the (image, position) rows that the layer reads, C_in wide, or None: of positions of
             the input as it is given, without the zeros of padding. See ``calibrate(consumers=True)``.
         gradients: moments of first-order saliencies, one row an image, or None without ``gradients=True``.
+        dtype: of the values that the layer wrote, which decides from when on a spread is one of rounding.
 
     Example:
         >>> from torch import nn
@@ -57,6 +58,7 @@ class LayerStatistics:
     target: str | None = None
     inputs: CoMoments | None = None
     gradients: CoMoments | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def num_channels(self) -> int:
@@ -65,7 +67,7 @@ class LayerStatistics:
 
     @property
     def num_rows(self) -> int:
-        """(image, position) rows behind the covariance."""
+        """(image, position) rows behind the covariance; sampled ones stand for all of ``rows.weight``."""
         return self.rows.count
 
     @property
@@ -86,7 +88,7 @@ class LayerStatistics:
     @property
     def variance(self) -> Tensor:
         """Diagonal of the covariance, [C]; exactly 0 for channels that are constant up to rounding."""
-        return _variance(self.rows)
+        return self._variance(self.rows)
 
     @property
     def correlation(self) -> Tensor:
@@ -96,7 +98,7 @@ class LayerStatistics:
     @property
     def pooled_correlation(self) -> Tensor:
         """Correlation of the pooled outputs over images, [C, C], diagonal 1."""
-        return _correlation(self.pooled.covariance, _variance(self.pooled))
+        return _correlation(self.pooled.covariance, self._variance(self.pooled))
 
     @property
     def num_input_rows(self) -> int:
@@ -145,6 +147,11 @@ class LayerStatistics:
             )
         return self.gradients.mean
 
+    def _variance(self, moments: CoMoments) -> Tensor:
+        variance = moments.covariance.diagonal()
+        least = (CONSTANT_FLOAT64 if self.dtype == torch.float64 else CONSTANT) * moments.mean.square()
+        return torch.where(variance > least, variance, torch.zeros_like(variance))
+
     def target_correlation(self, name: str | None = None) -> Tensor:
         """Correlation of each pooled channel with a task variable.
 
@@ -165,7 +172,7 @@ class LayerStatistics:
                 "call calibrate() with labels and a target"
             )
         start, stop = self.columns[name]
-        spread = torch.outer(_variance(self.pooled), _variance(self.task)[start:stop]).sqrt()
+        spread = torch.outer(self._variance(self.pooled), self._variance(self.task)[start:stop]).sqrt()
         covariance = self.cross.covariance[:, start:stop]
         rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
         return rho if name == "one_vs_rest" else rho[:, 0]
@@ -200,6 +207,7 @@ class InputStatistics(LayerStatistics):
         self.kind = layer.kind
         self.shape = layer.shape
         self.fingerprint = layer.fingerprint
+        self.dtype = layer.dtype
         self.rows = layer._input_moments()
         self.columns = {}
 
@@ -244,11 +252,6 @@ class InputStatistics(LayerStatistics):
             f"{self.name}: expected a score of means, variances and correlations, which are all that is recorded of "
             f"what a layer reads, got one that needs {what}; take site='producer' for it, or score='capture'"
         )
-
-
-def _variance(moments: CoMoments) -> Tensor:
-    variance = moments.scatter.diagonal() / max(moments.count, 1)
-    return torch.where(variance > CONSTANT * moments.mean.square(), variance, torch.zeros_like(variance))
 
 
 def _correlation(covariance: Tensor, variance: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -11,17 +12,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tp_twoaxis.errors import TwoAxisError, listing
-from tp_twoaxis.runtime.layers import flatten_positions, out_channels_of
+from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
 from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select_rows
 
 Positions = Literal["auto", "all"] | int
 
 # rows a layer needs over the whole set: this many a channel, and never fewer than the second number; with them
-# sampling moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_rows.py)
+# sampling moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py)
 ROWS_PER_CHANNEL = 32
 MINIMUM_ROWS = 2**14
+# of many images each gives at least so many: fewer would save nothing beside the forward pass
+FEWEST_POSITIONS = 8
 # pooled rows are few and wide: they wait until this many make one matrix product worth its overhead
 PENDING_IMAGES = 512
+# a channel's mean over this many standard deviations of its pooled values: float32 then costs 5 of their 24 bits
+FAR = 16
 # the moments of an input as wide as this take 512 MiB; a flattened map of VGG-16 (25,088 numbers) would take 4.7 GiB
 WIDEST_INPUT = 2**13
 
@@ -34,9 +40,11 @@ class LayerRecord:
         pooled: moments of the outputs averaged over all positions, one row an image.
         cross: moments of pooled outputs with the task variables, or None without them.
         inputs: moments of the rows that the layer reads, C_in wide, or None when they are not recorded.
+        dtype: of what the layer writes.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.rows = CoMoments(width, device=device)
         self.pooled = CoMoments(width, device=device)
         self.cross: CoMoments | None = None
@@ -55,20 +63,25 @@ class Recorder:
     Args:
         layers: name -> layer, from :func:`~tp_twoaxis.runtime.layers.channel_layers`.
         positions: ``"all"``; a number of positions an image; or ``"auto"``: as many as give
-            ``max(32 C, 16384)`` rows over the whole set, a power of two. Sampled positions are the same for
-            every image, one from each of equally long stretches, so the rows do not depend on batch size,
-            order or rank. Pooled values always use every position.
+            ``max(32 C, 16384)`` rows over the whole set, a power of two and at least 8. Of each of equally long
+            stretches of an image one position is drawn by a hash of the image
+            (:mod:`~tp_twoaxis.statistics.sampling`): over images every position is seen, and the rows do not depend on
+            batch size, order or rank. A row stands for as many as its image has positions for each that is sampled.
+            Pooled values always use every position.
         expected_images: images in the whole set, over all ranks; ``"auto"`` without it means ``"all"``.
         consumers: also record what the layers read. Rows are positions of the input as the layer is given it,
             without the zeros that its padding adds, sampled by the same rule as outputs with C_in in the place
             of C. Left out are ``nn.MultiheadAttention``, whose projections run as functions so that the value
             channels cannot be seen, and inputs of more than 8,192 numbers.
+        layouts: name -> where the layer has its images, of every layer that runs
+            (:func:`~tp_twoaxis.statistics.layouts.find_layouts`); default where layers of its kind usually have them.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3))
+        >>> images = torch.randn(2, 3, 8, 8)
         >>> with torch.no_grad(), Recorder({"0": net[0]}, positions="all") as recorder:
-        ...     recorder.begin(2)
-        ...     _ = net(torch.randn(2, 3, 8, 8))
+        ...     recorder.begin(images)
+        ...     _ = net(images)
         ...     recorder.finish()
         >>> recorder.records["0"].rows.count
         72
@@ -81,6 +94,7 @@ class Recorder:
         positions: Positions = "auto",
         expected_images: int | None = None,
         consumers: bool = False,
+        layouts: Mapping[str, BatchLayout] | None = None,
     ) -> None:
         if positions not in ("auto", "all") and not (isinstance(positions, int) and positions > 0):
             raise TwoAxisError(f"positions: expected 'auto', 'all' or a positive number, got {positions!r}")
@@ -88,6 +102,7 @@ class Recorder:
         self.positions = positions
         self.expected_images = expected_images
         self.consumers = consumers
+        self.layouts = layouts
         self.records: dict[str, LayerRecord] = {}
         self._handles: list[RemovableHandle] = []
         self._batch_size = 0
@@ -96,7 +111,9 @@ class Recorder:
         self._pending: dict[str, list[Tensor]] = {}
         self._pending_task: list[Tensor] = []
         self._pending_images = 0
-        self._samples: dict[tuple[int, int, torch.device], Tensor | None] = {}
+        self._images: tuple[Tensor, ...] = ()
+        self._keys: Tensor | None = None
+        self._sampled: dict[tuple[int, int], Tensor] = {}
 
     def __enter__(self) -> Recorder:
         self._handles = [
@@ -120,9 +137,14 @@ class Recorder:
         if kind is None:
             self._flush()
 
-    def begin(self, batch_size: int) -> None:
-        """Announce a batch of ``batch_size`` images, at least one."""
-        self._batch_size = batch_size
+    def begin(self, *images: Tensor) -> None:
+        """Announce a batch.
+
+        Args:
+            images: [n, ...], n at least 1: what the model is about to be given, all tensors of it.
+        """
+        self._images, self._batch_size = images, len(images[0])
+        self._keys, self._sampled = None, {}
         self._pooled = {}
 
     def finish(self, task: Tensor | None = None) -> None:
@@ -138,17 +160,14 @@ class Recorder:
         if self._ran is None:
             self._ran = ran
         if changing := [name for name in self.layers if (name in ran) != (name in self._ran)]:
-            raise TwoAxisError(
-                f"{listing(changing)}: expected a layer to run in every batch or in none, got both, so its statistics "
-                "would be of fewer images than the others'; leave it out with layers=[...]"
-            )
+            raise TwoAxisError(_runs_in_some(changing))
         for name, (pooled, _) in self._pooled.items():
             self._pending.setdefault(name, []).append(pooled)
         self._pooled = {}
         if task is not None:
             self._pending_task.append(task)
         self._pending_images += self._batch_size
-        self._batch_size = 0
+        self._images, self._batch_size = (), 0
         if self._pending_images >= PENDING_IMAGES:
             self._flush()
 
@@ -168,7 +187,7 @@ class Recorder:
         if name not in self.records:
             # float64 lives on CPU and CUDA; other accelerators hand their rows over
             device = values.device if values.device.type in ("cpu", "cuda") else torch.device("cpu")
-            self.records[name] = LayerRecord(values.shape[-1], device)
+            self.records[name] = LayerRecord(values.shape[-1], device, values.dtype)
         return self.records[name]
 
     def _hook(self, name: str) -> Any:
@@ -192,38 +211,45 @@ class Recorder:
         return hook
 
     def _take_input(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        view = flatten_positions(x, layer, self._batch_size, name)
+        view = self._layout(name, layer).rows(x, layer, self._batch_size, name)
         width = view.shape[-1]
         if width > WIDEST_INPUT:
             return
         record = self.records[name]
         if record.inputs is None:
             record.inputs = CoMoments(width, device=record.rows.mean.device)
-        sample = self._sample(view.shape[1], width, view.device)
-        record.inputs.update(view if sample is None else _select(view, sample))
+        self._update(record.inputs, view)
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
-        view = flatten_positions(y, layer, self._batch_size, name)
-        positions = count = view.shape[1]
-        # a reduced-precision mean is accumulated, and kept, in float32
-        pooled = view.mean(1, dtype=torch.float64 if view.dtype == torch.float64 else torch.float32)
+        view = self._layout(name, layer).rows(y, layer, self._batch_size, name)
+        count = view.shape[1]
+        pooled = _pool(view)
         if name in self._pooled:  # called again in this batch: average over the positions of all calls
             before, seen = self._pooled[name]
             pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
             count += seen
         self._pooled[name] = (pooled, count)
-        sample = self._sample(positions, out_channels_of(layer), view.device)
-        self._record(name, view).rows.update(view if sample is None else _select(view, sample))
+        self._update(self._record(name, view).rows, view)
 
-    def _sample(self, available: int, channels: int, device: torch.device) -> Tensor | None:
-        """Choose the positions to keep of ``available``, or None for all of them."""
-        key = (available, channels, device)
-        if key not in self._samples:
-            wanted = self._wanted(channels)
-            self._samples[key] = (
-                None if wanted is None or wanted >= available else stratified(available, wanted).to(device)
-            )
-        return self._samples[key]
+    def _layout(self, name: str, layer: nn.Module) -> BatchLayout:
+        if self.layouts is None:
+            return usual_layout(layer)
+        if name not in self.layouts:
+            raise TwoAxisError(_runs_in_some([name]))
+        return self.layouts[name]
+
+    def _update(self, moments: CoMoments, view: Tensor) -> None:
+        """Take in the rows [n, P, C], or those that stand for them."""
+        available, channels = view.shape[1:]
+        wanted = self._wanted(channels)
+        if wanted is None or wanted >= available:
+            moments.update(view)
+            return
+        if self._keys is None:
+            self._keys = image_keys(*self._images)
+        if (available, wanted) not in self._sampled:
+            self._sampled[available, wanted] = sampled_positions(self._keys, available, wanted).to(view.device)
+        moments.update(select_rows(view, self._sampled[available, wanted]), weight=available / wanted)
 
     def _wanted(self, channels: int) -> int | None:
         if isinstance(self.positions, int):
@@ -233,27 +259,24 @@ class Recorder:
         rows = max(ROWS_PER_CHANNEL * channels, MINIMUM_ROWS)
         # a power of two: shards of slightly unequal length still agree on the number
         exponent = round(math.log2(rows / max(self.expected_images, 1)))
-        return 1 << max(exponent, 0)
+        return max(1 << max(exponent, 0), FEWEST_POSITIONS)
 
 
-def stratified(available: int, wanted: int) -> Tensor:
-    """Pick ``wanted`` of ``available`` positions, one at random from each of equally long stretches.
-
-    Returns:
-        [wanted] increasing indices; the same ones on every call.
-
-    Example:
-        >>> stratified(4, 4).tolist(), len(stratified(1024, 16).unique())
-        ([0, 1, 2, 3], 16)
-    """
-    generator = torch.Generator().manual_seed(0)
-    edges = torch.arange(wanted + 1) * available // wanted
-    offsets = torch.rand(wanted, generator=generator, dtype=torch.float64) * (edges[1:] - edges[:-1])
-    return edges[:-1] + offsets.long()
+def _runs_in_some(names: list[str]) -> str:
+    return (
+        f"{listing(names)}: expected a layer to run in every batch or in none, got both, so its statistics "
+        "would be of fewer images than the others'; leave it out with layers=[...]"
+    )
 
 
-def _select(view: Tensor, sample: Tensor) -> Tensor:
-    """Gather positions of [B, P, C]; along the dense dimension, which is P when channels come first."""
-    if view.stride(1) == 1 and view.stride(2) != 1:
-        return view.transpose(1, 2).index_select(2, sample).transpose(1, 2)
-    return view.index_select(1, sample)
+def _pool(view: Tensor) -> Tensor:
+    """Average [n, P, C] over positions; float32 at least, float64 where images differ too little from their mean."""
+    if view.dtype == torch.float64 or view.device.type == "cuda":
+        return view.mean(1, dtype=torch.float64)
+    pooled = view.mean(1, dtype=torch.float32)
+    # a sum in float64 takes a CPU five times as long, so only channels whose spread float32 would blur get one
+    far = pooled.abs().mean(0) > FAR * pooled.std(0, correction=0)
+    if view.device.type == "cpu" and bool(far.any()):
+        pooled = pooled.double()
+        pooled[:, far] = view[:, :, far].mean(1, dtype=torch.float64)
+    return pooled

@@ -79,9 +79,10 @@ def calibrate_shards(
 class MomentMixture:
     """Moments of a multiset of parts, in which a part may occur several times or not at all.
 
-    With multiplicities ``w_s`` of parts of ``n_s`` rows, the count is ``N = sum w_s n_s``, the mean
-    ``m = sum w_s n_s m_s / N`` and the scatter ``sum w_s (S_s + n_s (m_s - m)(m_s - m)')``: the same as merging
-    one part after the other, as one matrix product for a whole block of multisets.
+    With multiplicities ``w_s`` of parts of weight ``n_s`` (the rows, or what they stand for), the weight is
+    ``N = sum w_s n_s``, the mean ``m = sum w_s n_s m_s / N`` and the scatter
+    ``sum w_s (S_s + n_s (m_s - m)(m_s - m)')``: the same as merging one part after the other, as one matrix product for
+    a whole block of multisets.
 
     Args:
         parts: moments of the same widths; left as they are.
@@ -96,6 +97,7 @@ class MomentMixture:
     def __init__(self, parts: Sequence[CoMoments]) -> None:
         self._paired = parts[0].paired
         self._counts = torch.tensor([part.count for part in parts])
+        self._weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
         self._means = torch.stack([part.mean for part in parts])
         self._other_means = torch.stack([part.other_mean for part in parts])
         self._scatters = torch.stack([part.scatter for part in parts]).flatten(1)
@@ -110,16 +112,20 @@ class MomentMixture:
             Moments of each row's multiset; they share nothing with the parts.
         """
         for block in torch.split(weights, max(1, BLOCK_NUMBERS // max(1, self._scatters.shape[1]))):
-            rows = (block * self._counts).double()
-            counts = rows.sum(1, keepdim=True)
-            means, other_means = rows @ self._means / counts, rows @ self._other_means / counts
+            counts = (block * self._counts).sum(1)
+            parts = block * self._weights
+            totals = parts.sum(1, keepdim=True)
+            means, other_means = parts @ self._means / totals, parts @ self._other_means / totals
             scatters = (block.double() @ self._scatters).view(
                 len(block), self._means.shape[1], self._other_means.shape[1]
             )
-            shifts = (self._means - means[:, None]) * rows[..., None]
+            shifts = (self._means - means[:, None]) * parts[..., None]
             scatters.baddbmm_(shifts.transpose(1, 2), self._other_means - other_means[:, None])
-            for count, mean, scatter, other_mean in zip(counts, means, scatters, other_means, strict=True):
-                yield CoMoments.from_parts(int(count), mean, scatter, other_mean if self._paired else None)
+            for count, total, mean, scatter, other_mean in zip(
+                counts, totals, means, scatters, other_means, strict=True
+            ):
+                other = other_mean if self._paired else None
+                yield CoMoments.from_parts(int(count), mean, scatter, other, weight=float(total))
 
 
 class LayerMixture:

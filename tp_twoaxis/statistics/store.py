@@ -22,7 +22,8 @@ from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.recorder import LayerRecord
 
 FORMAT = "tp-twoaxis/statistics"
-VERSION = 2  # 1 had neither inputs nor gradients; its files are read as they are
+# 1 had neither inputs nor gradients, 1 and 2 no weights of rows and no dtypes; their files are read as they are
+VERSION = 3
 
 
 class CalibrationStatistics:
@@ -32,6 +33,7 @@ class CalibrationStatistics:
         layers: layer name -> :class:`LayerStatistics`, in the model's order.
         target: the default task variable, or None.
         num_images: images seen.
+        mergeable: whether it is known how many positions each row stands for; not so in files of versions before 3.
 
     Example:
         >>> import tempfile, os
@@ -53,10 +55,12 @@ class CalibrationStatistics:
         columns: dict[str, tuple[int, int]],
         target: str | None,
         num_images: int,
+        mergeable: bool = True,
     ) -> None:
         self.layers = layers
         self.target = target
         self.num_images = num_images
+        self.mergeable = mergeable
         self._task = task
         self._columns = columns
 
@@ -111,6 +115,7 @@ class CalibrationStatistics:
                 target,
                 record.inputs,
                 gradients,
+                record.dtype,
             )
         return cls(statistics, task=task, columns=columns, target=target, num_images=num_images)
 
@@ -171,8 +176,11 @@ class CalibrationStatistics:
         """Check that other statistics are of other images of the same model.
 
         Raises:
-            TwoAxisError: they are of another model, of another state of it, or of other layers or task variables.
+            TwoAxisError: they are of another model, of another state of it, or of other layers or task variables; or
+                either comes from a file that does not say how many positions a row stands for.
         """
+        self._check_rates_known("merge")
+        other._check_rates_known("merge")
         mine, theirs = self._identity(), other._identity()
         for what in mine:
             if mine[what] != theirs[what]:
@@ -192,6 +200,7 @@ class CalibrationStatistics:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
+        self._check_rates_known("all_reduce")
         digest = hashlib.blake2b(json.dumps(self._identity(), sort_keys=True).encode(), digest_size=4).digest()
         # one small number agreed on before any tensor: a rank with other layers would hang the collectives
         agreed = CoMoments(1)
@@ -207,6 +216,13 @@ class CalibrationStatistics:
         for moments in self._moments():
             moments.all_reduce(group).symmetrize()
         return self
+
+    def _check_rates_known(self, action: str) -> None:
+        if not self.mergeable:
+            raise TwoAxisError(
+                f"{action}: the statistics come from a file of an earlier version, which does not say how many "
+                "positions each sampled row stands for, so that parts cannot be weighted; calibrate again"
+            )
 
     def verify(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         """Check that a model is the one, in the state, that was calibrated.
@@ -243,8 +259,15 @@ class CalibrationStatistics:
             "columns": self._columns,
             "num_images": self.num_images,
             "counts": {key: moments.count for key, moments in self._named_moments()},
+            "weights": {key: moments.weight for key, moments in self._named_moments()} if self.mergeable else None,
             "layers": [
-                {"name": s.name, "kind": s.kind, "shape": s.shape, "fingerprint": s.fingerprint}
+                {
+                    "name": s.name,
+                    "kind": s.kind,
+                    "shape": s.shape,
+                    "fingerprint": s.fingerprint,
+                    "dtype": str(s.dtype).removeprefix("torch."),
+                }
                 for s in self.layers.values()
             ],
         }
@@ -253,6 +276,7 @@ class CalibrationStatistics:
         write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
 
     @classmethod
+    @torch.inference_mode(mode=False)
     def load(cls, path: str | Path) -> CalibrationStatistics:
         """Read what :meth:`save` wrote; nothing is unpickled.
 
@@ -262,12 +286,14 @@ class CalibrationStatistics:
         tensors, header = read_tensors(path, kind=FORMAT, version=VERSION)
         try:
             counts = header["counts"]
+            weights = header.get("weights")
+            sizes = {key: (int(n), float(n if weights is None else weights[key])) for key, n in counts.items()}
             columns = {name: (int(a), int(b)) for name, (a, b) in header["columns"].items()}
-            task = _unpack("task", tensors, counts)
+            task = _unpack("task", tensors, sizes)
             layers = {}
             for item in header["layers"]:
                 name = item["name"]
-                rows, pooled = _unpack(f"{name}/rows", tensors, counts), _unpack(f"{name}/pooled", tensors, counts)
+                rows, pooled = _unpack(f"{name}/rows", tensors, sizes), _unpack(f"{name}/pooled", tensors, sizes)
                 if rows is None or pooled is None:
                     raise KeyError(name)
                 layers[name] = LayerStatistics(
@@ -278,15 +304,21 @@ class CalibrationStatistics:
                     tensors[f"{name}/weight_power"],
                     rows,
                     pooled,
-                    _unpack(f"{name}/cross", tensors, counts),
+                    _unpack(f"{name}/cross", tensors, sizes),
                     task,
                     columns,
                     header["target"],
-                    _unpack(f"{name}/inputs", tensors, counts),
-                    _unpack(f"{name}/gradients", tensors, counts),
+                    _unpack(f"{name}/inputs", tensors, sizes),
+                    _unpack(f"{name}/gradients", tensors, sizes),
+                    getattr(torch, item.get("dtype", "float32")),
                 )
             return cls(
-                layers, task=task, columns=columns, target=header["target"], num_images=int(header["num_images"])
+                layers,
+                task=task,
+                columns=columns,
+                target=header["target"],
+                num_images=int(header["num_images"]),
+                mergeable=weights is not None,
             )
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(
@@ -348,15 +380,17 @@ def _pack(key: str, moments: CoMoments) -> dict[str, Tensor]:
     return {f"{key}.mean": moments.mean, f"{key}.upper": moments.scatter[upper[0], upper[1]]}
 
 
-def _unpack(key: str, tensors: dict[str, Tensor], counts: dict[str, int]) -> CoMoments | None:
-    if key not in counts:
+def _unpack(key: str, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]]) -> CoMoments | None:
+    """Rebuild moments from their tensors and their (count, weight)."""
+    if key not in sizes:
         return None
+    count, weight = sizes[key]
     mean = tensors[f"{key}.mean"]
     if f"{key}.upper" not in tensors:
         other = tensors[f"{key}.other_mean"]
-        return CoMoments.from_parts(int(counts[key]), mean, tensors[f"{key}.scatter"], other)
+        return CoMoments.from_parts(count, mean, tensors[f"{key}.scatter"], other, weight=weight)
     scatter = mean.new_zeros(len(mean), len(mean))
     upper = torch.triu_indices(len(mean), len(mean))
     scatter[upper[0], upper[1]] = tensors[f"{key}.upper"]
     scatter.T[upper[0], upper[1]] = tensors[f"{key}.upper"]
-    return CoMoments.from_parts(int(counts[key]), mean, scatter)
+    return CoMoments.from_parts(count, mean, scatter, weight=weight)

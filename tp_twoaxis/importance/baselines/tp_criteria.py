@@ -39,7 +39,7 @@ def tp_hessian(
     ) as run:
         last = _last(run.batches)
     assert last.labels is not None
-    accumulate_gradients(network, [(last.images[-1:], last.labels[-1:])], max_images=None, progress=False)
+    accumulate_gradients(network, [(last.inputs[-1:], last.labels[-1:])], max_images=None, progress=False)
     importance = tp.importance.GroupHessianImportance()
     importance.accumulate_grad(network)
     return importance
