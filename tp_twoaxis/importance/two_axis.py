@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tp_twoaxis.dependency.groups import group_consumers, members, model_of, root_name, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name, listing
 from tp_twoaxis.importance.base import GroupImportance, merge_repeats, reduce_members
-from tp_twoaxis.importance.normalize import Normalizer, normalize
+from tp_twoaxis.importance.constant_channels import constant_roots, normalize_varying
+from tp_twoaxis.importance.normalize import Normalizer
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers
@@ -185,7 +186,13 @@ class TwoAxisImportance(GroupImportance):
             [len(group[0].idxs)] float32 on the CPU, finite; None at the consumer's site for a group without consumers.
         """
         size, parts = root_size(group), self._layer_parts(group)
-        return normalize(self._root_scores(parts, size), self._normalizer).float() if parts else None
+        if not parts:
+            return None
+        return normalize_varying(self._root_scores(parts, size), self._constant(parts, size), self._normalizer).float()
+
+    def constant_channels(self, group: Any) -> Tensor:
+        """Find the root channels that are constant in all layers that are scored, [len(group[0].idxs)] bool."""
+        return self._constant(self._layer_parts(group), root_size(group))
 
     def _layer_parts(self, group: Any) -> list[LayerPart]:
         """Find the calibrated layers that give scores to a group, and check that the statistics hold for them."""
@@ -214,6 +221,10 @@ class TwoAxisImportance(GroupImportance):
     def _root_scores(self, parts: list[LayerPart], size: int) -> Tensor:
         """Reduce the scores of a group's layers, [size] float64, before normalisation."""
         return self._reduced(parts, size, self.layer_scores)
+
+    def _constant(self, parts: list[LayerPart], size: int) -> Tensor:
+        varying = [(self.layer_statistics(part.name).variance[part.channels] > 0, part.roots) for part in parts]
+        return constant_roots(varying, size)
 
     def _reduced(self, parts: list[LayerPart], size: int, quantity: Callable[[str], Tensor]) -> Tensor:
         """Reduce a quantity of layers as scores are, [size] float64."""
