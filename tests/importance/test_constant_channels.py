@@ -112,7 +112,7 @@ def test_by_every_normalizer(normalizer, name):
 
 
 @pytest.mark.parametrize("normalizer", SIGNED)
-@pytest.mark.parametrize("name", [name for name, entry in SCORES.items() if entry.normalizer == "softmax"])
+@pytest.mark.parametrize("name", [name for name, entry in SCORES.items() if entry.allocation])
 def test_by_signed_scores_with_every_normalizer(normalizer, name):
     net = chain()
     importance = TwoAxisImportance(calibrate(net, images(), progress=False), name, normalizer=normalizer)

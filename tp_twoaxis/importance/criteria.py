@@ -42,7 +42,7 @@ def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImpor
     of_score = {option: options.pop(option) for option in option_names(entry.function) if option in options}
     score = partial(entry.function, **of_score) if of_score else name
     stats = state.statistics(*(("consumers",) if options.get("site") == "consumer" else ()))
-    return TwoAxisImportance(stats, score, **{"normalizer": entry.normalizer, **options}).with_removed(state)
+    return TwoAxisImportance(stats, score, **options).with_removed(state)
 
 
 def _score(name: str) -> Criterion:

@@ -206,7 +206,7 @@ def make_importance(
         >>> import torch
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> make_importance("capture", model=net, loader=[torch.randn(64, 8)], progress=False)
-        TwoAxisImportance(score='capture', normalizer='mean')
+        TwoAxisImportance(score='capture', normalizer='median')
     """
     state = PruningState(model, loader, stats, max_images=max_images, seed=seed, progress=progress)
     return find_criterion(expression).build(state)

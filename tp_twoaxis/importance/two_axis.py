@@ -19,7 +19,15 @@ from tp_twoaxis.importance.normalize import Normalizer
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers
-from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES, Score, evaluate, find_score, hull_refined
+from tp_twoaxis.scores.named_scores import (
+    DEFAULT_SCORE,
+    Score,
+    entry_of,
+    evaluate,
+    find_score,
+    hull_refined,
+)
+from tp_twoaxis.scores.quantiles import assign_by_rank
 from tp_twoaxis.statistics.layer_statistics import InputStatistics, LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -81,8 +89,10 @@ class TwoAxisImportance(GroupImportance):
             consumer's site nor normalisers that divide. A score with a parameter ``removed`` gets the
             share of the layer's channels that earlier steps removed, see :meth:`with_removed`.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
-        normalizer: Torch-Pruning's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
-            that ``SCORES`` has beside the score, and ``"mean"`` for functions.
+        normalizer: Torch-Pruning's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is what
+            ``SCORES`` has beside the score: ``"median"``, and for scores that only order the channels of a layer the
+            values of another one (:attr:`~tp_twoaxis.scores.named_scores.NamedScore.allocation`). For functions it is
+            ``"median"``. None compares the scores as they are.
         site: ``producer`` or ``consumer``: whose view of the channels is scored.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 
@@ -118,7 +128,7 @@ class TwoAxisImportance(GroupImportance):
         site: Site = "producer",
         loader: Iterable[Any] | None = None,
     ) -> None:
-        super().__init__(group_reduction=group_reduction, normalizer="mean" if normalizer == "auto" else normalizer)
+        super().__init__(group_reduction=group_reduction, normalizer="median" if normalizer == "auto" else normalizer)
         check_name("site", site, get_args(Site))
         if isinstance(score, str):
             find_score(score, self.axis)
@@ -135,7 +145,8 @@ class TwoAxisImportance(GroupImportance):
         score = getattr(self.score, "func", self.score)
         name = score if isinstance(score, str) else getattr(score, "__name__", "function")
         site = "" if self.site == "producer" else f", site={self.site!r}"
-        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r}{site})"
+        allocation = "" if self._allocation is None else f", allocation={self._allocation.__name__!r}"
+        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r}{allocation}{site})"
 
     def layer_statistics(self, name: str) -> LayerStatistics:
         """Give the statistics that are scored at a layer: of its outputs, or, at the consumer's site, of its inputs."""
@@ -220,7 +231,13 @@ class TwoAxisImportance(GroupImportance):
 
     def _root_scores(self, parts: list[LayerPart], size: int) -> Tensor:
         """Reduce the scores of a group's layers, [size] float64, before normalisation."""
-        return self._reduced(parts, size, self.layer_scores)
+        scores = self._reduced(parts, size, self.layer_scores)
+        allocation = self._allocation
+        if allocation is None:
+            return scores
+        values = self._reduced(parts, size, lambda name: evaluate(allocation, self.layer_statistics(name)))
+        varying = ~self._constant(parts, size)
+        return torch.zeros_like(values).masked_scatter(varying, assign_by_rank(values[varying], scores[varying]))
 
     def _constant(self, parts: list[LayerPart], size: int) -> Tensor:
         varying = [(self.layer_statistics(part.name).variance[part.channels] > 0, part.roots) for part in parts]
@@ -236,10 +253,13 @@ class TwoAxisImportance(GroupImportance):
 
     @property
     def _normalizer(self) -> Normalizer:
-        if self.normalizer != "auto":
-            return self.normalizer
-        known = isinstance(self.score, str) and self.score in SCORES
-        return SCORES[str(self.score)].normalizer if known else "mean"
+        entry = entry_of(self.score)
+        return self.normalizer if self.normalizer != "auto" else entry.normalizer if entry else "median"
+
+    @property
+    def _allocation(self) -> Score | None:
+        entry = entry_of(self.score)
+        return entry.allocation if entry and self.normalizer == "auto" else None
 
     def _consumers(self, group: Any, names: dict[nn.Module, str]) -> list[LayerPart]:
         """List the consumers of a group's channels whose inputs were recorded."""
@@ -295,7 +315,7 @@ class LocalImportance(TwoAxisImportance):
         >>> from tp_twoaxis import calibrate
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> LocalImportance(calibrate(net, [torch.randn(64, 8)], progress=False))
-        LocalImportance(score='norm-local', normalizer='softmax')
+        LocalImportance(score='norm-local', normalizer='median', allocation='capture')
     """
 
     axis: ClassVar[str | None] = "local"
@@ -308,7 +328,7 @@ class TargetImportance(TwoAxisImportance):
         >>> from tp_twoaxis import calibrate
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> TargetImportance(calibrate(net, [(torch.randn(64, 8), torch.randint(4, (64,)))], progress=False))
-        TargetImportance(score='task-mi', normalizer='mean')
+        TargetImportance(score='task-mi', normalizer='median')
     """
 
     axis: ClassVar[str | None] = "target"

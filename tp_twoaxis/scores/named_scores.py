@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,14 +26,18 @@ class NamedScore:
         function: statistics of a layer -> [C], larger keeps.
         axis: what it looks at.
         summary: what it is, in one line.
-        normalizer: makes groups comparable unless another is chosen; signed scores need one that does not divide.
-            What theirs rests on is in :mod:`~tp_twoaxis.scores.composite`.
+        normalizer: makes groups comparable unless another is chosen; see :mod:`~tp_twoaxis.importance.normalize`.
+        allocation: for scores that only order the channels of a layer: a score of the same axis whose values are
+            assigned in that order, unless a normaliser is chosen. It then decides how many channels each group loses,
+            and this one which. Weighted sums of z-scores have no zero and no unit that layers share; what peers can
+            supply depends on how redundant a layer is as a whole.
     """
 
     function: Score
     axis: Literal["local", "target"]
     summary: str
-    normalizer: str = "mean"
+    normalizer: str = "median"
+    allocation: Score | None = None
 
 
 def capture(layer: LayerStatistics) -> Tensor:
@@ -41,10 +46,8 @@ def capture(layer: LayerStatistics) -> Tensor:
 
 
 def relative_variance(layer: LayerStatistics) -> Tensor:
-    """Output variance over the layer's mean positive variance: the raw scale before a BatchNorm has no meaning."""
-    variance = layer.variance
-    positive = variance[variance > 0]
-    return variance / positive.mean() if len(positive) else variance
+    """Output variance over the layer's median: the raw scale before a BatchNorm has no meaning."""
+    return local.relative_power(layer.variance)
 
 
 def low_overlap(layer: LayerStatistics) -> Tensor:
@@ -55,7 +58,7 @@ def low_overlap(layer: LayerStatistics) -> Tensor:
 def hull_refined(layer: LayerStatistics, strength: float = 0.5, peers: int = 8) -> Tensor:
     """Variance less the part that a few peers can supply, ``P_k (1 - c E_k(H_8))``; ours.
 
-    ``P_k`` is relative to the layer's mean; c = 0.5 was the best of 0, 0.5 and 1 on a ResNet-20, see
+    ``P_k`` is relative to the layer's median; c = 0.5 was the best of 0, 0.5 and 1 on a ResNet-20, see
     :func:`~tp_twoaxis.scores.hull.greedy_hulls` for the peers.
     """
     hulls = hull.greedy_hulls(layer.correlation, active=layer.variance > 0, max_size=peers)
@@ -107,21 +110,23 @@ def target_excess(layer: LayerStatistics) -> Tensor:
 
 SCORES: dict[str, NamedScore] = {
     "capture": NamedScore(capture, "local", "input capture I_k"),
-    "variance": NamedScore(relative_variance, "local", "output variance over its layer mean"),
-    "low-overlap": NamedScore(low_overlap, "local", "minus the mean peer overlap R_k", "standarization"),
-    "composite-local": NamedScore(composite.composite_local, "local", "capture less overlap", "softmax"),
-    "norm-local": NamedScore(composite.norm_local, "local", "weight norm and capture less overlap", "softmax"),
-    "hull": NamedScore(hull_refined, "local", "variance less what the best 8 peers can supply"),
-    "compact-hull": NamedScore(composite.compact_hull, "local", "capture less compact peer support", "softmax"),
+    "variance": NamedScore(relative_variance, "local", "output variance over its layer's median"),
+    "low-overlap": NamedScore(low_overlap, "local", "minus the mean peer overlap R_k", allocation=capture),
+    "composite-local": NamedScore(composite.composite_local, "local", "capture less overlap", allocation=capture),
+    "norm-local": NamedScore(composite.norm_local, "local", "weight norm and capture less overlap", allocation=capture),
+    "hull": NamedScore(hull_refined, "local", "variance less what the best 8 peers can supply", allocation=capture),
+    "compact-hull": NamedScore(
+        composite.compact_hull, "local", "capture less compact peer support", allocation=capture
+    ),
     "cap-a": NamedScore(cap_a, "local", "capture, in an order annealed from overlap to capture"),
     "spectral-rs": NamedScore(spectral.spectral_rs, "local", "capture, by rank in spectral clusters of R"),
     "task-mi": NamedScore(task_mi, "target", "task information M_k"),
     "target-redundancy": NamedScore(target_redundancy, "target", "Gaussian MMI redundancy"),
     "target-excess": NamedScore(target_excess, "target", "pairwise target excess X_k"),
     "composite-pid": NamedScore(
-        composite.composite_pid, "target", "task information and excess less redundancy", "softmax"
+        composite.composite_pid, "target", "task information and excess less redundancy", allocation=task_mi
     ),
-    "pid-no-red": NamedScore(composite.pid_no_red, "target", "task information and excess", "softmax"),
+    "pid-no-red": NamedScore(composite.pid_no_red, "target", "task information and excess", allocation=task_mi),
     "spectral-pid-rs": NamedScore(
         spectral.spectral_pid_rs, "target", "task information and excess, by rank in spectral clusters"
     ),
@@ -169,6 +174,20 @@ def find_score(name: str, axis: str | None = None) -> Score:
     valid = [key for key, entry in SCORES.items() if axis in (None, entry.axis)]
     check_name("score", name, valid, more=f" ({axis} axis)" if axis else "")
     return SCORES[name].function
+
+
+def entry_of(score: str | Score) -> NamedScore | None:
+    """Find the row of a score, with options set or not; None for functions that have no name.
+
+    Example:
+        >>> from functools import partial
+        >>> entry_of(partial(hull_refined, strength=1.0)) is SCORES["hull"], entry_of(lambda layer: layer.variance)
+        (True, None)
+    """
+    if isinstance(score, str):
+        return SCORES[score]
+    function = score.func if isinstance(score, partial) else score
+    return next((entry for entry in SCORES.values() if entry.function is function), None)
 
 
 def evaluate(score: Score, layer: LayerStatistics) -> Tensor:
