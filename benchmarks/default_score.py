@@ -1,17 +1,17 @@
-"""Which score should be the default? Local scores, magnitude, and older normalisers on trained networks of six families.
+"""Which score should be the default? Local scores, magnitude and other normalisers on trained networks of six families.
 
-ImageNet's MobileNetV1-0.75 and EfficientNet-Lite0 and two third-party CIFAR-10 ResNet-20s have published weights; VGG-16
-at a quarter of its widths, a vision transformer and a ConvNeXt, both small, are trained here on CIFAR-10 where their
-weights are missing. A network is pruned in one step to two shares of its MACs, its BatchNorms are re-estimated where it
-has any, nothing is fine-tuned. It is judged by top-1 accuracy on training images that did not calibrate, and that VGG,
-transformer and ConvNeXt were not trained on; no test image of CIFAR-10 is read. For ImageNet there is a second set of
-images, of ten classes, that took no part in the choice.
+ImageNet's MobileNetV1-0.75 and EfficientNet-Lite0 and two third-party CIFAR-10 ResNet-20s have published weights;
+VGG-16 at a quarter of its widths, a vision transformer and a ConvNeXt, both small, are trained here on CIFAR-10 where
+their weights are missing. A network is pruned in one step to two shares of its MACs, its BatchNorms are re-estimated
+where it has any, nothing is fine-tuned. It is judged by top-1 accuracy on training images that did not calibrate, and
+that VGG, transformer and ConvNeXt were not trained on; no test image of CIFAR-10 is read. For ImageNet there is a
+second set of images, of ten classes, that took no part in the choice.
 
     python benchmarks/default_score.py --data DIR --checkpoints DIR --trained DIR
 
 ``--data`` holds ``cifar10/`` (Parquet shards) and ``imagenet/`` (``sample.parquet`` and ``nette.parquet``: an image of
-each class, and images of ten). A network and score that ``results/default_score.json`` holds already are skipped. On one
-CPU core training takes fifteen minutes and the rest half an hour.
+each class, and images of ten). A network and score that ``results/default_score.json`` holds already are skipped. On
+one CPU core training takes fifteen minutes and the rest half an hour.
 """
 
 from __future__ import annotations
@@ -158,13 +158,10 @@ def train(network: Network, path: Path, data: Path) -> None:
     count = len(open_dataset(str(data))) - HELD_OUT
     whole = batches(data, network.normalisation, 0, count, 32)
     x, y = torch.cat([images for images, _ in whole]), torch.cat([labels for _, labels in whole])
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     if rate > 0.01:
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), rate, 0.9, weight_decay=5e-4, nesterov=True
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * (count // 128), pct_start=0.15)
+        optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * (count // 128), pct_start=0.2)
     for _ in range(epochs):
         for chosen in torch.randperm(count)[: count // 128 * 128].split(128):
             left, top = torch.randint(9, (2,)).tolist()
@@ -246,12 +243,10 @@ def summary(units: list[dict[str, Any]], judge: str = "judge") -> list[dict[str,
     rows = []
     for candidate in dict.fromkeys(unit["score"] for unit in units):
         own = {unit["network"]: unit for unit in units if unit["score"] == candidate and judge in unit["dense"]}
-        left = {
-            name: sum(found[judge] for found in unit["accuracy"].values())
-            / len(unit["accuracy"])
-            / unit["dense"][judge]
-            for name, unit in own.items()
-        }
+        left = {}
+        for name, unit in own.items():
+            found = [accuracy[judge] for accuracy in unit["accuracy"].values()]
+            left[name] = sum(found) / len(found) / unit["dense"][judge]
         mean = sum(left.values()) / len(left) if len(left) == len(networks) else None
         rows.append({"score": candidate, "retention": mean, "networks": left})
     return sorted(rows, key=lambda row: -1.0 if row["retention"] is None else -1.0 - row["retention"])
@@ -268,11 +263,8 @@ def markdown(units: list[dict[str, Any]], judge: str = "judge") -> str:
     lines.append("| dense | 100 | " + " | ".join(cells) + " |")
     for row in summary(units, judge):
         own = {unit["network"]: unit["accuracy"] for unit in units if unit["score"] == row["score"]}
-        cells = [
-            f"{100 * own[name][str(share)][judge]:.1f}" if name in own else ""
-            for name in known
-            for share in NETWORKS[name].keep
-        ]
+        found = [own.get(name, {}).get(str(share)) for name in known for share in NETWORKS[name].keep]
+        cells = ["" if accuracy is None else f"{100 * accuracy[judge]:.1f}" for accuracy in found]
         mean = "" if row["retention"] is None else f"{100 * row['retention']:.1f}"
         lines.append(f"| {row['score']} | {mean} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -283,11 +275,12 @@ def page(units: list[dict[str, Any]]) -> str:
     text = (
         "Top-1 accuracy in % at two shares of the MACs kept, one step, BatchNorm re-estimated, not fine-tuned. Left: "
         "accuracy over the dense network's, mean over the shares and then over the networks. On "
-        f"{JUDGE} training images of CIFAR-10, and on 300 images of ImageNet's training set, a standard error of 1.6 and "
-        f"2.9 points at most:\n\n{markdown(units)}"
+        f"{JUDGE} training images of CIFAR-10, and on 300 images of ImageNet's training set, a standard error of 1.6 "
+        f"and 2.9 points at most:\n\n{markdown(units)}"
     )
     if any("report" in unit["dense"] for unit in units):
-        text += f"\nOn 300 other images of ImageNet, of ten classes, which no choice was made by:\n\n{markdown(units, 'report')}"
+        others = markdown(units, "report")
+        text += f"\nOn 300 other images of ImageNet, of ten classes, which no choice was made by:\n\n{others}"
     return text
 
 
@@ -322,7 +315,7 @@ def main() -> None:
             save(
                 "default_score",
                 "python benchmarks/default_score.py --data DIR --checkpoints DIR --trained DIR",
-                f"CIFAR-10, of the training images {CALIBRATE} to calibrate and {JUDGE} others to judge; ImageNet, {IMAGENET}",
+                f"CIFAR-10: {CALIBRATE} training images to calibrate, {JUDGE} others to judge; ImageNet: {IMAGENET}",
                 units=units,
             )
             write_bytes(RESULTS / "default_score.md", page(units).encode())
