@@ -60,7 +60,7 @@ class TwoAxisImportance(GroupImportance):
 
     The default is the best of what was measured on two CIFAR-10 ResNet-20s (``benchmarks/coupled_groups.py``): accuracy
     on held-out training images with 0.7, 0.5 and 0.35 of the MACs kept and BatchNorm re-estimated, mean of the three
-    and of capture, variance and hull, with conv shortcuts / with zero-padded ones:
+    and of capture, variance and hull over their mean, with conv shortcuts / with zero-padded ones:
 
     ========  ======  =============
     site      reduce  accuracy
@@ -85,9 +85,8 @@ class TwoAxisImportance(GroupImportance):
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
         score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps. Why the
-            default is what it is: :data:`~tp_twoaxis.scores.named_scores.DEFAULT_SCORE`. It suits neither the
-            consumer's site nor normalisers that divide. A score with a parameter ``removed`` gets the
-            share of the layer's channels that earlier steps removed, see :meth:`with_removed`.
+            default is what it is: :data:`~tp_twoaxis.scores.named_scores.DEFAULT_SCORE`. A score with a parameter
+            ``removed`` gets the share of the layer's channels that earlier steps removed, see :meth:`with_removed`.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
         normalizer: Torch-Pruning's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is what
             ``SCORES`` has beside the score: ``"median"``, and for scores that only order the channels of a layer the
@@ -315,7 +314,7 @@ class LocalImportance(TwoAxisImportance):
         >>> from tp_twoaxis import calibrate
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> LocalImportance(calibrate(net, [torch.randn(64, 8)], progress=False))
-        LocalImportance(score='norm-local', normalizer='median', allocation='capture')
+        LocalImportance(score='capture', normalizer='median')
     """
 
     axis: ClassVar[str | None] = "local"

@@ -132,7 +132,7 @@ SCORES: dict[str, NamedScore] = {
     ),
 }
 
-DEFAULT_SCORE = "norm-local"
+DEFAULT_SCORE = "capture"
 """The score where none is named; like every signed score it comes with the normaliser ``softmax``.
 
 Accuracy that is left, % of the dense network's, mean over 70, 50 and 35 % of the MACs, with BatchNorm re-estimated and
