@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
     parser.add_argument("--trained", required=True, type=Path, help="folder of the others' weights, trained if missing")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="default all")
+    parser.add_argument("--scores", nargs="+", default=list(CANDIDATES), help="criterion expressions; default those")
     arguments = parser.parse_args()
     written = RESULTS / "default_score.json"
     units = json.loads(written.read_text())["units"] if written.exists() else []
@@ -300,7 +301,7 @@ def main() -> None:
         weights = folder / f"{network.weights or name}.safetensors"
         if network.weights is None and not weights.exists():
             train(network, weights, arguments.data / "cifar10")
-        wanted = [c for c in CANDIDATES if (name, c) not in {(unit["network"], unit["score"]) for unit in units}]
+        wanted = [c for c in arguments.scores if (name, c) not in {(unit["network"], unit["score"]) for unit in units}]
         if not wanted:
             continue
         case = open_case(network, weights, arguments.data)

@@ -50,7 +50,7 @@ def z_scores(values: Tensor, active: Tensor | None = None) -> Tensor:
 def composite_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3) -> Tensor:
     """Capture against overlap, ``a z(I_k) - b z(R_k)``.
 
-    Weights and normaliser are ours, from one calibration seed. With ``softmax`` and a = 1: 54.7 / 67.3 % at b = 0,
+    Weights are ours, from one calibration seed. With ``softmax`` and a = 1: 54.7 / 67.3 % at b = 0,
     59.6 / 66.8 % at b = 0.3, so the overlap helps on conv shortcuts and on option A it does not. Other normalisers at
     b = 0.3 (BatchNorm from 2,000 images, where ``softmax`` has 59.7 / 66.9 %): softplus over its mean 52.2 / 63.9 %,
     rank quantiles 47.4 / 61.4 %, ``standarization`` 48.2 / 44.7 %, ``gaussian`` 60.8 % on option A.
