@@ -263,6 +263,8 @@ def markdown(units: list[dict[str, Any]], judge: str = "judge") -> str:
     lines.append("| dense | 100 | " + " | ".join(cells) + " |")
     for row in summary(units, judge):
         own = {unit["network"]: unit["accuracy"] for unit in units if unit["score"] == row["score"]}
+        if not row["networks"]:
+            continue
         found = [own.get(name, {}).get(str(share)) for name in known for share in NETWORKS[name].keep]
         cells = ["" if accuracy is None else f"{100 * accuracy[judge]:.1f}" for accuracy in found]
         mean = "" if row["retention"] is None else f"{100 * row['retention']:.1f}"
