@@ -339,6 +339,8 @@ class TargetImportance(TwoAxisImportance):
 class HullImportance(TwoAxisImportance):
     """Hull-refined variance ``P_k (1 - c E_k(H))``: what a few peers can supply counts less.
 
+    As the criterion ``hull`` it orders the channels, and capture decides how many of each group leave.
+
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
         strength: c in [0, 1]; 0 is the plain variance.
