@@ -156,9 +156,9 @@ ConvNeXt, small     45.1 / 43.5  45.1 / 43.3  45.6 / 44.2  45.1 / 43.6  45.9 / 4
 
 It is the best of all that was measured, or less than two standard errors below, but for the transformer at half the
 MACs, where the mean is better; transformer and ConvNeXt were trained briefly, to 44.7 and 46.2 %. No network ruins it,
-as MobileNetV1 does ``softmax`` and magnitude, and the VGG the mean. On 300 images of ImageNet that no choice was made by
-it keeps 59.3 / 23.3 and 46.3 / 16.3 %, ``softmax`` 22.7 / 3.0 and 40.0 / 10.3. Hull is alike; capture costs less, and
-any site and normaliser suit it. :func:`~tp_twoaxis.select_score` tells which suits a network.
+as MobileNetV1 does ``softmax`` and magnitude, and the VGG the mean. On 300 other images of ImageNet, by which nothing
+was chosen, it keeps 59.3 / 23.3 and 46.3 / 16.3 %, ``softmax`` 22.7 / 3.0 and 40.0 / 10.3. Hull is alike; capture costs
+less, and any site and normaliser suit it. :func:`~tp_twoaxis.select_score` tells which suits a network.
 """
 
 
