@@ -52,7 +52,7 @@ def build():
 model = build()
 stats = calibrate(model, calibration)
 report = prune_to_flops(
-    model, example, "norm-local", flops=args.flops, stats=stats, loader=calibration, round_to=8, tolerance=0.02
+    model, example, "local", flops=args.flops, stats=stats, loader=calibration, round_to=8, tolerance=0.02
 )
 print(report)
 

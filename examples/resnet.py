@@ -51,7 +51,7 @@ def build():
 
 model = build()
 stats = calibrate(model, calibration)
-report = prune_to_flops(model, example, "norm-local", flops=args.flops, stats=stats, loader=calibration)
+report = prune_to_flops(model, example, "local", flops=args.flops, stats=stats, loader=calibration)
 print(report)
 
 finetune(model, make_loader(train, 32, shuffle=True), max_batches=args.batches)

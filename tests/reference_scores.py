@@ -93,7 +93,7 @@ def greedy_hull(rho, k, active, pool=32, max_size=10, epsilon=0.1, ridge=1e-6):
     """Peers in order of selection, E_k after each, E_k of the pool, and the hull's size."""
     candidates = sorted((j for j in range(len(rho)) if j != k and active[j]), key=lambda j: -abs(rho[k, j]))[:pool]
     if not active[k]:
-        return [], [], 0.0, 1
+        return [], [], 0.0, 0
     whole = explanation(rho, k, candidates, ridge)
     chosen, path = [], []
     for _ in range(min(max_size, len(candidates))):
@@ -103,6 +103,7 @@ def greedy_hull(rho, k, active, pool=32, max_size=10, epsilon=0.1, ridge=1e-6):
         path.append(values[best])
     whole = max([whole, *path[-1:]])
     size = next((i + 1 for i, value in enumerate(path) if value >= (1.0 - epsilon) * whole), len(path))
+    size = size if whole > 1e-24 else 0
     return chosen, path, whole, size
 
 
@@ -121,7 +122,7 @@ def compact_support(rho, active):
     out = np.zeros(len(rho))
     for k in range(len(rho)):
         _, path, _, size = greedy_hull(rho, k, active)
-        out[k] = path[size - 1] / size if path else 0.0
+        out[k] = path[size - 1] / size if size else 0.0
     return out
 
 

@@ -1,10 +1,11 @@
-"""How the comparison behind the default score adds up."""
+"""How the comparison behind the default score adds up, and the networks that it makes."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -23,40 +24,68 @@ def script():
         sys.modules.pop("default_score", None)
 
 
-def unit(script, network, seed, dense, **accuracies):
-    found = {name: dict.fromkeys(map(str, script.KEEP), accuracies.get(name, 0.1)) for name in script.CANDIDATES}
-    best = max(accuracies, key=accuracies.get)
-    return {"network": network, "seed": seed, "dense": dense, "accuracy": found, "best": best, "tied": ["capture"]}
+def unit(network, score, dense, *accuracies, report=None):
+    shares = ("0.8", "0.65") if report else ("0.7", "0.5")
+    found = {share: {"judge": accuracy} for share, accuracy in zip(shares, accuracies, strict=True)}
+    if report:
+        for share, accuracy in zip(shares, report, strict=True):
+            found[share]["report"] = accuracy
+    return {
+        "network": network,
+        "score": score,
+        "dense": {"judge": dense, **({"report": 0.5} if report else {})},
+        "accuracy": found,
+    }
 
 
 def test_networks_weigh_alike_and_dense_accuracy_is_the_measure(script):
     units = [
-        unit(script, "a", 1, 0.8, variance=0.6, capture=0.4),
-        unit(script, "a", 2, 0.8, variance=0.4, capture=0.4),
-        unit(script, "b", 1, 0.5, variance=0.3, capture=0.4),
+        unit("vgg16_quarter", "hull", 0.8, 0.6, 0.2),
+        unit("vgg16_quarter", "capture", 0.8, 0.4, 0.4),
+        unit("vit_small", "hull", 0.5, 0.3, 0.2),
+        unit("vit_small", "capture", 0.5, 0.5, 0.4),
+        unit("vit_small", "l2", 0.5, 0.5, 0.5),
     ]
-    first, second, *rest = script.summary(units)
-    assert (first["score"], second["score"]) == ("capture", "variance")
-    # capture: a 0.5, b 0.8; variance: a (0.75 + 0.5) / 2, b 0.6
-    assert first["retention"] == pytest.approx(0.65)
-    assert second["retention"] == pytest.approx(0.6125)
-    assert second["networks"] == {"a": [0.625, 0.125], "b": [0.6, 0.0]}
-    assert first["rank"] == second["rank"] == 1.5
-    assert {row["rank"] for row in rest} == {3.0}
-    assert first["behind"] == [0.0, 0.0]
-    # behind by -0.125 on a and by 0.2 on b: mean 0.0375, standard error of two
-    assert second["behind"] == pytest.approx([-0.0375, 0.1625])
-    assert (first["best_or_tied"], second["best_or_tied"]) == (3, 2)
-    assert "| capture | 65.0 | 1.50 | 50.0 +- 0.0 | 80.0 +- 0.0 | 0.0 +- 0.0 | 3 |" in script.markdown([first], units)
+    first, second, last = script.summary(units)
+    assert (first["score"], second["score"], last["score"]) == ("capture", "hull", "l2")
+    assert first["networks"] == {"vgg16_quarter": pytest.approx(0.5), "vit_small": pytest.approx(0.9)}
+    assert first["retention"] == pytest.approx(0.7)
+    assert second["retention"] == pytest.approx(0.5)
+    assert last["retention"] is None  # the best on the one network that it has
+    lines = script.markdown(units).splitlines()
+    assert lines[0] == "| score | left | vgg16_quarter 0.7 | vgg16_quarter 0.5 | vit_small 0.7 | vit_small 0.5 |"
+    assert lines[2] == "| dense | 100 | 80.0 | 80.0 | 50.0 | 50.0 |"
+    assert lines[3] == "| capture | 70.0 | 40.0 | 40.0 | 50.0 | 40.0 |"
+    assert lines[5] == "| l2 |  |  |  | 50.0 | 50.0 |"
 
 
-def test_every_accuracy_is_in_the_csv(script):
-    lines = script.accuracy_table([unit(script, "a", 1, 0.8, variance=0.6)]).splitlines()
-    assert len(lines) == 1 + len(script.CANDIDATES) * len(script.KEEP)
-    assert "a,1,variance,0.35,0.6,0.8" in lines
+def test_images_that_report_have_a_table_of_their_own(script):
+    units = [
+        unit("mobilenet_v1", "hull", 0.8, 0.6, 0.2, report=(0.25, 0.15)),
+        unit("vit_small", "hull", 0.5, 0.3, 0.2),
+    ]
+    assert script.markdown(units, "report").splitlines()[2:] == [
+        "| dense | 100 | 50.0 | 50.0 |",
+        "| hull | 40.0 | 25.0 | 15.0 |",
+    ]
+    assert "which no choice was made by" in script.page(units)
+    assert "which no choice was made by" not in script.page(units[1:])
 
 
 def test_the_vgg_has_a_quarter_of_every_width(script):
     widths = [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128]
     layers = sum(9 * before * after + 3 * after for before, after in zip([3, *widths], widths, strict=False))
     assert sum(p.numel() for p in script.vgg16_quarter().parameters()) == layers + 128 * 10 + 10
+
+
+def test_the_mobilenet_is_kerass(script):
+    net = script.mobilenet_v1_075().eval()
+    assert sum(p.numel() for p in net.parameters()) == 2_585_560  # Keras's 0.75 with its head, without running moments
+    convolutions = [module for module in net if isinstance(module, torch.nn.Conv2d)]
+    assert [c.groups == c.in_channels for c in convolutions[1::2]] == [True] * 13
+    assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["vit_small", "convnext_small"])
+def test_the_small_networks_run(script, name):
+    assert script.NETWORKS[name].factory()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)

@@ -9,6 +9,7 @@ from cli_cases import MODEL, refused, succeed
 
 from tp_twoaxis import CalibrationStatistics
 from tp_twoaxis.importance import criterion_names, expand_criteria
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_numbers_and_names_are_checked_before_images_are_read(folder, tmp_path, 
 def test_select_takes_every_repair_and_families(folder):
     arguments = ("select", MODEL, "--data", folder / "images", "--flops", 0.6, "--json")
     payload = json.loads(succeed(*arguments, "--repair", "ridge+bn", "--candidates", "local,l2").stdout)
-    assert [row["candidate"] for row in payload["table"]] == ["norm-local", "l2"]
+    assert [row["candidate"] for row in payload["table"]] == [DEFAULT_SCORE, "l2"]
     assert all(row["error"] is None for row in payload["table"])
     left = ",".join(name for name in expand_criteria(["all-target"]) if name != "task-mi")
     payload = json.loads(succeed(*arguments, "--candidates", "all-target", "--exclude", left).stdout)
@@ -92,7 +93,7 @@ def test_prune_gathers_what_the_criterion_needs(folder, tmp_path, score):
     arguments = ("prune", MODEL, "--data", folder / "images", "--score", score, "--flops", 0.7, "--json")
     payload = json.loads(succeed(*arguments, "--out", out).stdout)
     assert payload["report"]["achieved"] == pytest.approx(0.7, rel=0.1)
-    assert payload["score"] == payload["report"]["importance"] == {"local": "norm-local"}.get(score, score)
+    assert payload["score"] == payload["report"]["importance"] == {"local": DEFAULT_SCORE}.get(score, score)
     assert out.exists()
 
 
@@ -116,10 +117,10 @@ def test_calibrate_gathers_what_a_criterion_needs(folder, tmp_path):
 def test_scores_with_options(folder):
     stats = ("--stats", folder / "stats.safetensors", "--json")
     columns = {}
-    for score in ("norm-local", "local", "hull", "hull(strength=1.0)"):
+    for score in (DEFAULT_SCORE, "local", "hull", "hull(strength=1.0)"):
         payload = json.loads(succeed("score", *stats, "--score", score).stdout)
         columns[score] = [row["score"] for row in payload["channels"]]
-    assert columns["local"] == columns["norm-local"]
+    assert columns["local"] == columns[DEFAULT_SCORE]
     assert columns["hull(strength=1.0)"] != columns["hull"]
     assert "ranks whole groups" in refused("score", *stats[:2], "--score", "l2")
     options = ("--data", folder / "images", "--shards", 4, "--resamples", 3, "--layers", "fc")

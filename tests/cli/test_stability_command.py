@@ -8,12 +8,14 @@ import pytest
 from cli_cases import MODEL, refused, succeed
 from PIL import Image
 
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
+
 
 def test_stability_prints_draws_and_tells(folder, tmp_path):
     plot = tmp_path / "stability.png"
     arguments = ("stability", MODEL, "--data", folder / "images", "--shards", 4, "--resamples", 5)
     text = succeed(*arguments, "--plot", plot, "--layers", "conv1,fc").stdout
-    assert "norm-local: 5 resamples of 4 shards, 40 images" in text
+    assert f"{DEFAULT_SCORE}: 5 resamples of 4 shards, 40 images" in text
     assert "images needed" in text
     assert "enough: " in text
     picture = Image.open(plot).convert("RGB")

@@ -59,6 +59,26 @@ def test_summary_counts_and_correlates(stats):
     assert summary.rank_correlation["conv2"] == pytest.approx(part.capture.corr(part.task_mi, method="spearman"))
 
 
+def test_summary_is_of_the_channels_that_vary():
+    net = conv_net()
+    with torch.no_grad():
+        net.conv1.weight[5:12] = 0.0
+        net.reduce.weight.zero_()  # nothing varies
+    with_constants = calibrate(net, batches(), progress=False)
+    table = channel_table(with_constants)
+    summary = layer_summary(table).set_index("layer")
+    part = table[(table.layer == "conv1") & ~table.channel.between(5, 11)]
+    row = summary.loc["conv1"]
+    assert (row.channels, row.constant) == (16, 7)
+    for column in ("capture", "overlap", "hull_explanation", "task_mi", "target_excess"):
+        assert row[column] == pytest.approx(part[column].mean())
+    assert row.one_peer == pytest.approx((part.hull_size == 1).mean())
+    assert row.rank_correlation == pytest.approx(part.capture.corr(part.task_mi, method="spearman"))
+    nothing = summary.loc["reduce"]
+    assert (nothing.channels, nothing.constant) == (8, 8)
+    assert nothing.drop(["channels", "constant"]).isna().all()
+
+
 def test_without_a_target():
     stats = calibrate(conv_net(), batches(), target=None, progress=False)
     table = channel_table(stats)

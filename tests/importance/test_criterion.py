@@ -186,8 +186,8 @@ def test_options_reach_the_score_and_the_importance():
     expected = hull_refined(stats["conv2"], strength=1.0, peers=2)
     assert torch.equal(importance.layer_scores("conv2"), expected.double())
     assert importance.normalizer == "max"
-    # a score keeps its normaliser when its weights change
-    assert make_importance("composite-local(overlap=1.0)", stats=stats).normalizer == "softmax"
+    # a score keeps its normaliser and its allocation when its weights change
+    assert "normalizer='median', allocation='capture'" in repr(make_importance("norm-local(norm=1.0)", stats=stats))
     hybrid = make_importance("hybrid(allocation='l1', ranking='hull')", stats=stats, model=conv_net(), loader=batches())
     assert "hull" in repr(hybrid.ranking)
 

@@ -71,9 +71,17 @@ def test_softmax_is_positive_of_mean_1_and_knows_no_shift(values):
     torch.testing.assert_close(normalize(scores + 400.0, "softmax"), got)
 
 
+def test_median_is_of_the_scores_above_0():
+    scores = torch.tensor([0.0, 3.0, 1.0, 0.0, 0.0, 5.0], dtype=torch.float64)
+    assert normalize(scores, "median").tolist() == pytest.approx([0.0, 1.0, 1 / 3, 0.0, 0.0, 5 / 3])
+    assert normalize(torch.zeros(3), "median").tolist() == [0.0] * 3
+    with pytest.raises(TwoAxisError, match="'median' divides and needs scores of at least 0, got -1"):
+        normalize(torch.tensor([2.0, -1.0]), "median")
+
+
 @pytest.mark.parametrize("name", ["best", "sentinel_", "sentinel_1", "sentinel_x", "sentinel_-0.1"])
 def test_unknown_names(name):
-    with pytest.raises(TwoAxisError, match=f"normalizer: expected one of mean, .*got '{name}'"):
+    with pytest.raises(TwoAxisError, match=f"normalizer: expected one of median, .*got '{name}'"):
         normalize(torch.rand(3), name)
 
 

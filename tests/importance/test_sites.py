@@ -113,11 +113,11 @@ def slow_score(name, rows):
     if name == "capture":
         values = slow.capture(variance)
     elif name == "variance":
-        values = variance / variance[active].mean()
+        values = variance / np.median(variance[active])
     else:
         rho = reference.correlation(rows)
         explained = [(slow.greedy_hull(rho, k, active, max_size=8)[1] or [0.0])[-1] for k in range(len(rho))]
-        values = variance / variance[active].mean() * (1.0 - 0.5 * np.array(explained))
+        values = variance / np.median(variance[active]) * (1.0 - 0.5 * np.array(explained))
     return np.where(active, values, values.min())
 
 
@@ -332,4 +332,4 @@ def test_functions_see_the_inputs():
     read = importance.layer_statistics("fc")
     torch.testing.assert_close(importance.layer_scores("fc"), evaluate(lambda layer: layer.mean.abs(), read))
     assert read.num_channels == 24
-    assert repr(TwoAxisImportance(None, "capture", site="consumer")).endswith("normalizer='mean', site='consumer')")
+    assert repr(TwoAxisImportance(None, "capture", site="consumer")).endswith("normalizer='median', site='consumer')")

@@ -157,12 +157,12 @@ def test_later_steps_score_the_repaired_network():
 @pytest.mark.parametrize("name", ["option_a", "option_b", "vit_tiny"])
 def test_floors_and_rounding_are_of_the_dense_width(name):
     net, x, data = build(name)
-    report = prune(net, x, flops=0.62, min_keep=0.6, round_to=2, steps=4, loader=data)
+    report = prune(net, x, flops=0.62, min_keep=0.7, round_to=2, steps=4, loader=data)
     assert abs(report.achieved - 0.62) <= 0.0062
     at_floor = 0
     for group in report.groups:
         width = len(group.kept) + len(group.removed)
-        floor = max(1, math.ceil(0.6 * width))
+        floor = max(1, math.ceil(0.7 * width))
         assert len(group.kept) >= floor
         assert len(group.kept) % 2 == 0 or not group.removed
         at_floor += len(group.kept) - floor < 2

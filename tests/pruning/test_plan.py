@@ -1,6 +1,7 @@
 """The planner against brute force, its floors, portions and messages."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,3 +278,17 @@ def test_blocks_that_need_not_be_aligned_lose_the_lowest_of_their_own():
     assert np.flatnonzero(mask).tolist() == [1, 6, 8]
     mask = make_plan([group], cost, flops=0.5, tolerance=0.3).removed["g0"]
     assert np.flatnonzero(mask).tolist() == [1, 3, 5, 6, 8, 9]
+
+
+@pytest.mark.parametrize(("aligned", "constant", "first"), [(True, [4, 5, 10], {4, 10}), (False, [4, 5, 6, 7], None)])
+def test_constant_channels_leave_before_the_lowest_scores(aligned, constant, first):
+    # two blocks; where they must stay aligned a place counts that is constant in both, else as many as in each
+    groups, cost = problem([np.arange(12.0) + 100.0, np.arange(12.0)], blocks=[2, 1])
+    groups[0] = replace(groups[0], constant=np.isin(np.arange(12), constant), aligned=aligned)
+    first = first or set(constant)
+    for share in np.linspace(0.99, 0.3, 30):
+        plan = make_plan(groups, cost, flops=share, tolerance=None)
+        gone = set(np.flatnonzero(plan.removed["g0"]))
+        assert gone <= first or plan.removed["g1"].sum() == 10  # down to the floor
+        assert gone >= first or not plan.removed["g1"].any()
+        assert plan.threshold == (-np.inf if not plan.removed["g1"].any() else plan.threshold)

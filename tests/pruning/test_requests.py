@@ -20,6 +20,7 @@ from tp_twoaxis import (
     select_score,
 )
 from tp_twoaxis.importance import CRITERIA, find_criterion, layer_score, make_importance
+from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
 
 X = torch.zeros(1, 3, 8, 8)
 LOADER = batches(32, 16)
@@ -116,11 +117,11 @@ def test_a_name_means_the_same_in_every_function():
     net = conv_net()
     stats = calibrate(net, LOADER, progress=False)
     kept = {}
-    for name in ("local", "norm-local", "tp_twoaxis.importance:LocalImportance"):
+    for name in ("local", DEFAULT_SCORE, "tp_twoaxis.importance:LocalImportance"):
         pruned = conv_net()
         report = prune_to_flops(pruned, X, name, flops=0.6, stats=stats, loader=LOADER, repair=(), progress=False)
         kept[name] = report.removed_channels
-    assert kept["local"] == kept["norm-local"] == kept["tp_twoaxis.importance:LocalImportance"]
+    assert kept["local"] == kept[DEFAULT_SCORE] == kept["tp_twoaxis.importance:LocalImportance"]
     result = select_score(net, X, LOADER, list(kept), flops=0.6, repair="ridge+bn", progress=False)
     assert [row.error for row in result.table] == [None] * 3
     assert len({(row.achieved, row.accuracy, row.divergence) for row in result.table}) == 1

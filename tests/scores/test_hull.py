@@ -38,7 +38,7 @@ def test_twin_channel_by_channel(channels, pool, max_size, epsilon, constant):
         assert hulls.pool_explanation[k].item() == pytest.approx(whole, abs=1e-8)
         assert hulls.size[k].item() == size
         assert hulls.peers[k, : len(chosen)].tolist() == chosen
-        if path:
+        if size:
             assert hulls.explanation[k].item() == pytest.approx(path[size - 1], abs=1e-8)
         assert bool(hulls.singleton[k]) == (size == 1)
         assert bool(hulls.saturated[k]) == (size == max_size)
@@ -97,6 +97,19 @@ def test_degenerate_layers():
     assert constant.pool_explanation.tolist() == [0.0] * 4
     assert full_explanation(torch.eye(4), active=torch.zeros(4, dtype=torch.bool)).tolist() == [0.0] * 4
     assert full_explanation(torch.ones(1, 1)).item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_channel_that_no_peer_explains_has_no_hull():
+    rho = torch.eye(5, dtype=torch.float64)
+    rho[0, 1] = rho[1, 0] = 0.9
+    active = torch.tensor([True, True, True, True, False])
+    hulls = greedy_hulls(rho, active=active, max_size=1)
+    assert hulls.size.tolist() == [1, 1, 0, 0, 0]
+    assert hulls.singleton.tolist() == hulls.saturated.tolist() == [True, True, False, False, False]
+    assert hulls.explanation[2:].tolist() == [0.0] * 3
+    # explained by a millionth of a millionth is little, but not rounding
+    rho[2, 3] = rho[3, 2] = 1e-6
+    assert greedy_hulls(rho, active=active).size.tolist() == [1, 1, 1, 1, 0]
 
 
 def test_full_explanation_twin():

@@ -9,7 +9,8 @@ from torch import nn
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.statistics import activations
-from tp_twoaxis.statistics.activations import InputMoments, gather_activations
+from tp_twoaxis.statistics.activations import AdjacentMoments, InputMoments, gather_activations
+from tp_twoaxis.statistics.nuclear_norms import ChannelIndependence
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
@@ -25,6 +26,18 @@ def test_moments_in_any_parts(monkeypatch, offset, block):
     np.testing.assert_allclose(moments.mean, flat.mean(0), rtol=1e-12)
     np.testing.assert_allclose(moments.variance, flat.var(0), rtol=1e-6)
     np.testing.assert_allclose(moments.root_mean_square, np.sqrt((flat**2).mean(0)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("accumulator", [InputMoments, AdjacentMoments, ChannelIndependence])
+def test_constant_channels_are_known_up_to_rounding(accumulator):
+    read = torch.randn(6, 20, 5, generator=torch.Generator().manual_seed(0))
+    read[..., 1] = 0.1  # float32's 0.1, whose mean rounds
+    read[..., 3] = 0.0
+    read[..., 4] = 1e3 + 1e-2 * read[..., 4]  # varies, if little beside its mean
+    record = accumulator(nn.Linear(5, 2))
+    for part in read.split(2):
+        record.update(part, part[..., :2])
+    assert record.varying.tolist() == [True, False, True, False, True]
 
 
 def test_layers_called_twice_see_both_calls():

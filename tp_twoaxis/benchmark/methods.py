@@ -99,7 +99,7 @@ class Method:
 
         Example:
             >>> Method("local").checked().criterion
-            'norm-local'
+            'capture'
         """
         criterion = find_criterion(self.criterion).name
         check_name("allocation", self.allocation, ALLOCATIONS)

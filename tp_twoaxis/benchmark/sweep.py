@@ -234,7 +234,7 @@ def load_config(path: str | Path) -> BenchmarkConfig:
         >>> _ = path.write_text('{"networks": [{"name": "r18", "model": "resnet18", "data": "images/"}], '
         ...                     '"methods": ["local", {"criterion": "l2", "repair": []}], "keep": [0.5]}')
         >>> [method.name for method in load_config(path).methods]
-        ['norm-local+bn', 'l2']
+        ['capture+bn', 'l2']
     """
     path = Path(path)
     try:

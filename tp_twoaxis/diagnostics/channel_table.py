@@ -107,9 +107,10 @@ def layer_summary(table: pd.DataFrame) -> pd.DataFrame:
         table: from :func:`channel_table`.
 
     Returns:
-        Layer, number of channels and of constant ones, means of both axes, the share of channels that one
-        peer replaces (hull of size 1), and Spearman's rank correlation of ``capture`` with ``task_mi``: near 0
-        the two axes say different things; NaN where either is constant or missing.
+        Layer, number of channels and of constant ones; then, of the channels that vary, means of both axes, the share
+        that one peer replaces (hull of size 1), and Spearman's rank correlation of ``capture`` with ``task_mi``: near
+        0 the two axes say different things; NaN where either is the same for all or missing. A layer whose channels
+        are all constant has NaN throughout.
 
     Example:
         >>> from tp_twoaxis import calibrate
@@ -119,15 +120,16 @@ def layer_summary(table: pd.DataFrame) -> pd.DataFrame:
         [['1', 4, 0]]
     """
     rows = []
-    for name, part in table.groupby("layer", sort=False):
+    for name, channels in table.groupby("layer", sort=False):
+        part = channels[channels.variance > 0]
         ranks = part[["capture", "task_mi"]].rank()
         # a constant column has no ranks to correlate; asking NumPy for them would warn
         varied = bool((ranks.nunique() > 1).all())
         rows.append(
             {
                 "layer": name,
-                "channels": len(part),
-                "constant": int((part.variance == 0).sum()),
+                "channels": len(channels),
+                "constant": len(channels) - len(part),
                 "capture": part.capture.mean(),
                 "overlap": part.overlap.mean(),
                 "hull_explanation": part.hull_explanation.mean(),

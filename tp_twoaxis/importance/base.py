@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tp_twoaxis.dependency.groups import members, model_of, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name
-from tp_twoaxis.importance.normalize import Normalizer, check_normalizer, normalize
+from tp_twoaxis.importance.constant_channels import constant_roots, normalize_varying
+from tp_twoaxis.importance.normalize import Normalizer, check_normalizer
 from tp_twoaxis.importance.pruning_state import PruningState
 
 REDUCTIONS = ("mean", "sum", "max", "first")
@@ -55,11 +56,27 @@ class GroupImportance(tp.importance.Importance):  # type: ignore[misc]
         if not parts:
             return None
         merged = [merge_repeats(scores.cpu(), roots, self.repeats) for scores, roots in parts]
-        return normalize(reduce_members(merged, root_size(group), self.group_reduction), self.normalizer).float()
+        reduced = reduce_members(merged, root_size(group), self.group_reduction)
+        return normalize_varying(reduced, self.constant_channels(group), self.normalizer).float()
+
+    def constant_channels(self, group: Any) -> Tensor:
+        """Find the root channels that never vary, as far as the criterion's statistics tell.
+
+        Args:
+            group: a ``torch_pruning`` group, full or partial.
+
+        Returns:
+            [len(group[0].idxs)] bool; none of them for criteria that do not look at activations.
+        """
+        return constant_roots(self._varying(group), root_size(group))
 
     def _parts(self, group: Any) -> list[Part]:
         """Score the group's layers; an empty list declines the group."""
         raise NotImplementedError
+
+    def _varying(self, group: Any) -> list[Part]:
+        """Tell which channels of the group's layers vary, [n] bool; nothing of layers without statistics."""
+        return []
 
 
 class GatheredImportance(GroupImportance):

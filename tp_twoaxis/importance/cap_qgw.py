@@ -13,6 +13,7 @@ from tp_twoaxis.scores import local
 from tp_twoaxis.scores.cluster import cluster_quantiles, feature_clusters, spectral_clusters
 from tp_twoaxis.scores.composite import z_scores
 from tp_twoaxis.scores.named_scores import Score
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Clustering = Literal["plane", "overlap"]
@@ -82,17 +83,22 @@ class CapQGWImportance(TwoAxisImportance):
         self.gamma = gamma
 
     def _root_scores(self, producers: list[LayerPart], size: int) -> Tensor:
-        score = super()._root_scores(producers, size)
-        labels = self._clusters(producers, size)
-        everywhere = cluster_quantiles(score, torch.zeros(size, dtype=torch.int64))
+        # constant channels overlap with none: among the others they would be clusters with leaders of their own
+        varying = ~self._constant(producers, size)
+        if not bool(varying.any()):
+            return torch.zeros(size, dtype=torch.float64)
+        score = super()._root_scores(producers, size)[varying]
+        labels = self._clusters(producers, size, varying)
+        everywhere = cluster_quantiles(score, torch.zeros_like(labels))
         quantiles = cluster_quantiles(score, labels) * (1.0 - TIE * (1.0 - everywhere))
-        return quantiles * self._weight(producers)
+        return torch.zeros(size, dtype=torch.float64).masked_scatter(varying, quantiles * self._weight(producers))
 
-    def _clusters(self, producers: list[LayerPart], size: int) -> Tensor:
+    def _clusters(self, producers: list[LayerPart], size: int, varying: Tensor) -> Tensor:
+        """Cluster the varying channels of a group, [their number] int64."""
         if self.clusters == "plane":
             capture = self._reduced(producers, size, lambda name: local.input_capture(self.stats[name].variance))
             overlap = self._reduced(producers, size, self._overlap)
-            return feature_clusters(torch.stack([z_scores(capture), z_scores(overlap)], dim=1))
+            return feature_clusters(torch.stack([z_scores(capture[varying]), z_scores(overlap[varying])], dim=1))
         total = torch.zeros(size, size, dtype=torch.float64)
         count = torch.zeros(size, size, dtype=torch.float64)
         for producer in producers:
@@ -100,14 +106,21 @@ class CapQGWImportance(TwoAxisImportance):
             place = (producer.roots[:, None], producer.roots[None, :])
             total.index_put_(place, overlap[producer.channels][:, producer.channels], accumulate=True)
             count.index_put_(place, torch.ones(()).double(), accumulate=True)
-        return spectral_clusters(total / count.clamp_min(1.0))
+        return spectral_clusters((total / count.clamp_min(1.0))[varying][:, varying])
 
     def _overlap(self, name: str) -> Tensor:
         layer = self.stats[name]
         return local.peer_overlap(layer.correlation, layer.variance > 0)
 
     def _weight(self, producers: list[LayerPart]) -> float:
-        """``(g / mean g)^gamma`` of a group."""
-        own = torch.cat([self.stats[p.name].saliency[p.channels] for p in producers]).mean()
-        mean = torch.stack([layer.saliency.mean() for layer in self.stats.layers.values()]).mean()
+        """``(g / mean g)^gamma`` of a group, over channels that vary."""
+        own = torch.cat([_varying_saliency(self.stats[p.name], p.channels) for p in producers]).mean()
+        layers = [_varying_saliency(layer) for layer in self.stats.layers.values()]
+        mean = torch.stack([saliency.mean() for saliency in layers if len(saliency)]).mean()
         return float((own / mean) ** self.gamma) if mean > 0 else 1.0
+
+
+def _varying_saliency(layer: LayerStatistics, channels: Tensor | None = None) -> Tensor:
+    varying = layer.variance > 0
+    chosen = torch.ones_like(varying) if channels is None else torch.zeros_like(varying).index_fill(0, channels, True)
+    return layer.saliency[varying & chosen]

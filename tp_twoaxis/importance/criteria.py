@@ -47,7 +47,7 @@ def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImpor
     score = partial(entry.function, **of_score) if of_score else name
     extras: tuple[Need, ...] = ("consumers",) if options.get("site") == "consumer" else ()
     stats = state.statistics(*extras, target=entry.axis != "local")
-    return TwoAxisImportance(stats, score, **{"normalizer": entry.normalizer, **options}).with_removed(state)
+    return TwoAxisImportance(stats, score, **options).with_removed(state)
 
 
 def _score(name: str) -> Criterion:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.dependency.groups import root_name, root_size
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.importance.constant_channels import rank_first
 from tp_twoaxis.importance.criterion import Importance, criterion_from_importance
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.registry import make_importance
@@ -26,7 +27,8 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
     Inside each group the sorted values of the allocation are assigned in the order of the ranking: the group's
     largest value goes to its highest ranked channel. A global threshold then removes as many channels of every group
     as the allocation alone would, and those that the ranking puts last (the paper's hybrid: Taylor decides how
-    many, the local axis which). Equal ranks go by the allocation's own value.
+    many, the local axis which). Equal ranks go by the allocation's own value. Channels that either part knows to be
+    constant leave first, whatever was assigned to them.
 
     With Torch-Pruning's Taylor as allocation and capture as ranking, two CIFAR-10 ResNet-20 (conv shortcuts / option A)
     keep 60.1 / 64.4 % at half the MACs where capture alone keeps 58.0 / 65.5 %; protocol:
@@ -113,7 +115,17 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
                     f"{role} {_name(what)}: expected {root_size(group)} finite scores for the group of "
                     f"{root_name(group)}, got {got}"
                 )
-        return assign_by_rank(values.detach().double().cpu(), ranking.detach().double().cpu()).float()
+        assigned = assign_by_rank(values.detach().double().cpu(), ranking.detach().double().cpu())
+        constant = self.constant_channels(group)
+        return (rank_first(assigned, constant) if bool(constant.any()) else assigned).float()
+
+    def constant_channels(self, group: Any) -> Tensor:
+        """Find the root channels that either part knows to be constant, [len(group[0].idxs)] bool."""
+        constant = torch.zeros(root_size(group), dtype=torch.bool)
+        for part in (self.allocation, self.ranking):
+            if hasattr(part, "constant_channels"):
+                constant |= part.constant_channels(group)
+        return constant
 
 
 def _name(importance: Importance) -> str:

@@ -1,4 +1,34 @@
-"""Make the scores of different groups comparable, with Torch-Pruning's names for how."""
+"""Make the scores of different groups comparable, with Torch-Pruning's names for how.
+
+One threshold over all groups removes the channels whose score, in the unit of their group, lies below it. So the unit
+decides how many channels each group loses. Four things are wanted of it:
+
+- **scale**: a group's scores times a positive number give the same values. Before a BatchNorm, and between layers of
+  different inputs, scores have no common scale.
+- **width**: duplicating every channel of a group leaves each channel's value as it was. The unit is then a function of
+  the distribution of the scores, not of their number; a layer twice as wide of the same kind loses the same share.
+- **one channel**: however large one channel's score is, the others' values move no more than the unit does from one
+  score to the next. Behind a BatchNorm a channel's scale is arbitrary, so one of them must not decide about a layer.
+- **spread**: scores that are all but equal give values that are all but equal. A layer without weak channels then loses
+  none while others have weaker ones.
+
+==================  =====  =====  ===========  ======
+normaliser          scale  width  one channel  spread
+==================  =====  =====  ===========  ======
+``median``          yes    yes    yes          yes
+``sentinel_0.5``    yes    yes    yes          yes
+``mean``, ``max``   yes    yes    no           yes
+``sum``             yes    no     no           yes
+``lamp``            yes    no     no           no
+``standarization``  yes    yes    no           no
+``gaussian``        yes    no     no           no
+``softmax``         no     yes    no           yes
+``None``            no     yes    yes          yes
+==================  =====  =====  ===========  ======
+
+Scores that are weighted sums of z-scores have lost scale and spread before a normaliser sees them; see
+:attr:`~tp_twoaxis.scores.named_scores.NamedScore.allocation`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +44,7 @@ Normalizer = str | Callable[[Tensor], Tensor] | None
 _SIGNED = "'softmax', 'standarization', 'gaussian' or None"
 
 
-NAMES = ("mean", "sum", "max", "lamp", "softmax", "standarization", "gaussian")
+NAMES = ("median", "mean", "sum", "max", "lamp", "softmax", "standarization", "gaussian")
 
 
 def check_normalizer(normalizer: Normalizer) -> None:
@@ -39,8 +69,8 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
         normalizer: Torch-Pruning's values: ``"mean"``, ``"sum"``, ``"max"`` (divide by it), ``"lamp"`` (Lee
             et al. 2021: by the sum of the scores not smaller), ``"sentinel_q"`` (by the score at share q of
             the sorted ones), ``"standarization"`` (to [0, 1]), ``"gaussian"`` (mean 0, deviation 1),
-            ``None``, or a function. ``"softmax"``, ours:
-            ``e^x`` over its mean.
+            ``None``, or a function. Ours: ``"median"`` (by the median of the scores above 0) and ``"softmax"``
+            (``e^x`` over its mean).
 
     Returns:
         [n] finite. Scores that are all 0 stay 0, but for ``"softmax"``, which makes them 1.
@@ -83,6 +113,9 @@ def _checked(normalized: Tensor, scores: Tensor) -> Tensor:
 
 
 def _divisor(scores: Tensor, normalizer: str) -> Tensor:
+    if normalizer == "median":
+        positive = scores[scores > 0]
+        return positive.quantile(0.5) if len(positive) else scores.new_zeros(())
     if normalizer == "mean":
         return scores.mean()
     if normalizer == "sum":

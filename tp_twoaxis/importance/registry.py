@@ -54,7 +54,7 @@ def find_criterion(expression: str) -> Criterion:
         >>> find_criterion("taylor").needs, find_criterion("hull(strength=1.0)").axis
         (('labels',), 'local')
         >>> find_criterion("local(normalizer='max')").name
-        "norm-local(normalizer='max')"
+        "capture(normalizer='max')"
         >>> find_criterion("torch_pruning.pruner.importance:RandomImportance").needs
         ()
     """
@@ -92,7 +92,7 @@ def as_criterion(importance: str | Criterion | Importance) -> Criterion:
 
     Example:
         >>> as_criterion("local").name, as_criterion(lambda group: 1.0).name
-        ('norm-local', 'function')
+        ('capture', 'function')
     """
     if isinstance(importance, str):
         return find_criterion(importance)
@@ -123,7 +123,7 @@ def expand_criteria(expressions: Iterable[str]) -> list[str]:
 
     Example:
         >>> expand_criteria(["local", "all-target", "task-mi"])[:3]
-        ['norm-local', 'task-mi', 'target-redundancy']
+        ['capture', 'task-mi', 'target-redundancy']
     """
     found: dict[str, None] = {}
     for expression in expressions:
@@ -206,7 +206,7 @@ def make_importance(
         >>> import torch
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> make_importance("capture", model=net, loader=[torch.randn(64, 8)], progress=False)
-        TwoAxisImportance(score='capture', normalizer='mean')
+        TwoAxisImportance(score='capture', normalizer='median')
     """
     state = PruningState(model, loader, stats, max_images=max_images, seed=seed, progress=progress)
     return find_criterion(expression).build(state)

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.dependency.groups import Member, group_consumers, members, model_of, root_layer, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name
+from tp_twoaxis.importance.constant_channels import rank_first
 from tp_twoaxis.importance.distortion import Distortion, Patches
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
@@ -205,7 +206,12 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         order, counts, distortions = self._distortion.once(self._key(group, names), measure)
         scores = torch.empty(len(order), dtype=torch.float64)
         scores[order] = slopes_of(counts, distortions, len(order)) / self._price(group, names)
-        return scores.float()
+        constant = self.constant_channels(group)
+        return (rank_first(scores, constant) if bool(constant.any()) else scores).float()
+
+    def constant_channels(self, group: Any) -> Tensor:
+        """Find the root channels that are constant in all layers that write them, [len(group[0].idxs)] bool."""
+        return self._ranked.constant_channels(group)
 
     def curve(self, group: Any) -> tuple[list[int], list[float]]:
         """Return what was measured for a group: numbers of missing channels, and the logits' distortion at each.

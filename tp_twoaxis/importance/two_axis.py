@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from tp_twoaxis.dependency.groups import group_consumers, members, model_of, root_name, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name, listing
 from tp_twoaxis.importance.base import GroupImportance, merge_repeats, reduce_members
-from tp_twoaxis.importance.normalize import Normalizer, normalize
+from tp_twoaxis.importance.constant_channels import constant_roots, normalize_varying
+from tp_twoaxis.importance.normalize import Normalizer
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers
-from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES, Score, evaluate, find_score, hull_refined
+from tp_twoaxis.scores.named_scores import (
+    DEFAULT_SCORE,
+    Score,
+    entry_of,
+    evaluate,
+    find_score,
+    hull_refined,
+)
+from tp_twoaxis.scores.quantiles import assign_by_rank
 from tp_twoaxis.statistics.layer_statistics import InputStatistics, LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -51,7 +60,7 @@ class TwoAxisImportance(GroupImportance):
 
     The default is the best of what was measured on two CIFAR-10 ResNet-20s (``benchmarks/coupled_groups.py``): accuracy
     on held-out training images with 0.7, 0.5 and 0.35 of the MACs kept and BatchNorm re-estimated, mean of the three
-    and of capture, variance and hull, with conv shortcuts / with zero-padded ones:
+    and of capture, variance and hull over their mean, with conv shortcuts / with zero-padded ones:
 
     ========  ======  =============
     site      reduce  accuracy
@@ -76,12 +85,13 @@ class TwoAxisImportance(GroupImportance):
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.
         score: a name in ``tp_twoaxis.scores.SCORES`` or a function ``LayerStatistics -> [C]``, larger keeps. Why the
-            default is what it is: :data:`~tp_twoaxis.scores.named_scores.DEFAULT_SCORE`. It suits neither the
-            consumer's site nor normalisers that divide. A score with a parameter ``removed`` gets the
-            share of the layer's channels that earlier steps removed, see :meth:`with_removed`.
+            default is what it is: :data:`~tp_twoaxis.scores.named_scores.DEFAULT_SCORE`. A score with a parameter
+            ``removed`` gets the share of the layer's channels that earlier steps removed, see :meth:`with_removed`.
         group_reduction: over the layers that write, or read, a channel: ``mean``, ``sum``, ``max`` or ``first``.
-        normalizer: Torch-Pruning's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is the one
-            that ``SCORES`` has beside the score, and ``"mean"`` for functions.
+        normalizer: Torch-Pruning's names; see :func:`~tp_twoaxis.importance.normalize.normalize`. ``"auto"`` is what
+            ``SCORES`` has beside the score: ``"median"``, and for scores that only order the channels of a layer the
+            values of another one (:attr:`~tp_twoaxis.scores.named_scores.NamedScore.allocation`). For functions it is
+            ``"median"``. None compares the scores as they are.
         site: ``producer`` or ``consumer``: whose view of the channels is scored.
         loader: recalibrate from it when the statistics are stale, instead of raising.
 
@@ -117,7 +127,7 @@ class TwoAxisImportance(GroupImportance):
         site: Site = "producer",
         loader: Iterable[Any] | None = None,
     ) -> None:
-        super().__init__(group_reduction=group_reduction, normalizer="mean" if normalizer == "auto" else normalizer)
+        super().__init__(group_reduction=group_reduction, normalizer="median" if normalizer == "auto" else normalizer)
         check_name("site", site, get_args(Site))
         if isinstance(score, str):
             find_score(score, self.axis)
@@ -134,7 +144,8 @@ class TwoAxisImportance(GroupImportance):
         score = getattr(self.score, "func", self.score)
         name = score if isinstance(score, str) else getattr(score, "__name__", "function")
         site = "" if self.site == "producer" else f", site={self.site!r}"
-        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r}{site})"
+        allocation = "" if self._allocation is None else f", allocation={self._allocation.__name__!r}"
+        return f"{type(self).__name__}(score={name!r}, normalizer={self._normalizer!r}{allocation}{site})"
 
     def layer_statistics(self, name: str) -> LayerStatistics:
         """Give the statistics that are scored at a layer: of its outputs, or, at the consumer's site, of its inputs."""
@@ -185,7 +196,13 @@ class TwoAxisImportance(GroupImportance):
             [len(group[0].idxs)] float32 on the CPU, finite; None at the consumer's site for a group without consumers.
         """
         size, parts = root_size(group), self._layer_parts(group)
-        return normalize(self._root_scores(parts, size), self._normalizer).float() if parts else None
+        if not parts:
+            return None
+        return normalize_varying(self._root_scores(parts, size), self._constant(parts, size), self._normalizer).float()
+
+    def constant_channels(self, group: Any) -> Tensor:
+        """Find the root channels that are constant in all layers that are scored, [len(group[0].idxs)] bool."""
+        return self._constant(self._layer_parts(group), root_size(group))
 
     def _layer_parts(self, group: Any) -> list[LayerPart]:
         """Find the calibrated layers that give scores to a group, and check that the statistics hold for them."""
@@ -213,7 +230,17 @@ class TwoAxisImportance(GroupImportance):
 
     def _root_scores(self, parts: list[LayerPart], size: int) -> Tensor:
         """Reduce the scores of a group's layers, [size] float64, before normalisation."""
-        return self._reduced(parts, size, self.layer_scores)
+        scores = self._reduced(parts, size, self.layer_scores)
+        allocation = self._allocation
+        if allocation is None:
+            return scores
+        values = self._reduced(parts, size, lambda name: evaluate(allocation, self.layer_statistics(name)))
+        varying = ~self._constant(parts, size)
+        return torch.zeros_like(values).masked_scatter(varying, assign_by_rank(values[varying], scores[varying]))
+
+    def _constant(self, parts: list[LayerPart], size: int) -> Tensor:
+        varying = [(self.layer_statistics(part.name).variance[part.channels] > 0, part.roots) for part in parts]
+        return constant_roots(varying, size)
 
     def _reduced(self, parts: list[LayerPart], size: int, quantity: Callable[[str], Tensor]) -> Tensor:
         """Reduce a quantity of layers as scores are, [size] float64."""
@@ -225,10 +252,13 @@ class TwoAxisImportance(GroupImportance):
 
     @property
     def _normalizer(self) -> Normalizer:
-        if self.normalizer != "auto":
-            return self.normalizer
-        known = isinstance(self.score, str) and self.score in SCORES
-        return SCORES[str(self.score)].normalizer if known else "mean"
+        entry = entry_of(self.score)
+        return self.normalizer if self.normalizer != "auto" else entry.normalizer if entry else "median"
+
+    @property
+    def _allocation(self) -> Score | None:
+        entry = entry_of(self.score)
+        return entry.allocation if entry and self.normalizer == "auto" else None
 
     def _consumers(self, group: Any, names: dict[nn.Module, str]) -> list[LayerPart]:
         """List the consumers of a group's channels whose inputs were recorded."""
@@ -284,7 +314,7 @@ class LocalImportance(TwoAxisImportance):
         >>> from tp_twoaxis import calibrate
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> LocalImportance(calibrate(net, [torch.randn(64, 8)], progress=False))
-        LocalImportance(score='norm-local', normalizer='softmax')
+        LocalImportance(score='capture', normalizer='median')
     """
 
     axis: ClassVar[str | None] = "local"
@@ -297,7 +327,7 @@ class TargetImportance(TwoAxisImportance):
         >>> from tp_twoaxis import calibrate
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
         >>> TargetImportance(calibrate(net, [(torch.randn(64, 8), torch.randint(4, (64,)))], progress=False))
-        TargetImportance(score='task-mi', normalizer='mean')
+        TargetImportance(score='task-mi', normalizer='median')
     """
 
     axis: ClassVar[str | None] = "target"
@@ -308,6 +338,8 @@ class TargetImportance(TwoAxisImportance):
 
 class HullImportance(TwoAxisImportance):
     """Hull-refined variance ``P_k (1 - c E_k(H))``: what a few peers can supply counts less.
+
+    As the criterion ``hull`` it orders the channels, and capture decides how many of each group leave.
 
     Args:
         stats: from :func:`~tp_twoaxis.calibrate`.

@@ -33,6 +33,7 @@ class ScoredGroup:
         run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
             their mean score.
         width: channels that it had before earlier steps of pruning, of which floors are shares; default its own number.
+        constant: [size] bool, channels that never vary: where all of a cut are, it comes before any other cut.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ScoredGroup:
     run: int = 1
     width: int | None = None
     aligned: bool = True
+    constant: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -239,10 +241,11 @@ def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_
             )
         shape = (group.blocks, -1, group.run)
         scores, members = group.scores.reshape(shape).mean(2), np.arange(size).reshape(shape)
+        constant = np.zeros(size, dtype=bool) if group.constant is None else group.constant
         if not group.aligned:
-            own = np.argsort(scores, axis=1, kind="stable")
+            own = np.lexsort((scores, ~constant.reshape(shape).all(2)), axis=1)
             scores, members = np.take_along_axis(scores, own, 1), np.take_along_axis(members, own[..., None], 1)
-        unit_scores = scores.mean(0)
+        unit_scores = np.where(constant[members].all((0, 2)), -np.inf, scores.mean(0))
         order = np.argsort(unit_scores, kind="stable")
         floor = max(1, math.ceil(min_keep * (group.width or size)))
         removed_units = 0

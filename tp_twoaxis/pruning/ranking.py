@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
     """Rank every group's channels; a group that the importance declines (None) is left whole.
 
     Where a group shares its root layer with another, an importance ranks the layer's channels of both, as with
-    Torch-Pruning's pruners, unless it has an attribute ``own_channels_only`` that is true.
+    Torch-Pruning's pruners, unless it has an attribute ``own_channels_only`` that is true. One with a method
+    ``constant_channels(group) -> [size] bool`` names those that leave before all others.
 
     Returns:
         The ranked groups, and a note on each declined one.
@@ -55,6 +57,8 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
                 "got NaN or infinity"
             )
         place = {channel: position for position, channel in enumerate(ranked[0].idxs)}
-        chosen = values[[place[channel] for channel in group.channels]]
-        scored.append(ScoredGroup(group_key(group), chosen, group.blocks, group.run, aligned=group.aligned))
+        own = [place[channel] for channel in group.channels]
+        known = importance.constant_channels(ranked).numpy() if hasattr(importance, "constant_channels") else None
+        named = ScoredGroup(group_key(group), values[own], group.blocks, group.run, aligned=group.aligned)
+        scored.append(named if known is None else replace(named, constant=known[own]))
     return scored, notes

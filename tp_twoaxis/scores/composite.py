@@ -1,13 +1,15 @@
 """Scores that weigh several quantities of one axis against each other, each standardised within its layer.
 
-Every function takes a layer's statistics and gives [C] signed numbers, larger keeps. A weighted sum of z-scores has
-no common zero, so two layers' values compare only through a normaliser that suits signed scores; the one that each
-score is used with stands beside it in :data:`~tp_twoaxis.scores.named_scores.SCORES`.
+Every function takes a layer's statistics and gives [C] signed numbers, larger keeps. A weighted sum of z-scores
+orders the channels of a layer, and says nothing between layers: its zero is the layer's mean, its unit the layer's own
+deviation, so that a layer of nearly equal channels has as many low scores as one with many weak ones. No normaliser
+brings that back. How many channels each layer loses is therefore decided by capture, or by task information on the
+target axis (:attr:`~tp_twoaxis.scores.named_scores.NamedScore.allocation`), unless a normaliser is chosen.
 
 Percentages in this package's ``scores`` are accuracies of two CIFAR-10 ResNet-20, conv shortcuts / option A, without
 fine-tuning, on 2,000 training images that are not among the 2,000 that calibrated; one seed, so +-1 point for the
-images alone. Half the MACs are kept, and BatchNorm is re-estimated on 1,000 images unless stated otherwise. ``capture``
-has 58.0 / 65.5 %.
+images alone. Half the MACs are kept, and BatchNorm is re-estimated on 1,000 images unless stated otherwise. Weights
+were chosen under a normaliser that is named with them. ``capture`` over its mean has 58.0 / 65.5 %.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def z_scores(values: Tensor, active: Tensor | None = None) -> Tensor:
 def composite_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3) -> Tensor:
     """Capture against overlap, ``a z(I_k) - b z(R_k)``.
 
-    Weights and normaliser are ours, from one calibration seed. With ``softmax`` and a = 1: 54.7 / 67.3 % at b = 0,
+    Weights are ours, from one calibration seed. With ``softmax`` and a = 1: 54.7 / 67.3 % at b = 0,
     59.6 / 66.8 % at b = 0.3, so the overlap helps on conv shortcuts and on option A it does not. Other normalisers at
     b = 0.3 (BatchNorm from 2,000 images, where ``softmax`` has 59.7 / 66.9 %): softplus over its mean 52.2 / 63.9 %,
     rank quantiles 47.4 / 61.4 %, ``standarization`` 48.2 / 44.7 %, ``gaussian`` 60.8 % on option A.
@@ -64,8 +66,8 @@ def composite_local(layer: LayerStatistics, capture: float = 1.0, overlap: float
 def norm_local(layer: LayerStatistics, capture: float = 1.0, overlap: float = 0.3, norm: float = 0.3) -> Tensor:
     """Weight norm, capture and overlap, ``a z(ln |w_k|) + b z(I_k) - c z(R_k)``: the mixed-magnitude family.
 
-    Its weights are ours, from one calibration seed: 43.1 / 56.9 % at a = 1, 56.3 / 66.8 % at a = 0.3, and without the
-    norm, which is :func:`composite_local`, 59.6 / 66.8 %.
+    Its weights are ours, from one calibration seed, with ``softmax``: 43.1 / 56.9 % at a = 1, 56.3 / 66.8 % at a = 0.3,
+    and without the norm, which is :func:`composite_local`, 59.6 / 66.8 %.
 
     Args:
         layer: statistics.
@@ -109,7 +111,7 @@ def composite_pid(layer: LayerStatistics) -> Tensor:
 def pid_no_red(layer: LayerStatistics) -> Tensor:
     """Task information and target excess, ``z(M_k) + z(X_k)``.
 
-    Its normaliser is that of :func:`composite_pid`, not measured on its own.
+    Its allocation is that of :func:`composite_pid`, not measured on its own.
     """
     active = layer.variance > 0  # constant channels are nobody's partners
     correlation = layer.target_correlation()[active]

@@ -9,19 +9,24 @@ from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
 
+# shares of the variance up to here are rounding: correlations of float64 are off by about 1e-16, their squares by less
+UNEXPLAINED = 1e-24
+
 
 @dataclass(frozen=True)
 class Hulls:
     """Greedy replaceability hulls of a layer's C channels.
 
     Attributes:
-        size: [C] int64, |H_k|; 0 only for a channel without peers.
+        size: [C] int64, |H_k|; 0 for a channel that no peer explains, a constant one among them.
         explanation: [C] in [0, 1], ``E_k(H_k)``, share of the channel's variance its hull predicts.
         pool_explanation: [C] in [0, 1], ``E_k`` of the whole candidate pool.
         path: [C, steps] in [0, 1], not decreasing: ``E_k`` of the first 1, 2, ... selected peers.
         peers: [C, steps] int64, the selected peers in the order of selection.
         singleton: [C] bool, |H_k| = 1: one peer does the work.
         saturated: [C] bool, the cap was hit before the hull was complete or just at it.
+
+    A channel with ``size`` 0 has no hull: it is neither singleton nor saturated, and its ``explanation`` is 0.
     """
 
     size: Tensor
@@ -68,7 +73,7 @@ def greedy_hulls(
         >>> rho = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
         >>> hulls = greedy_hulls(rho)
         >>> hulls.size.tolist(), hulls.explanation.round(decimals=2).tolist()
-        ([1, 1, 1], [0.81, 0.81, 0.0])
+        ([1, 1, 0], [0.81, 0.81, 0.0])
     """
     if pool < 1 or max_size < 1 or not 0.0 <= epsilon < 1.0 or ridge < 0.0:
         raise TwoAxisError(
@@ -121,7 +126,8 @@ def greedy_hulls(
     enough = path >= (1.0 - epsilon) * pool_explanation[:, None]
     complete = enough.any(1)
     size = torch.where(complete, enough.long().argmax(1) + 1, torch.full_like(rows, steps))
-    explanation = path.gather(1, size[:, None] - 1)[:, 0]
+    size = torch.where(pool_explanation > UNEXPLAINED, size, 0)
+    explanation = torch.where(size > 0, path.gather(1, (size - 1).clamp_min(0)[:, None])[:, 0], 0.0)
     return Hulls(size, explanation, pool_explanation, path, picks, singleton=size == 1, saturated=size == max_size)
 
 

@@ -26,11 +26,27 @@ def input_capture(variance: Tensor, noise_power: float | None = None) -> Tensor:
         [0.0, 0.3465..., 0.3465..., 0.6931...]
     """
     if noise_power is None:
-        positive = variance[variance > 0]
-        if len(positive) == 0:
-            return torch.zeros_like(variance)
-        noise_power = float(positive.quantile(0.5))
+        return information_of_channel(relative_power(variance), 1.0)
     return information_of_channel(variance, noise_power)
+
+
+def relative_power(variance: Tensor) -> Tensor:
+    """Output variance over the layer's median, ``P_k / median P``: before a BatchNorm its raw scale has no meaning.
+
+    The median is of the channels that vary; unlike their mean it does not hang on one of them.
+
+    Args:
+        variance: [C] output variances, not negative; 0 marks a constant channel.
+
+    Returns:
+        [C], not negative; 0 for constant channels.
+
+    Example:
+        >>> relative_power(torch.tensor([0.0, 2.0, 1.0, 4000.0])).tolist()
+        [0.0, 1.0, 0.5, 2000.0]
+    """
+    positive = variance[variance > 0]
+    return variance / positive.quantile(0.5) if len(positive) else torch.zeros_like(variance)
 
 
 def rayleigh_quotient(variance: Tensor, weight_power: Tensor) -> Tensor:

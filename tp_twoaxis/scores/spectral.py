@@ -1,8 +1,8 @@
 """Scores that rank channels inside spectral clusters of their layer, so that every cluster keeps its leader longest.
 
 A cluster's quantiles do not show how much a layer is worth, and they tie across clusters. So the layer's own
-values (capture, or the target composite made positive) are assigned in their order, and ties go by them: the clusters
-decide which channels leave, the values how many. All of this is ours.
+values (capture, or task information) are assigned in their order, and ties go by them: the clusters decide which
+channels leave, the values how many. All of this is ours.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ def spectral_rs(layer: LayerStatistics) -> Tensor:
 
 
 def spectral_pid_rs(layer: LayerStatistics) -> Tensor:
-    """Target composite, assigned by its rank inside spectral clusters of the target side's pair atoms.
+    """Task information, assigned by the target composite's rank inside spectral clusters of the pair atoms.
 
-    The composite is ``z(M_k) + z(X_k)`` made positive by the exponential; the affinity of a pair is its shared and its
-    synergistic information, ``min(M_k, M_j) + max(0, M_kj - max(M_k, M_j))``. A ResNet-50 takes 13 s of one core.
+    The composite is ``z(M_k) + z(X_k)``; the affinity of a pair is its shared and its synergistic information,
+    ``min(M_k, M_j) + max(0, M_kj - max(M_k, M_j))``. A ResNet-50 takes 13 s of one core.
     """
     active = layer.variance > 0
     correlation, pooled = layer.target_correlation()[active], layer.pooled_correlation[active][:, active]
     information = target.task_information(correlation)
     shared = torch.minimum(information[:, None], information)
     clusters = spectral_clusters(shared + target.pair_excess(correlation, pooled))
-    composite = pid_no_red(layer)[active].exp()
-    ranked = assign_by_rank(composite, cluster_quantiles(composite, clusters))
+    ranked = assign_by_rank(information, cluster_quantiles(pid_no_red(layer)[active], clusters))
     return torch.zeros_like(layer.variance).masked_scatter(active, ranked)

@@ -16,6 +16,7 @@ from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.layers import channel_layers, in_channels_of, out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.statistics.layer_statistics import CONSTANT
 from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
 from tp_twoaxis.statistics.moments import CoMoments
 
@@ -40,6 +41,10 @@ class Measure(Protocol):
     @property
     def finite(self) -> bool:
         """Whether all numbers so far are finite."""
+
+    @property
+    def varying(self) -> Tensor:
+        """Which channels that the layer reads are not constant, [C_in] bool."""
 
 
 M = TypeVar("M", bound=Measure)
@@ -158,6 +163,11 @@ class InputMoments:
         return self._squares / max(self.count, 1)
 
     @property
+    def varying(self) -> Tensor:
+        """Which channels are not constant up to rounding, [C_in] bool."""
+        return self.variance > CONSTANT * self.mean.square()
+
+    @property
     def root_mean_square(self) -> Tensor:
         """Square root of the mean square, [C_in] float64."""
         return (self.mean.square() + self.variance).sqrt()
@@ -213,6 +223,11 @@ class AdjacentMoments:
     def rows(self) -> int:
         """Rows seen: images times cells."""
         return self._outputs.count
+
+    @property
+    def varying(self) -> Tensor:
+        """Which channels that the layer reads are not constant up to rounding, [C_in] bool."""
+        return self._inputs.varying
 
     @property
     def input_variance(self) -> Tensor:

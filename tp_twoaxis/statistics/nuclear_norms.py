@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.runtime.layers import in_channels_of
+from tp_twoaxis.statistics.activations import InputMoments
 
 # trapezoid rule in ln s; the integrand's singularities lie pi/2 off the real axis: error exp(-pi^2 / step) = 2e-11
 _STEP = 0.4
@@ -84,6 +85,7 @@ class ChannelIndependence:
         self.images = 0
         self.positions = 0
         self._total = torch.zeros(in_channels_of(layer), dtype=torch.float64)
+        self._moments = InputMoments(layer)
 
     @property
     def mean(self) -> Tensor:
@@ -95,8 +97,14 @@ class ChannelIndependence:
         """Whether all numbers so far are finite."""
         return bool(torch.isfinite(self._total).all())
 
+    @property
+    def varying(self) -> Tensor:
+        """Which channels are not constant up to rounding, [C_in] bool."""
+        return self._moments.varying
+
     def update(self, read: Tensor, written: Tensor) -> None:
         """Take in one call of the layer; what it wrote is not looked at."""
+        self._moments.update(read, written)
         self.positions = max(self.positions, read.shape[1])
         self.images += len(read)
         for part in torch.split(read, max(1, _BLOCK_NUMBERS // max(read[0].numel(), 1))):

@@ -4,7 +4,8 @@ The tensor is the same for all of them: the input of each convolution or linear 
 channels. It is the value after BatchNorm, activation, addition and pooling, so it is defined alike for plain
 chains, residual streams, expansions around a depthwise convolution (its projection reads) and transformer MLPs.
 Several consumers of one tensor agree; after a flattening layer a channel's features are averaged. A group without
-consumers holds the model's outputs: it is declined, and Torch-Pruning leaves it whole.
+consumers holds the model's outputs: it is declined, and Torch-Pruning leaves it whole. Channels that are constant there
+leave first, whatever their size (:mod:`~tp_twoaxis.importance.constant_channels`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ class ConsumerImportance(GatheredImportance):
         return gather_activations(model, loader, self.accumulator, max_images=max_images, progress=progress)
 
     def _parts(self, group: Any) -> list[Part]:
+        return [(self._scores(name)[member.channels], member.roots) for name, member in self._recorded(group)]
+
+    def _varying(self, group: Any) -> list[Part]:
+        records = self.statistics.records
+        return [(records[name].varying[member.channels], member.roots) for name, member in self._recorded(group)]
+
+    def _recorded(self, group: Any) -> list[tuple[str, Member]]:
+        """List the consumers that score a group's channels, with their names."""
         names = {module: name for name, module in model_of(group).named_modules()}
         consumers = group_consumers(group)
         records = self.statistics.records
@@ -53,9 +62,7 @@ class ConsumerImportance(GatheredImportance):
                 f"({listing(names[m.module] for m in consumers)}) ran on the calibration images; run the whole model, "
                 "or put the layer into ignored_layers"
             )
-        return [
-            (self._scores(names[member.module])[member.channels], member.roots) for member in self._chosen(known, names)
-        ]
+        return [(names[member.module], member) for member in self._chosen(known, names)]
 
     def _chosen(self, consumers: list[Member], names: dict[nn.Module, str]) -> list[Member]:
         return consumers
