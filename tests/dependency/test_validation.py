@@ -9,7 +9,7 @@ from torch import nn
 
 from tp_twoaxis import TwoAxisError, prune_to_flops
 from tp_twoaxis.dependency.graph import build_graph, prunable_groups
-from tp_twoaxis.dependency.validation import misrouted_groups, verified_groups
+from tp_twoaxis.dependency.validation import routing_faults, verified_groups
 from tp_twoaxis.models import cifar_resnet20_option_a
 
 
@@ -59,7 +59,7 @@ class Odd(nn.Module):
 def check(net, size=8):
     x = torch.randn(1, 3, size, size)
     groups, _ = prunable_groups(build_graph(net.eval(), x), net, [])
-    return misrouted_groups(groups, net, x)
+    return {key: list(fault.misread) for key, fault in routing_faults(groups, net, x).items()}
 
 
 def simple_flatten():

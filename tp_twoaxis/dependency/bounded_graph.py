@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch_pruning as tp
 from torch import nn
 
-from tp_twoaxis.dependency.recurrent import RECURRENT_LAYERS, RecurrentPruner, opaque_recurrent_layers
+from tp_twoaxis.dependency.recurrent import RECURRENT_PRUNER, opaque_recurrent_layers
 from tp_twoaxis.errors import TwoAxisError
 
 WIDEST_ARRIVAL = 4
@@ -48,10 +48,16 @@ class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
         self._maps_are_fresh = False
         for kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell):
-            self.register_customized_layer(kind, RecurrentPruner())
+            self.register_customized_layer(kind, RECURRENT_PRUNER)
+
+    def build_dependency(self, *args: Any, **options: Any) -> BoundedGraph:
+        """Trace a model; arguments as of Torch-Pruning's method."""
+        with _quiet():
+            super().build_dependency(*args, **options)
+        return self
 
     def _trace(self, model: nn.Module, *args: Any, **options: Any) -> Any:
-        with opaque_recurrent_layers(model), _quiet():
+        with opaque_recurrent_layers(model):
             return super()._trace(model, *args, **options)
 
     @contextmanager

@@ -43,6 +43,10 @@ class RecurrentPruner(tp.BasePruningFunc):  # type: ignore[misc]
         return hidden * (2 if getattr(layer, "bidirectional", False) else 1)
 
 
+RECURRENT_PRUNER = RecurrentPruner()
+"""One for all graphs: Torch-Pruning compares functions that remove channels by their object."""
+
+
 class _Opaque(torch.autograd.Function):
     """One node of the autograd graph from what a layer reads to what it writes."""
 
