@@ -19,8 +19,8 @@ torchvision's and timm's networks come as many as that dimension at most; behind
 they multiply, to thousands of times that, until memory ends."""
 
 LISTING_LIMIT = 3.0
-"""Channels that the listing of one group may follow in all, as a multiple of the graph's edges times that dimension.
-Torchvision's and timm's networks need up to 0.5."""
+"""Channels that the listing of one group may follow in all, as a multiple of the graph's edges times that dimension, but
+no less than a million. Torchvision's and timm's networks need up to 0.5."""
 
 
 class ListingLimitError(TwoAxisError):
@@ -100,7 +100,8 @@ class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
         waiting, met = [(first, channels)], {(first.target, first.handler, tuple(channels))}
         visited, work = set(), 0
         widest = max(len(channels), *(max(p.shape, default=1) for p in self.model.parameters()))
-        limit = LISTING_LIMIT * widest * sum(len(node.dependencies) for node in self.module2node.values())
+        edges = sum(len(node.dependencies) for node in self.module2node.values())
+        limit = max(1e6, LISTING_LIMIT * widest * edges)
         while waiting:
             edge, channels = waiting.pop()
             visited.add(edge.target)
@@ -128,7 +129,7 @@ class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
         layers = dict.fromkeys(edge.target.module for edge in edges if edge.target.module in self._module2name)
         raise ListingLimitError(
             "Torch-Pruning follows channels without end through reshapes and products behind "
-            f"{self._module2name[first.target.module]}; put the layer into ignored_layers",
+            f"{self._module2name[first.target.module]}",
             [layer for layer in layers if isinstance(layer, nn.Module)],
         )
 

@@ -71,7 +71,7 @@ def _replace_forwards(model: nn.Module, stack: ExitStack) -> None:
     for layer in model.modules():
         if isinstance(layer, RECURRENT_LAYERS):
             stack.callback(_restore_forward, layer, vars(layer).get("forward"))
-            layer.forward = functools.partial(_opaque_forward, layer.forward)
+            layer.forward = functools.partial(_opaque_forward, layer, layer.forward)
 
 
 def _restore_forward(layer: nn.Module, own: Callable[..., Any] | None) -> None:
@@ -80,7 +80,8 @@ def _restore_forward(layer: nn.Module, own: Callable[..., Any] | None) -> None:
         layer.forward = own
 
 
-def _opaque_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _opaque_forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    given.append(next(layer.parameters()))  # with gradients, so that there is a node also where the layer reads images
     written, structure = tree_flatten(forward(*args, **kwargs))
-    return tree_unflatten(_Opaque.apply(len(given), *given, *written), structure)  # type: ignore[no-untyped-call]
+    return tree_unflatten(_Opaque.apply(len(given), *given, *(t.detach() for t in written)), structure)  # type: ignore[no-untyped-call]
