@@ -1,9 +1,9 @@
 """What a pruned and unrepaired network must compute, from the dense one and the list of channels that left.
 
 Nothing here reads the package's graph, groups or masks. A channel that left is NaN where it is written. A layer that
-mixes channels reads zero instead, as if its weights for the channel were gone; a norm over channels runs over those that
-are there. So the outputs are those of a network from which every reader lost exactly the channels that left, and a
-reader that lost others gives itself away. Means, products and searches over channels know no channel that left.
+mixes channels reads zero instead, as if its weights for the channel were gone; a norm over channels runs over those
+that are there. So the outputs are those of a network from which every reader lost exactly the channels that left, and
+a reader that lost others gives itself away. Means and products over channels that are no layer are not followed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _norm_of_rest(norm, args, out):
     axis = -1 if x.shape[-1] == width else 1
     x = x.movedim(axis, -1)
     there = ~x.isnan().reshape(-1, width).any(0)
-    kept = F.layer_norm(x[..., there], (int(there.sum()),), norm.weight[there], norm.bias[there], norm.eps)
+    kept = F.layer_norm(x[..., there], (int(there.sum()),), *_affine(norm, there), norm.eps)
     filled = torch.full_like(x, torch.nan)
     filled[..., there] = kept
     return filled.movedim(-1, axis)
@@ -96,8 +96,12 @@ def _group_norm_of_rest(norm, args, out):
         return None
     there = ~x.isnan().movedim(1, 0).flatten(1).any(1)
     filled = torch.full_like(x, torch.nan)
-    filled[:, there] = F.group_norm(x[:, there], norm.num_groups, norm.weight[there], norm.bias[there], norm.eps)
+    filled[:, there] = F.group_norm(x[:, there], norm.num_groups, *_affine(norm, there), norm.eps)
     return filled
+
+
+def _affine(norm, there):
+    return [None if p is None else p[there] for p in (norm.weight, norm.bias)]
 
 
 def difference(found, expected):

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tp_twoaxis.dependency.channel_marks import all_tensors, own_layers
 from tp_twoaxis.dependency.flops import ExampleInputs, call
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key
+from tp_twoaxis.dependency.groups import Member
 from tp_twoaxis.runtime.layers import channel_axis
 from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng
 
@@ -63,11 +64,11 @@ def layers_with_other_weights(
             channels = sorted(part.channels[leaving[part.roots]].tolist())
             try:
                 with fork_rng(), eval_mode(model):
-                    differs = _differs(graph, part, channels, read[part.module])
+                    differs = _differs(suspects[part.module], graph, part, channels, read[part.module])
             finally:
                 snapshot.restore()
             if differs is not None:
-                found[group_key(group)] = f"{differs} {suspects[part.module]}; {_way_out(part.module)}"
+                found[group_key(group)] = f"{differs}; {_way_out(part.module)}"
     return found
 
 
@@ -96,7 +97,7 @@ def _inputs_of(layers: set[nn.Module], model: nn.Module, example_inputs: Example
     return read
 
 
-def _differs(graph: Any, part: Any, channels: list[int], read: Tensor) -> str | None:
+def _differs(name: str, graph: Any, part: Member, channels: list[int], read: Tensor) -> str | None:
     """Explain how a layer without some channels differs from what it computes with them; None if it does not."""
     layer, axis = part.module, channel_axis(part.module)
     pruner = graph.get_pruner_of_module(layer)
@@ -112,11 +113,11 @@ def _differs(graph: Any, part: Any, channels: list[int], read: Tensor) -> str | 
         (pruner.prune_out_channels if part.is_producer else pruner.prune_in_channels)(layer, channels)
         after = layer(read)
     except Exception as error:
-        return f"channels cannot leave ({type(error).__name__}: {error})"
+        return f"channels cannot leave {name} ({type(error).__name__}: {error})"
     tolerance = max(1e-3, 50.0 * torch.finfo(before.dtype).eps)
     if after.shape == before.shape and bool((after - before).abs().max() <= tolerance * before.abs().max()):
         return None
-    return "the weights that are stored are not those that act in"
+    return f"the weights that {name} stores are not those that act"
 
 
 def _without(tensor: Tensor, channels: list[int], axis: int) -> Tensor:
@@ -126,8 +127,9 @@ def _without(tensor: Tensor, channels: list[int], axis: int) -> Tensor:
 
 def _way_out(layer: nn.Module) -> str:
     if is_parametrized(layer):
-        names = " and ".join(f"remove_parametrizations(layer, {name!r})" for name in layer.parametrizations)
-        return f"call torch.nn.utils.parametrize.{names} before pruning"
+        names = [name for name in ("weight", "bias") if is_parametrized(layer, name)]
+        calls = " and ".join(f"remove_parametrizations(layer, {name!r})" for name in names)
+        return f"call torch.nn.utils.parametrize.{calls} before pruning"
     if hasattr(layer, "weight_g"):
         return "call torch.nn.utils.remove_weight_norm(layer) before pruning"
     if hasattr(layer, "weight_orig"):

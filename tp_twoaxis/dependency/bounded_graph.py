@@ -18,9 +18,9 @@ WIDEST_ARRIVAL = 4
 torchvision's and timm's networks come as many as that dimension at most; behind reshapes that are read both ways
 they multiply, to thousands of times that, until memory ends."""
 
-LISTING_LIMIT = 3.0
-"""Channels that the listing of one group may follow in all, as a multiple of the graph's edges times that dimension, but
-no less than a million. Torchvision's and timm's networks need up to 0.5."""
+LISTING_LIMIT = 1.0
+"""Channels that the listing of one group may follow in all, as a multiple of the graph's edges times that dimension,
+but no less than a million. Torchvision's and timm's networks need up to 0.5."""
 
 
 class ListingLimitError(TwoAxisError):

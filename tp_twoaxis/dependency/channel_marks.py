@@ -93,6 +93,12 @@ def all_tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+def output_shapes(model: nn.Module, example_inputs: ExampleInputs) -> list[tuple[int, ...]]:
+    """Run a model in evaluation mode and give the shapes of all tensors that it returns."""
+    with fork_rng(), eval_mode(model):
+        return [tuple(tensor.shape) for tensor in all_tensors(call(model, example_inputs))]
+
+
 def follow_marks(
     groups: Sequence[PrunableGroup],
     choose: ChooseUnits,
@@ -168,9 +174,8 @@ def follow_marks(
 
 def own_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Iterate over modules that are called as modules: not over those inside ``nn.MultiheadAttention``."""
-    inside = {
-        child for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.modules() if child is not m
-    }
+    attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = {child for module in attention for child in module.modules()} - set(attention)
     return (module for module in model.modules() if module not in inside)
 
 

@@ -139,8 +139,8 @@ def prunable_groups(
     """
     listing_of_groups = _Listing(graph, model, ignored_layers, attention)
     with graph.unchanged():
-        for layer in [m for m in graph.module2node if isinstance(m, (_ConvNd, nn.Linear))]:
-            listing_of_groups.add(layer)
+        for root in [m for m in graph.module2node if isinstance(m, (_ConvNd, nn.Linear))]:
+            listing_of_groups.add(root)
         for layer in channel_layers(model).values():
             listing_of_groups.add_rest(layer)
     return listing_of_groups.found, listing_of_groups.notes
@@ -212,7 +212,7 @@ class _Listing:
         """Take a group by the side of a layer where its channels are fewest: each stands for several of ``layer``."""
         graph = self.graph
         sides = [
-            (len({root for root in item.idxs}), place, item.dep)
+            (len(set(item.idxs)), place, item.dep)
             for place, item in enumerate(group)
             if isinstance(item.dep.target.module, (_ConvNd, nn.Linear, *RECURRENT_LAYERS))
             and (item.dep.target, item.dep.handler) in set(group.shared)

@@ -84,4 +84,4 @@ def _opaque_forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, *
     given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     given.append(next(layer.parameters()))  # with gradients, so that there is a node also where the layer reads images
     written, structure = tree_flatten(forward(*args, **kwargs))
-    return tree_unflatten(_Opaque.apply(len(given), *given, *(t.detach() for t in written)), structure)  # type: ignore[no-untyped-call]
+    return tree_unflatten(_Opaque.apply(len(given), *given, *(t.detach() for t in written)), structure)

@@ -1,4 +1,4 @@
-"""Remove channels on trial: does what is left of the network compute what the dense one computes there?"""
+"""Remove channels on trial, and see whether what is left computes what the dense network computes there."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tp_twoaxis.dependency.flops import ExampleInputs, call, inside, running_lay
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key
 from tp_twoaxis.dependency.groups import root_layer
 from tp_twoaxis.dependency.removal import refresh_widths, remove
+from tp_twoaxis.errors import listing
 from tp_twoaxis.runtime.layers import MIXING_NORMS, channel_axis
 from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng
 
@@ -94,12 +95,42 @@ def _difference(
             except _MisfitError:
                 raise
             except Exception as error:
-                raise _MisfitError(f"{type(error).__name__}{inside(running, model)}: {error}") from error
+                where = running[-1] if running else ""
+                snapshot.restore()
+                held = listing(tensors_of_width(model, {len(group.channels) for group in groups}, where))
+                held = f"; {held} may hold its width" if held else ""
+                raise _MisfitError(f"{type(error).__name__}{inside(running, model)}: {error}{held}") from error
     finally:
         snapshot.restore()
     if shapes != dense.outputs:
         raise _MisfitError("an output of the model would lose channels")
     return max(differences, default=0.0)
+
+
+def tensors_of_width(model: nn.Module, widths: set[int], where: str) -> list[str]:
+    """Name parameters and buffers outside known layers that have a dimension of some width.
+
+    Args:
+        model: the dense model.
+        widths: in channels.
+        where: the module in which a removal failed; if it holds such tensors only those are named.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))
+        >>> net.register_buffer("mean", torch.zeros(1, 6, 1, 1))
+        >>> tensors_of_width(net, {6}, "0")
+        ['mean [1, 6, 1, 1]']
+    """
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn.modules.") and next(module.children(), None) is None:
+            continue
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if widths.intersection(tensor.shape):
+                found[f"{prefix}.{name}".lstrip(".") + f" {list(tensor.shape)}"] = prefix
+    near = [name for name, prefix in found.items() if prefix == where]
+    return near or list(found)
 
 
 class _Recording:

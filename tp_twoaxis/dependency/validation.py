@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from tp_twoaxis.dependency.acting_weights import layers_with_other_weights
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.dependency.channel_marks import (
     MIXING_LAYERS,
+    ChooseUnits,
     Sightings,
     first_third,
     follow_marks,
@@ -75,8 +75,12 @@ def verified_groups(
     groups = [group for group in groups if group_key(group) not in reasons]
     faults = {key: fault.reason for key, fault in routing_faults(groups, model, example_inputs).items()}
     groups = [group for group in groups if group_key(group) not in faults]
-    idle = {m: name for name, m in model.named_modules() if isinstance(m, MIXING_LAYERS) and m in own_layers(model)}
-    idle = {module: name for module, name in idle.items() if module not in graph.module2node}
+    called = set(own_layers(model))
+    idle: dict[nn.Module, str] = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, MIXING_LAYERS) and module in called and module not in graph.module2node
+    }
     if idle:
         read, unheard = read_in_training(groups, idle, model, example_inputs)
         faults |= read
@@ -138,26 +142,30 @@ def routing_faults(
         Group key -> fault; empty when all is well.
 
     Example:
+        >>> import torch
         >>> from tp_twoaxis.dependency.graph import build_graph
         >>> net, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6 * 4, 2)), torch.randn(1, 3, 4, 4)
         >>> groups, _ = prunable_groups(build_graph(net, x), net, [])
         >>> routing_faults(groups, net, x)
         {}
     """
-    natural = follow_marks((), first_third, model, example_inputs)  # some models write NaN by themselves
+    void: list[bool] = []  # whether the model writes NaN by itself, found out when it matters
 
-    def look(chosen: Sequence[PrunableGroup]) -> Sightings:
-        for choose in (first_third, scattered_third):
+    def look(chosen: Sequence[PrunableGroup], *patterns: ChooseUnits) -> Iterator[Sightings]:
+        for choose in patterns:
             seen = follow_marks(chosen, choose, model, example_inputs)
-            seen.outputs = seen.outputs and not natural.outputs
-            if seen:
-                break
-        return seen
+            if seen.outputs and not void:
+                void.append(follow_marks((), choose, model, example_inputs).outputs)
+            seen.outputs = seen.outputs and not void[0]
+            yield seen
+
+    def looks_wrong(chosen: Sequence[PrunableGroup]) -> bool:
+        return any(look(chosen, first_third, scattered_third))
 
     faults: dict[str, RoutingFault] = {}
     undecided: list[PrunableGroup] = []
-    for group in _singled_out(list(groups), look):
-        fault = _fault_of(group, model, example_inputs, natural.outputs)
+    for group in _singled_out(list(groups), looks_wrong):
+        fault = _judged(look([group], first_third, scattered_third, *single_units(unit_count(group))))
         if fault is None:
             undecided.append(group)
         elif fault.misread or fault.outputs:
@@ -165,14 +173,11 @@ def routing_faults(
     return faults | _misfits(undecided, model, example_inputs)
 
 
-def _fault_of(
-    group: PrunableGroup, model: nn.Module, example_inputs: ExampleInputs, outputs_void: bool
-) -> RoutingFault | None:
+def _judged(sightings: Iterator[Sightings]) -> RoutingFault | None:
     """Judge one group by ever fewer marks; None where no marks tell."""
     blind: set[str] | None = None
-    for choose in (first_third, scattered_third, *single_units(unit_count(group))):
-        seen = follow_marks([group], choose, model, example_inputs)
-        if seen.error is None and (seen.misread or (seen.outputs and not outputs_void)):
+    for seen in sightings:
+        if seen.error is None and (seen.misread or seen.outputs):
             return RoutingFault(tuple(seen.misread), seen.outputs)
         if seen.error is None:
             blind = set(seen.blind) if blind is None else blind & set(seen.blind)
@@ -190,19 +195,24 @@ def _singled_out(groups: list[PrunableGroup], look: Callable[[Sequence[PrunableG
 
 
 def _misfits(
-    groups: Sequence[PrunableGroup], model: nn.Module, example_inputs: ExampleInputs
+    groups: Sequence[PrunableGroup],
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    sound: Sequence[PrunableGroup] = (),
 ) -> dict[str, RoutingFault]:
-    """Find groups with whose removal the network does not go on."""
-    reasons: dict[str, str] = {}
+    """Find groups with whose removal, beside that of the sound ones, the network does not go on.
 
-    def look(chosen: Sequence[PrunableGroup]) -> bool:
-        reason = trial_removal(chosen, model, example_inputs)
-        if reason is not None and len(chosen) == 1:
-            reasons[group_key(chosen[0])] = reason
-        return reason is not None
-
-    _singled_out(list(groups), look)
-    return {key: RoutingFault(misfit=reason) for key, reason in reasons.items()}
+    By halving; the second half is tried beside what is sound of the first, so that all that is sound goes together.
+    """
+    reason = trial_removal([*sound, *groups], model, example_inputs) if groups else None
+    if reason is None:
+        return {}
+    if len(groups) == 1:
+        return {group_key(groups[0]): RoutingFault(misfit=reason)}
+    half = len(groups) // 2
+    first = _misfits(groups[:half], model, example_inputs, sound)
+    sound = [*sound, *(group for group in groups[:half] if group_key(group) not in first)]
+    return first | _misfits(groups[half:], model, example_inputs, sound)
 
 
 def read_in_training(
