@@ -47,7 +47,8 @@ def layers_with_other_weights(
         >>> list(layers_with_other_weights(groups, net, x))
         ['0']
     """
-    suspects = {m: name for name, m in model.named_modules() if m in set(own_layers(model)) and _prepares_weights(m)}
+    names = {module: name for name, module in model.named_modules()}
+    suspects = {layer: names[layer] for layer in own_layers(model) if _prepares_weights(layer)}
     touched = {part.module for group in groups for part in group.parts} & suspects.keys()
     if not touched:
         return {}

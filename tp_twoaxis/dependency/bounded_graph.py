@@ -13,7 +13,7 @@ from torch import nn
 from tp_twoaxis.dependency.recurrent import RECURRENT_PRUNER, opaque_recurrent_layers
 from tp_twoaxis.errors import TwoAxisError
 
-WIDEST_ARRIVAL = 4
+WIDEST_ARRIVAL = 2
 """Channels that may arrive over one edge, as a multiple of the model's longest dimension of a parameter. Over edges of
 torchvision's and timm's networks come as many as that dimension at most; behind reshapes that are read both ways
 they multiply, to thousands of times that, until memory ends."""
@@ -33,6 +33,20 @@ class ListingLimitError(TwoAxisError):
     def __init__(self, message: str, layers: list[nn.Module]) -> None:
         super().__init__(message)
         self.layers = layers
+
+
+class SharedChannelsError(TwoAxisError):
+    """Several root channels arrive at one channel of a node, so that a listing by single root channels is void.
+
+    Attributes:
+        node: of the graph.
+        handler: the function that removes its channels.
+        channels: of the node, those that root channels arrive at.
+    """
+
+    def __init__(self, node: Any, handler: Callable[..., Any], channels: list[int]) -> None:
+        super().__init__(f"several root channels are one channel of {node.name}")
+        self.node, self.handler, self.channels = node, handler, channels
 
 
 class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
@@ -81,6 +95,8 @@ class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
 
         Raises:
             ListingLimitError: the listing does not end within the bounds.
+            SharedChannelsError: inside :meth:`unchanged`, several root channels arrive together at one channel, as
+                where a map is made of a vector; such a listing would multiply channels.
         """
         if module not in self.module2node:
             raise ValueError(f"{module} is not in the dependency graph")
@@ -118,6 +134,8 @@ class BoundedGraph(tp.DependencyGraph):  # type: ignore[misc]
                         self._give_up(first, [edge for edge, _ in found])
                     arriving = mapping(arriving)
                 work += len(arriving)
+                if self._maps_are_fresh and len(places := {channel.idx for channel in arriving}) < len(arriving):
+                    raise SharedChannelsError(onward.target, onward.handler, sorted(places))
                 key = (onward.target, onward.handler, tuple(arriving))
                 if arriving and not (onward.target in visited and key in met):
                     met.add(key)

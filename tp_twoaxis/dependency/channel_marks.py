@@ -129,8 +129,11 @@ def follow_marks(
     names = {module: name for name, module in model.named_modules()}
 
     def receive(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for tensor in _read_by(layer, args, kwargs):
+        first, others = _read_by(layer, args, kwargs)
+        for tensor in first:
             expectation.compare(layer, tensor, names[layer], seen)
+        if any(bool(tensor.isnan().any()) for tensor in others):
+            seen.misread[names[layer]] = None
         if isinstance(layer, MIXING_LAYERS):
             return tree_map(lambda x: x.nan_to_num(0.0) if _is_float(x) else x, (args, kwargs))
         return None
@@ -252,12 +255,17 @@ def _marked_along(nan: Tensor, axis: int) -> tuple[set[int], int]:
     return set(nan.reshape(-1, nan.shape[-1]).any(0).nonzero()[:, 0].tolist()), nan.shape[-1]
 
 
-def _read_by(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Find what a layer reads along its input channels: of attention query, key and value, of others the input."""
+def _read_by(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Find what a layer reads along its input channels, and what it reads besides along channels that never leave.
+
+    Of attention query, key and value are read, of others the first argument; a recurrent layer's states come besides.
+    """
     given = [*args, *kwargs.values()]
     count = 3 if isinstance(layer, nn.MultiheadAttention) else 2 if isinstance(layer, nn.Bilinear) else 1
     tensors = [value.data if isinstance(value, nn.utils.rnn.PackedSequence) else value for value in given]
-    return [value for value in tensors[:count] if _is_float(value)]
+    first = [value for value in tensors[:count] if _is_float(value)]
+    states = tensors[count:] if isinstance(layer, RECURRENT_LAYERS) else []
+    return first, [leaf for leaf in tree_leaves(states) if _is_float(leaf)]
 
 
 def _is_float(value: Any) -> bool:

@@ -22,7 +22,7 @@ from tp_twoaxis.dependency.attention import (
     enclosing_attention,
     read_attention,
 )
-from tp_twoaxis.dependency.bounded_graph import BoundedGraph, ListingLimitError
+from tp_twoaxis.dependency.bounded_graph import BoundedGraph, ListingLimitError, SharedChannelsError
 from tp_twoaxis.dependency.cost import CostModel, Side, Term
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, call, inside, running_layers
 from tp_twoaxis.dependency.groups import Member, members, root_layer, roots_at_outputs
@@ -173,14 +173,16 @@ class _Listing:
         if layer in self.ignored or layer in self._listed:
             return
         pruner = self.graph.get_pruner_of_module(layer)
-        group = self._list(layer, pruner.prune_out_channels, pruner.get_out_channels(layer))
+        group = self._list(layer, pruner.prune_out_channels, list(range(pruner.get_out_channels(layer))))
         if group is None:
             return
-        self._listed.update(
-            item.dep.target.module for item in group if self.graph.is_out_channel_pruning_fn(item.dep.handler)
-        )
-        if group.shared:
-            self._take_rerooted(layer, group)
+        self._remember(group)
+        if group[0].dep.target.module is not layer:
+            self._take_rerooted(layer, group, [item.dep for item in group])
+        elif group.shared:
+            shared = set(group.shared)
+            edges = [item.dep for item in group if (item.dep.target, item.dep.handler) in shared]
+            self._take_rerooted(layer, group, edges)
         else:
             self._take(group)
 
@@ -189,49 +191,58 @@ class _Listing:
         if layer not in self._covered or layer in self.ignored or layer not in self.graph.module2node:
             return
         pruner = self.graph.get_pruner_of_module(layer)
-        width = pruner.get_out_channels(layer)
-        missing = sorted(set(range(width)) - self._covered[layer])
-        if missing and (group := self._list(layer, pruner.prune_out_channels, width)) is not None and not group.shared:
+        everything = list(range(pruner.get_out_channels(layer)))
+        missing = sorted(set(everything) - self._covered[layer])
+        group = self._list(layer, pruner.prune_out_channels, everything) if missing else None
+        if group is not None and not group.shared and group[0].dep.target.module is layer:
             self._take(group, missing)
 
-    def _list(self, layer: nn.Module, pruning_fn: Any, width: int) -> Any:
-        """List a group; where that fails the layer and all that the listing met stay whole, with a note."""
+    def _remember(self, group: Any) -> None:
+        """Note the layers whose outputs a group holds: they need no listing of their own."""
+        self._listed.update(
+            item.dep.target.module for item in group if self.graph.is_out_channel_pruning_fn(item.dep.handler)
+        )
+
+    def _list(self, module: nn.Module, pruning_fn: Any, channels: list[int]) -> Any:
+        """List a group, from where several channels become one if need be; where it fails all it met stays whole."""
+        name = self.names.get(module, str(module))
         try:
-            return self.graph.get_pruning_group(layer, pruning_fn, list(range(width)))
+            return self.graph.get_pruning_group(module, pruning_fn, channels)
+        except SharedChannelsError as shared:
+            if len(shared.channels) < len(channels):
+                return self._list(shared.node.module, shared.handler, shared.channels)
+            self._whole.append(f"{name}: stays whole, because {shared}")
         except ListingLimitError as error:
             self._listed.update(error.layers)
-            self._whole.append(f"{self.names[layer]} and the layers coupled with it stay whole: {error}")
+            self._whole.append(f"{name} and the layers coupled with it stay whole: {error}")
         except Exception as error:  # Torch-Pruning's rules for an operation do not hold here
             self._whole.append(
-                f"{self.names[layer]}: stays whole, because Torch-Pruning could not list what is coupled with it "
+                f"{name}: stays whole, because Torch-Pruning could not list what is coupled with it "
                 f"({type(error).__name__}: {error})"
             )
         return None
 
-    def _take_rerooted(self, layer: nn.Module, group: Any) -> None:
+    def _take_rerooted(self, layer: nn.Module, group: Any, edges: list[Any]) -> None:
         """Take a group by the side of a layer where its channels are fewest: each stands for several of ``layer``."""
-        graph = self.graph
-        sides = [
-            (len(set(item.idxs)), place, item.dep)
-            for place, item in enumerate(group)
-            if isinstance(item.dep.target.module, (_ConvNd, nn.Linear, *RECURRENT_LAYERS))
-            and (item.dep.target, item.dep.handler) in set(group.shared)
-        ]
-        for size, _, edge in sorted(sides, key=lambda side: side[:2]):
+        graph, sizes = self.graph, {id(item.dep): len(set(item.idxs)) for item in group}
+        sides = [edge for edge in edges if isinstance(edge.target.module, (_ConvNd, nn.Linear, *RECURRENT_LAYERS))]
+        for edge in sorted(sides, key=lambda edge: sizes[id(edge)]):
             module, pruner = edge.target.module, graph.get_pruner_of_module(edge.target.module)
-            width = (pruner.get_out_channels if edge.handler == pruner.prune_out_channels else pruner.get_in_channels)(
-                module
-            )
-            if size != width:
+            at_outputs = edge.handler == pruner.prune_out_channels
+            width = (pruner.get_out_channels if at_outputs else pruner.get_in_channels)(module)
+            if sizes[id(edge)] != width:
                 continue
-            rerooted = self._list(module, edge.handler, width)
-            if rerooted is not None and not rerooted.shared and any(i.dep.target.module is layer for i in rerooted):
+            rerooted = self._list(module, edge.handler, list(range(width)))
+            if rerooted is None or rerooted.shared or rerooted[0].dep.target.module is not module:
+                continue
+            if any(item.dep.target.module is layer for item in rerooted):
+                self._remember(rerooted)
                 self._take(rerooted)
                 return
-        coupled = [graph._module2name.get(node.module) for node, _ in group.shared]
+        coupled = dict.fromkeys(self.names.get(edge.target.module) for edge in edges if edge.target.module is not layer)
+        others = [name for name in coupled if name] or ["an operation behind it"]
         self._whole.append(
-            f"{self.names[layer]}: stays whole, because several of its channels are one channel of "
-            f"{listing([name for name in coupled if name] or ['an operation behind it'], 3)}"
+            f"{self.names[layer]}: stays whole, because several of its channels are one channel of {listing(others, 3)}"
         )
 
     def _take(self, group: Any, channels: list[int] | None = None) -> None:

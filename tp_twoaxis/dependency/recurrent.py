@@ -81,7 +81,9 @@ def _restore_forward(layer: nn.Module, own: Callable[..., Any] | None) -> None:
 
 
 def _opaque_forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    # the sequence comes first, packed or not; states have the hidden width, which stays
+    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    given = leaves[:1]
     given.append(next(layer.parameters()))  # with gradients, so that there is a node also where the layer reads images
     written, structure = tree_flatten(forward(*args, **kwargs))
     return tree_unflatten(_Opaque.apply(len(given), *given, *(t.detach() for t in written)), structure)
