@@ -1,7 +1,7 @@
 """What happens to networks of many families when channels are removed: the table of ``docs/support.md``.
 
-Networks of the tests (``tests/removal_cases.py``) and more of timm and torchvision, with random weights, lose channels at
-random, without repair, and are compared with the oracle of the tests (``tests/removal_oracle.py``)::
+Networks of the tests (``tests/removal_cases.py``) and more of timm and torchvision, with random weights, lose channels
+at random, without repair, and are compared with the oracle of the tests (``tests/removal_oracle.py``)::
 
     python benchmarks/support.py            # writes docs/support.md; four minutes on two cores
     python benchmarks/support.py swin vit   # prints the rows of networks with these words in their names
@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,17 @@ def random_scores(group: Any) -> torch.Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(size))
 
 
+def outcome_of(found: list[torch.Tensor], removed: dict[str, list[int]], dense: nn.Module, case: Case) -> str:
+    inputs = case.inputs()
+    if not removed:
+        return "whole"
+    if [t.shape for t in found] != [t.shape for t in run(dense, inputs)]:
+        return "WRONG"
+    if case.outcome == "runs":
+        return "runs"
+    return "right" if difference(found, expected_outputs(dense, removed, inputs)) < 1e-6 else "WRONG"
+
+
 def row(name: str, case: Case) -> tuple[str, str, str, float, str]:
     """Prune one network; name, what happens, share of the MACs kept, seconds, first note or error."""
     net, dense, inputs = case.network(), case.network(), case.inputs()
@@ -108,53 +120,43 @@ def row(name: str, case: Case) -> tuple[str, str, str, float, str]:
         except TwoAxisError as error:
             return name, "refused", "", time.perf_counter() - start, str(error)
         seconds = time.perf_counter() - start
-        found = run(net, inputs)
-        if [t.shape for t in found] != [t.shape for t in run(dense, inputs)]:
-            outcome = "WRONG"
-        elif case.outcome == "runs":
-            outcome = "runs"
-        else:
-            outcome = (
-                "right"
-                if difference(found, expected_outputs(dense, report.removed_channels, inputs)) < 1e-6
-                else "WRONG"
-            )
+        outcome = outcome_of(run(net, inputs), report.removed_channels, dense, case)
         count = f"{len(report.notes)} notes, such as: " if len(report.notes) > 1 else ""
         return name, outcome, f"{report.achieved:.2f}", seconds, count + report.notes[0] if report.notes else ""
     return name, "whole", "1.00", time.perf_counter() - start, last
 
 
+PAGE = """\
+# Which networks can be pruned
+
+Made by `{command}` on {date}: {machine}, torch {torch}, timm {timm}. Small inputs, a batch of 2, double precision;
+channels leave at random, and nothing is repaired. Do not edit it by hand.
+
+- **right**: what is left computes what the dense network computes without the channels that left, to 1e-6, by an oracle
+  that shares no code with the package. With a note: the layers that it names kept their channels.
+- **runs**: outputs keep their shapes; an operation over channels that is no layer (a mean, attention's scale) keeps the
+  oracle from saying more. Where channels arrive was verified as everywhere.
+- **whole**: nothing could be removed, and the note says why.
+- **refused**: an error with the layer, before anything changed.
+
+{count} networks: {counts}.
+
+| network | outcome | MACs kept | seconds | what is said |
+| --- | --- | --- | --- | --- |
+"""
+
+
 def markdown(rows: list[tuple[str, str, str, float, str]]) -> str:
     """Write the page."""
     source = provenance("python benchmarks/support.py", "random weights and images")
-    counts = {
-        outcome: sum(row[1] == outcome for row in rows) for outcome in ("right", "runs", "whole", "refused", "WRONG")
-    }
-    lines = [
-        "# Which networks can be pruned",
-        "",
-        f"Made by `{source['command']}` on {source['date']} ({source['machine']}, torch {source['torch']}, timm "
-        f"{timm.__version__}; small inputs, batch of 2, double precision; channels leave at random, nothing is repaired).",
-        "Do not edit it by hand.",
-        "",
-        "- **right**: what is left computes what the dense network computes without the channels that left, to 1e-6, by an",
-        "  oracle that shares no code with the package. With a note: the layers that it names kept their channels.",
-        "- **runs**: outputs keep their shapes; an operation over channels that is no layer (a mean, attention's scale) keeps",
-        "  the oracle from saying more. Where channels arrive was verified as everywhere.",
-        "- **whole**: nothing could be removed, and the note says why.",
-        "- **refused**: an error with the layer, before anything changed.",
-        "",
-        f"{len(rows)} networks: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) + ".",
-        "",
-        "| network | outcome | MACs kept | seconds | what is said |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    outcomes = Counter(outcome for _, outcome, *_ in rows)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    lines = []
     for name, outcome, macs, seconds, said in rows:
         text = re.sub(r"\s+", " ", said).replace("|", "\\|")
-        lines.append(
-            f"| {name} | {outcome} | {macs} | {seconds:.1f} | {text[:260] + ' ...' if len(text) > 264 else text} |"
-        )
-    return "\n".join(lines) + "\n"
+        text = text if len(text) < 264 else f"{text[:260]} ..."
+        lines.append(f"| {name} | {outcome} | {macs} | {seconds:.1f} | {text} |\n")
+    return PAGE.format(count=len(rows), counts=counts, timm=timm.__version__, **source) + "".join(lines)
 
 
 def main() -> None:

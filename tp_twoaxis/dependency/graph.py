@@ -230,7 +230,7 @@ class _Listing:
             module, pruner = edge.target.module, graph.get_pruner_of_module(edge.target.module)
             at_outputs = edge.handler == pruner.prune_out_channels
             width = (pruner.get_out_channels if at_outputs else pruner.get_in_channels)(module)
-            if sizes[id(edge)] != width:
+            if sizes[id(edge)] != width or width == 1:  # one channel cannot leave
                 continue
             rerooted = self._list(module, edge.handler, list(range(width)))
             if rerooted is None or rerooted.shared or rerooted[0].dep.target.module is not module:
