@@ -436,7 +436,7 @@ CASES = {
     ),
     "timm resnet-t": Case(lambda: timm_model("resnet10t", num_classes=5), SMALL, clean=True),
     "timm ecaresnet": Case(
-        lambda: timm_model("ecaresnet26t", num_classes=5), SMALL, note="one channel of layer4.1.se.conv"
+        lambda: timm_model("ecaresnet26t", num_classes=5), SMALL, note="one channel of layer4.1.se"
     ),
     "timm dla": Case(lambda: timm_model("dla46_c", num_classes=5), SMALL, clean=True),
     "timm regnet": Case(lambda: timm_model("regnetx_002", num_classes=5), SMALL, clean=True),
