@@ -435,9 +435,7 @@ CASES = {
         lambda: timm_model("mobilenetv3_small_050", features_only=True), MAP, note="its channels are outputs"
     ),
     "timm resnet-t": Case(lambda: timm_model("resnet10t", num_classes=5), SMALL, clean=True),
-    "timm ecaresnet": Case(
-        lambda: timm_model("ecaresnet26t", num_classes=5), SMALL, note="one channel of layer4.1.se"
-    ),
+    "timm ecaresnet": Case(lambda: timm_model("ecaresnet26t", num_classes=5), SMALL, note="one channel of layer4.1.se"),
     "timm dla": Case(lambda: timm_model("dla46_c", num_classes=5), SMALL, clean=True),
     "timm regnet": Case(lambda: timm_model("regnetx_002", num_classes=5), SMALL, clean=True),
     "timm vit": Case(

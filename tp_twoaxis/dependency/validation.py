@@ -159,12 +159,20 @@ def routing_faults(
             seen.outputs = seen.outputs and not void[0]
             yield seen
 
-    def looks_wrong(chosen: Sequence[PrunableGroup]) -> bool:
-        return any(look(chosen, first_third, scattered_third))
+    def first_trouble(chosen: Sequence[PrunableGroup]) -> Sightings | None:
+        return next(filter(None, look(chosen, first_third, scattered_third)), None)
+
+    names = dict(model.named_modules())
+
+    def readers(chosen: Sequence[PrunableGroup], seen: Sightings) -> list[PrunableGroup]:
+        """Give the groups that the layers in question should read; none where it may be anybody's fault."""
+        layers = {names[name] for name in (*seen.misread, *seen.blind)}
+        read = [group for group in chosen if any(part.module in layers for part in group.parts if part.is_consumer)]
+        return [] if seen.outputs or seen.error else read
 
     faults: dict[str, RoutingFault] = {}
     undecided: list[PrunableGroup] = []
-    for group in _singled_out(list(groups), looks_wrong):
+    for group in _singled_out(list(groups), first_trouble, readers):
         fault = _judged(look([group], first_third, scattered_third, *single_units(unit_count(group))))
         if fault is None:
             undecided.append(group)
@@ -184,14 +192,23 @@ def _judged(sightings: Iterator[Sightings]) -> RoutingFault | None:
     return RoutingFault() if blind is not None and not blind else None
 
 
-def _singled_out(groups: list[PrunableGroup], look: Callable[[Sequence[PrunableGroup]], Any]) -> list[PrunableGroup]:
-    """Find single groups that look wrong among many, by halving."""
-    if not groups or not look(groups):
+def _singled_out(
+    groups: list[PrunableGroup],
+    look: Callable[[Sequence[PrunableGroup]], Any],
+    suspect: Callable[[Sequence[PrunableGroup], Any], list[PrunableGroup]] = lambda groups, seen: [],
+) -> list[PrunableGroup]:
+    """Find single groups that look wrong among many, by looking at suspects and others apart, or at halves."""
+    seen = look(groups) if groups else None
+    if not seen:
         return []
     if len(groups) == 1:
         return groups
-    half = len(groups) // 2
-    return _singled_out(groups[:half], look) + _singled_out(groups[half:], look)
+    first = suspect(groups, seen)
+    if not 0 < len(first) < len(groups):
+        first = groups[: len(groups) // 2]
+    keys = {group_key(group) for group in first}
+    rest = [group for group in groups if group_key(group) not in keys]
+    return _singled_out(first, look, suspect) + _singled_out(rest, look, suspect)
 
 
 def _misfits(
