@@ -297,8 +297,8 @@ def _arguments(example_inputs: ExampleInputs) -> tuple[Any, ...] | dict[str, Any
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Run a model on what :data:`ExampleInputs` allows."""
-    given = _arguments(example_inputs)
-    return model(**given) if isinstance(given, dict) else model(*given)
+    arguments = _arguments(example_inputs)
+    return model(**arguments) if isinstance(arguments, dict) else model(*arguments)
 
 
 def _batch_size(example_inputs: ExampleInputs) -> int:
