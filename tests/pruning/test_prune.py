@@ -299,13 +299,13 @@ class GroupedUp(nn.Module):
         return self.fc(self.up(self.conv(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("make", [Hardcoded, GroupedUp])
-def test_networks_that_torch_pruning_breaks_come_back(make):
+@pytest.mark.parametrize(("make", "where"), [(Hardcoded, "in fc"), (GroupedUp, "Torch-Pruning could not remove")])
+def test_networks_that_torch_pruning_breaks_come_back(make, where):
     torch.manual_seed(0)
     net = make()
     before = everything(net)
     expected = net(X)
-    with pytest.raises(TwoAxisError, match=r"(ignored_layers|could not trace)"):
+    with pytest.raises(TwoAxisError, match=rf"stays whole, because the network does not go on .*{where}"):
         prune(net, importance=lambda group: torch.arange(len(group[0].idxs)).float(), flops=0.6, tolerance=0.2)
     assert_unchanged(net, before)
     assert torch.equal(net(X), expected)
@@ -323,9 +323,17 @@ class Auxiliary(nn.Module):
         return self.fc(x) + self.aux(x) if self.training else self.fc(x)
 
 
+def test_what_layers_that_run_in_training_only_read_stays_whole():
+    with pytest.raises(TwoAxisError, match=r"conv: stays whole, because aux reads it in training mode"):
+        prune(Auxiliary(), flops=0.6)
+
+
 def test_layers_that_did_not_run_are_named():
-    report = prune(Auxiliary(), flops=0.6)
-    assert any(note.startswith("aux did not run on example_inputs") for note in report.notes)
+    net = Auxiliary()
+    net.spare = nn.Linear(16, 5)
+    net.forward = lambda x: net.fc(net.conv(x).mean((2, 3)))
+    report = prune(net, flops=0.6)
+    assert any(note.startswith("aux, spare did not run on example_inputs") for note in report.notes)
 
 
 def test_a_cost_that_the_model_cannot_attribute_is_corrected_by_measuring():

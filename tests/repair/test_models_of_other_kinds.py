@@ -40,8 +40,10 @@ class Windows(nn.Module):
 @pytest.mark.parametrize("repair", ["ridge+bn", "patch+bn", "sequential", "joint"])
 def test_two_inputs(items, repair):
     torch.manual_seed(0)
-    dense = Pair().eval()
-    images, vectors = torch.randn(80, 3, 6, 6), torch.randn(80, 5)
+    dense, images, vectors = Pair(), torch.randn(80, 3, 6, 6), torch.randn(80, 5)
+    for _ in range(40):
+        dense(images, vectors)  # BatchNorm takes the statistics of the images
+    dense.eval()
     pairs = list(zip(images.split(16), vectors.split(16), strict=True))
     loader = {"flat": pairs, "nested": [(pair, None) for pair in pairs],
               "named": [{"image": a, "vector": b} for a, b in pairs]}[items]  # fmt: skip

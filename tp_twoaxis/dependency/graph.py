@@ -22,9 +22,11 @@ from tp_twoaxis.dependency.attention import (
     enclosing_attention,
     read_attention,
 )
+from tp_twoaxis.dependency.bounded_graph import BoundedGraph, ListingLimitError, SharedChannelsError
 from tp_twoaxis.dependency.cost import CostModel, Side, Term
-from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, inside, running_layers
-from tp_twoaxis.dependency.groups import Member, members, root_layer
+from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, call, inside, running_layers
+from tp_twoaxis.dependency.groups import Member, members, root_layer, roots_at_outputs
+from tp_twoaxis.dependency.recurrent import RECURRENT_LAYERS
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers, in_channels_of, out_channels_of
 from tp_twoaxis.runtime.model_state import preserve_modes
@@ -79,7 +81,7 @@ def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         try:
             with torch.enable_grad(), tracing_allowed(model):
                 # verbose would warn of every parameter without a module
-                return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, verbose=False)
+                return BoundedGraph().build_dependency(model, example_inputs, forward_fn=call, verbose=False)
         except Exception as error:
             # outside a forward pass it is Torch-Pruning's own reading that failed
             where = inside(running or _layer_in_question(error, model), model)
@@ -95,6 +97,8 @@ def _layer_in_question(error: Exception, model: nn.Module) -> list[str]:
     names = {module: name for name, module in model.named_modules() if name}
     found: list[str] = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "build_dependency":  # it runs through all layers before it traces
+            continue
         for value in frame.f_locals.values():
             while isinstance(value, tp.dependency.Node) and value.module not in names and value.inputs:
                 value = value.inputs[0]
@@ -126,72 +130,179 @@ def prunable_groups(
     Left out are groups with an ignored layer, and groups without consumers (they are the model's outputs). Attention
     that is built from linear layers loses whole heads or, with ``"head-dims"``, the same number of channels of every
     head; nothing where its heads are not understood. Channels of a layer that Torch-Pruning's own listing passes by,
-    because another group covers only part of the layer, come as a group of their own.
+    because another group covers only part of the layer, come as a group of their own. Where several of a layer's
+    channels are one channel of another (a map made of a vector, the two halves of a gated unit), the group is rooted
+    at the other.
 
     Returns:
         The groups, and notes on what stays whole although a user would expect it to be pruned.
     """
-    ignored = {module for layer in ignored_layers for module in layer.modules()}
-    names = {module: name for name, module in model.named_modules()}
-    owners = attention_owners(model)
-    covered: dict[nn.Module, set[int]] = {}
-    found: list[PrunableGroup] = []
-    kept_whole: dict[str, None] = {}
-    miscounted: list[str] = []
+    listing_of_groups = _Listing(graph, model, ignored_layers, attention)
+    with graph.unchanged():
+        for root in [m for m in graph.module2node if isinstance(m, (_ConvNd, nn.Linear))]:
+            listing_of_groups.add(root)
+        for layer in channel_layers(model).values():
+            listing_of_groups.add_rest(layer)
+    return listing_of_groups.found, listing_of_groups.notes
 
-    def take(group: Any, channels: list[int] | None = None) -> None:
+
+class _Listing:
+    """Groups found so far, and what they cover."""
+
+    def __init__(
+        self, graph: Any, model: nn.Module, ignored_layers: Iterable[nn.Module], attention: AttentionUnit
+    ) -> None:
+        self.graph, self.attention = graph, attention
+        self.ignored = {module for layer in ignored_layers for module in layer.modules()}
+        self.names = {module: name for name, module in model.named_modules()}
+        self.owners = attention_owners(model)
+        self.found: list[PrunableGroup] = []
+        self._covered: dict[nn.Module, set[int]] = {}
+        self._listed: set[nn.Module] = set()
+        self._heads_stay: dict[str, None] = {}
+        self._whole: list[str] = []
+
+    @property
+    def notes(self) -> list[str]:
+        """What stays whole, and why."""
+        heads = self._heads_stay
+        return [f"attention keeps its heads and their width ({listing(heads, 3)})"] * bool(heads) + self._whole
+
+    def add(self, layer: nn.Module) -> None:
+        """Take the group of all channels that a layer writes, unless a group before holds them."""
+        if layer in self.ignored or layer in self._listed:
+            return
+        pruner = self.graph.get_pruner_of_module(layer)
+        group = self._list(layer, pruner.prune_out_channels, list(range(pruner.get_out_channels(layer))))
+        if group is None:
+            return
+        self._remember(group)
+        if group[0].dep.target.module is not layer:
+            self._take_rerooted(layer, group, [item.dep for item in group])
+        elif group.shared:
+            shared = set(group.shared)
+            edges = [item.dep for item in group if (item.dep.target, item.dep.handler) in shared]
+            self._take_rerooted(layer, group, edges)
+        else:
+            self._take(group)
+
+    def add_rest(self, layer: nn.Module) -> None:
+        """Take the channels that a layer writes and no group holds, where some group holds others of the layer."""
+        if layer not in self._covered or layer in self.ignored or layer not in self.graph.module2node:
+            return
+        pruner = self.graph.get_pruner_of_module(layer)
+        everything = list(range(pruner.get_out_channels(layer)))
+        missing = sorted(set(everything) - self._covered[layer])
+        group = self._list(layer, pruner.prune_out_channels, everything) if missing else None
+        if group is not None and not group.shared and group[0].dep.target.module is layer:
+            self._take(group, missing)
+
+    def _remember(self, group: Any) -> None:
+        """Note the layers whose outputs a group holds: they need no listing of their own."""
+        self._listed.update(
+            item.dep.target.module for item in group if self.graph.is_out_channel_pruning_fn(item.dep.handler)
+        )
+
+    def _list(self, module: nn.Module, pruning_fn: Any, channels: list[int]) -> Any:
+        """List a group, from where several channels become one if need be; where it fails all it met stays whole."""
+        name = self.names.get(module, str(module))
+        try:
+            return self.graph.get_pruning_group(module, pruning_fn, channels)
+        except SharedChannelsError as shared:
+            if len(shared.channels) < len(channels):
+                return self._list(shared.node.module, shared.handler, shared.channels)
+            self._whole.append(f"{name}: stays whole, because {shared}")
+        except ListingLimitError as error:
+            self._listed.update(error.layers)
+            self._whole.append(f"{name} and the layers coupled with it stay whole: {error}")
+        except Exception as error:  # Torch-Pruning's rules for an operation do not hold here
+            self._whole.append(
+                f"{name}: stays whole, because Torch-Pruning could not list what is coupled with it "
+                f"({type(error).__name__}: {error})"
+            )
+        return None
+
+    def _take_rerooted(self, layer: nn.Module, group: Any, edges: list[Any]) -> None:
+        """Take a group by the side of a layer where its channels are fewest: each stands for several of ``layer``."""
+        graph, sizes = self.graph, {id(item.dep): len(set(item.idxs)) for item in group}
+        sides = [edge for edge in edges if isinstance(edge.target.module, (_ConvNd, nn.Linear, *RECURRENT_LAYERS))]
+        for edge in sorted(sides, key=lambda edge: sizes[id(edge)]):
+            module, pruner = edge.target.module, graph.get_pruner_of_module(edge.target.module)
+            at_outputs = edge.handler == pruner.prune_out_channels
+            width = (pruner.get_out_channels if at_outputs else pruner.get_in_channels)(module)
+            if sizes[id(edge)] != width or width == 1:  # one channel cannot leave
+                continue
+            rerooted = self._list(module, edge.handler, list(range(width)))
+            if rerooted is None or rerooted.shared or rerooted[0].dep.target.module is not module:
+                continue
+            if any(item.dep.target.module is layer for item in rerooted):
+                self._remember(rerooted)
+                self._take(rerooted)
+                return
+        coupled = dict.fromkeys(self.names.get(edge.target.module) for edge in edges if edge.target.module is not layer)
+        others = [name for name in coupled if name] or ["an operation behind it"]
+        self._whole.append(
+            f"{self.names[layer]}: stays whole, because several of its channels are one channel of {listing(others, 3)}"
+        )
+
+    def _take(self, group: Any, channels: list[int] | None = None) -> None:
+        """Keep a group, or some of its root channels, if it may be pruned."""
         parts = list(members(group))
         if channels is not None:
             parts = [_restricted(part, channels) for part in parts]
-        producers = [
-            part
-            for part in parts
-            if part.is_producer and isinstance(part.module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
-        ]
-        fresh = all(covered.get(part.module, set()).isdisjoint(part.channels.tolist()) for part in producers)
+        producers = [part for part in parts if part.is_producer and isinstance(part.module, CHANNEL_LAYERS)]
+        fresh = all(self._covered.get(part.module, set()).isdisjoint(part.channels.tolist()) for part in producers)
         for part in producers:
-            covered.setdefault(part.module, set()).update(part.channels.tolist())
+            self._covered.setdefault(part.module, set()).update(part.channels.tolist())
         consumers = [part for part in parts if part.is_consumer and not part.is_producer]
-        if not fresh or not consumers or any(part.module in ignored for part in parts if part.is_producer):
+        if not fresh or not consumers or any(part.module in self.ignored for part in parts if part.is_producer):
             return
-        name = names[root_layer(group)]
-        if (owner := enclosing_attention(parts, owners)) is not None:
-            heads = read_attention(graph, owner, parts, owners, attention)
-            if heads is None:
-                kept_whole[names[owner]] = None
-                return
-            places = list(range(heads.width))
-            blocks, run = (1, heads.head_width) if attention == "heads" else (heads.heads, 1)
-            found.append(PrunableGroup(names[owner], heads.group, places, heads.parts, blocks, run, False, heads))
+        root, at_outputs = root_layer(group), roots_at_outputs(group)
+        name = self.names[root] if at_outputs else f"{self.names[root]} (inputs)"
+        if (owner := enclosing_attention(parts, self.owners)) is not None:
+            self._take_attention(owner, parts)
             return
-        if overfull := [names[part.module] for part in parts if _overfull(part)]:
-            miscounted.append(
-                f"{name}: stays whole, because Torch-Pruning counts more channels than there are in {listing(overfull)}"
-            )
+        if reason := self._cannot_leave(parts):
+            self._whole.append(f"{name}: stays whole, because {reason}")
             return
         size = len(group[0].idxs) if channels is None else len(channels)
-        found.append(
+        blocks = blocks_of_parts(parts)
+        self.found.append(
             PrunableGroup(
                 name,
                 group,
                 list(group[0].idxs) if channels is None else channels,
                 parts,
-                _blocks(parts) if size % _blocks(parts) == 0 else size,
+                blocks if size % blocks == 0 else size,
                 aligned=any(_grouped(part) for part in parts),
             )
         )
 
-    for group in graph.get_all_groups(ignored_layers=list(ignored)):
-        take(group)
-    for layer in channel_layers(model).values():
-        if layer in covered and layer not in ignored and layer in graph.module2node:
-            pruner = graph.get_pruner_of_module(layer)
-            missing = sorted(set(range(pruner.get_out_channels(layer))) - covered[layer])
-            if missing:
-                everything = list(range(pruner.get_out_channels(layer)))
-                take(graph.get_pruning_group(layer, pruner.prune_out_channels, everything), missing)
-    notes = [f"attention keeps its heads and their width ({listing(kept_whole, 3)})"] if kept_whole else []
-    return found, notes + miscounted
+    def _take_attention(self, owner: nn.Module, parts: list[Member]) -> None:
+        heads = read_attention(self.graph, owner, parts, self.owners, self.attention)
+        if heads is None:
+            self._heads_stay[self.names[owner]] = None
+            return
+        blocks, run = (1, heads.head_width) if self.attention == "heads" else (heads.heads, 1)
+        places = list(range(heads.width))
+        name = self.names[owner]
+        self.found.append(PrunableGroup(name, heads.group, places, heads.parts, blocks, run, False, heads))
+
+    def _cannot_leave(self, parts: list[Member]) -> str | None:
+        """Explain why a group's channels cannot leave one of its layers."""
+        if overfull := [self.names.get(part.module, str(part.module)) for part in parts if _overfull(part)]:
+            return f"Torch-Pruning counts more channels than there are in {listing(overfull)}"
+        hidden = [part.module for part in parts if part.is_producer and isinstance(part.module, RECURRENT_LAYERS)]
+        if hidden:
+            return f"hidden channels of {listing(self.names[layer] for layer in hidden)} feed themselves back"
+        several = [
+            self.names[part.module]
+            for part in parts
+            if isinstance(part.module, nn.LayerNorm) and len(part.module.normalized_shape) > 1
+        ]
+        if several:
+            return f"{listing(several)} has a weight for every position and channel"
+        return None
 
 
 def cost_model(groups: list[PrunableGroup], model: nn.Module, count: MacsCount) -> CostModel:
@@ -244,6 +355,10 @@ def _overfull(part: Member) -> bool:
     """Whether a part holds channels that its layer does not have, as Torch-Pruning's reading of some reshapes gives."""
     if isinstance(part.module, CHANNEL_LAYERS):
         width = _width(part)
+    elif isinstance(part.module, RECURRENT_LAYERS):
+        width = int(part.module.input_size)
+    elif isinstance(part.module, nn.PReLU) and part.module.num_parameters == 1:
+        width = 0  # one slope serves any number of channels
     else:  # a norm has a weight for each channel
         width = next((len(parameter) for parameter in part.module.parameters(recurse=False)), 0)
     return bool(width) and bool((part.channels >= width).any())
@@ -260,7 +375,7 @@ def _projection_macs(macs: float, width: int) -> float:
     return 4.0 * width**2 * tokens
 
 
-def _blocks(parts: list[Member]) -> int:
+def blocks_of_parts(parts: list[Member]) -> int:
     """Equally long blocks that must stay so: grouped convolutions (not depthwise), GroupNorm, heads.
 
     The heads are those of ``nn.MultiheadAttention``, which cuts its width anew into as many: were a head to lose

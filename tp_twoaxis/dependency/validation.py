@@ -1,29 +1,44 @@
-"""Do removed channels arrive where Torch-Pruning says they do? One forward pass with marked channels tells.
+"""Which groups may really be pruned: their channels arrive where Torch-Pruning says, and nobody else reads them.
 
-Torch-Pruning maps channels through reshapes by rules of its own. Two common patterns break them and still run:
+Torch-Pruning maps channels through reshapes by rules of its own. Common patterns break them and still run:
 ``permute(0, 2, 3, 1).flatten(1)`` (it takes the flattened order for channel-major) and ``chunk`` (it takes
-the halves in the order in which it met them); then the wrong inputs of the next layer would be removed.
+the halves in the order in which it met them); then the wrong inputs of the next layer would be removed. And a feature
+that is read may be an output of the model too, or the input of a head that runs in training only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch import nn
 
-from tp_twoaxis.dependency.attention import Attention, AttentionUnit
-from tp_twoaxis.dependency.flops import ExampleInputs, call
-from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key, prunable_groups
-from tp_twoaxis.dependency.groups import members, root_layer
-from tp_twoaxis.dependency.removal import prune_group
+from tp_twoaxis.dependency.acting_weights import layers_with_other_weights
+from tp_twoaxis.dependency.attention import AttentionUnit
+from tp_twoaxis.dependency.channel_marks import (
+    MIXING_LAYERS,
+    ChooseUnits,
+    Sightings,
+    first_third,
+    follow_marks,
+    own_layers,
+    scattered_third,
+    single_units,
+    unit_count,
+)
+from tp_twoaxis.dependency.flops import ExampleInputs
+from tp_twoaxis.dependency.graph import PrunableGroup, group_key, prunable_groups
+from tp_twoaxis.dependency.head_removal import fixed_heads
+from tp_twoaxis.dependency.trial_removal import trial_removal
 from tp_twoaxis.errors import listing
-from tp_twoaxis.runtime.layers import MIXING_NORMS, channel_axis, channel_layers
-from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng
+from tp_twoaxis.runtime.model_state import eval_mode
+
+_HOW = {
+    "heads": ", its code does not run with one less",
+    "head-dims": " as wide as they are, its code does not work with narrower ones",
+}
 
 
 def verified_groups(
@@ -32,8 +47,19 @@ def verified_groups(
     example_inputs: ExampleInputs,
     ignored_layers: list[nn.Module],
     attention: AttentionUnit = "heads",
+    *,
+    try_all: bool = False,
 ) -> tuple[list[PrunableGroup], list[str]]:
-    """List the prunable groups whose channels arrive at the inputs that Torch-Pruning would remove.
+    """List the prunable groups whose channels arrive at the inputs that Torch-Pruning would remove, and only there.
+
+    Args:
+        graph: the model's, of :func:`~tp_twoaxis.dependency.graph.build_graph`.
+        model: the dense model; afterwards it is as before.
+        example_inputs: of its forward.
+        ignored_layers: layers that keep their channels.
+        attention: what attention loses.
+        try_all: also remove channels of every group on trial: a network did not run after a removal, and the groups
+            that its code does not follow are to stay whole.
 
     Returns:
         The groups, and notes on what stays whole or may break.
@@ -45,126 +71,67 @@ def verified_groups(
         if stuck:
             reason = next(iter(stuck.values()))
             notes.append(f"{listing(stuck, 3)}: keeps its heads{_HOW[attention]} ({reason})")
-    misrouted = misrouted_groups(groups, model, example_inputs)
-    notes += [
-        f"{name}: stays whole, because Torch-Pruning maps it to the wrong inputs of {listing(consumers)}"
-        for name, consumers in misrouted.items()
-    ]
-    if idle := [name for name, layer in channel_layers(model).items() if layer not in graph.module2node]:
-        notes.append(
-            f"{listing(idle)} did not run on example_inputs, or without gradients, where Torch-Pruning cannot follow; "
-            "they may no longer fit what they read"
-        )
-    return [group for group in groups if group_key(group) not in misrouted], notes
+    reasons = layers_with_other_weights(groups, model, example_inputs)
+    groups = [group for group in groups if group_key(group) not in reasons]
+    faults = {key: fault.reason for key, fault in routing_faults(groups, model, example_inputs).items()}
+    groups = [group for group in groups if group_key(group) not in faults]
+    called = set(own_layers(model))
+    idle: dict[nn.Module, str] = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, MIXING_LAYERS) and module in called and module not in graph.module2node
+    }
+    if idle:
+        read, unheard = read_in_training(groups, idle, model, example_inputs)
+        faults |= read
+        groups = [group for group in groups if group_key(group) not in read]
+        if unheard:
+            notes.append(
+                f"{listing(unheard)} did not run on example_inputs, or without gradients, where Torch-Pruning cannot "
+                "follow; they may no longer fit what they read"
+            )
+    if try_all:
+        misfits = _misfits(groups, model, example_inputs)
+        faults |= {key: fault.reason for key, fault in misfits.items()}
+        groups = [group for group in groups if group_key(group) not in misfits]
+    notes += [f"{name}: stays whole, because {reason}" for name, reason in (reasons | faults).items()]
+    return groups, notes
 
 
-_HOW = {
-    "heads": ", its code does not run with one less",
-    "head-dims": " as wide as they are, its code does not work with narrower ones",
-}
+@dataclass(frozen=True)
+class RoutingFault:
+    """Why a group must stay whole.
 
-
-def fixed_heads(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    ignored_layers: list[nn.Module],
-    attention: AttentionUnit = "heads",
-) -> dict[str, str]:
-    """Find attention modules whose code holds a width that it does not keep in a known attribute: by trying.
-
-    One head of every module of a class is removed, or one channel of every head, the model runs, and everything is
-    put back. Where channels of heads were removed the projections must also write what they write when the dense
-    network's queries, keys and values are zero there, at the temperature of the narrower heads: one that no known
-    attribute holds, or positions rotated into queries and keys, would show.
-
-    Returns:
-        Group key -> what running raised, or that it came out otherwise.
-
-    Example:
-        >>> fixed_heads(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(1, 4), [])
-        {}
+    Attributes:
+        misread: layers that would lose other inputs than those where its channels arrive.
+        outputs: whether its channels are outputs of the model too.
+        misfit: what went wrong when channels were removed on trial, in words.
     """
-    graph = build_graph(model, example_inputs)  # of its own, because removal leaves its mark on a graph
-    listed = prunable_groups(graph, model, ignored_layers, attention)[0]
-    groups = [(group, group.attention) for group in listed if group.attention]
-    snapshot = ModelSnapshot(model)
-    stuck: dict[str, str] = {}
-    for kind in dict.fromkeys(type(heads.module) for _, heads in groups):
-        alike = [(group, heads) for group, heads in groups if type(heads.module) is kind]
-        projections = [root_layer(group.group) for group, _ in alike]
-        try:
-            with fork_rng(), eval_mode(model):
-                if attention == "head-dims":
-                    for _, heads in alike:
-                        _silence(heads)
-                    expected = _written(projections, model, example_inputs)
-                    snapshot.restore()
-                for group, heads in alike:
-                    prune_group(graph, group, _first(heads))
-                found = _written(projections, model, example_inputs)
-        except Exception as error:
-            stuck |= {group_key(group): f"{type(error).__name__}: {error}" for group, _ in alike}
-        else:
-            if attention == "head-dims":
-                stuck |= {
-                    group_key(group): "attention comes out otherwise"
-                    for (group, _), before, after in zip(alike, expected, found, strict=True)
-                    if not _close(before, after)
-                }
-        finally:
-            snapshot.restore()
-    return stuck
+
+    misread: tuple[str, ...] = ()
+    outputs: bool = False
+    misfit: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """The fault in words, to follow "because"."""
+        if self.misread:
+            return f"Torch-Pruning maps it to the wrong inputs of {listing(self.misread)}"
+        if self.outputs:
+            return "its channels are outputs of the model too"
+        return f"the network does not go on with fewer ({self.misfit})"
 
 
-def _first(heads: Attention) -> list[int]:
-    """Channels of the first head, or the first channel of every head."""
-    return list(range(heads.head_width) if heads.unit == "heads" else range(0, heads.width, heads.head_width))
+def routing_faults(
+    groups: Sequence[PrunableGroup], model: nn.Module, example_inputs: ExampleInputs
+) -> dict[str, RoutingFault]:
+    """Find groups whose channels reach other inputs than would be removed, or outputs of the model.
 
-
-def _silence(heads: Attention) -> None:
-    """Let queries, keys and values be zero in the first channel of every head, and products as large as without it."""
-    leaving = torch.zeros(heads.width, dtype=torch.bool)
-    leaving[_first(heads)] = True
-    for part in heads.parts:
-        if part.is_producer and isinstance(part.module, nn.Linear):
-            for parameter in part.module.parameters(recurse=False):
-                silent = parameter.detach().clone()
-                silent[part.channels[leaving[part.roots]]] = 0.0
-                if part.module is heads.query.module:
-                    silent[heads.query.channels] *= (heads.head_width / (heads.head_width - 1)) ** 0.5
-                parameter.data = silent
-
-
-def _written(layers: list[nn.Module], model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """Run a model and give what some of its layers write."""
-    written: dict[nn.Module, Tensor] = {}
-
-    def keep(layer: nn.Module, _: Any, output: Tensor) -> None:
-        written[layer] = output.detach()
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(keep).remove)
-        call(model, example_inputs)
-    return [written[layer] for layer in layers]
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    tolerance = max(1e-4, 20.0 * torch.finfo(expected.dtype).eps)
-    return bool((expected - found).abs().max() <= tolerance * expected.abs().max())
-
-
-def misrouted_groups(
-    groups: list[PrunableGroup], model: nn.Module, example_inputs: ExampleInputs
-) -> dict[str, list[str]]:
-    """Find groups whose channels reach other inputs of a layer than Torch-Pruning would remove.
-
-    The first third of each group's channels (of each block; of the heads) is set to NaN where it is written;
-    every layer that reads compares the NaN channels it receives with those that would be removed, and goes on
-    with zeros instead. A layer that receives none or nothing but NaN proves nothing: some operation swallowed the
-    marks or spread them. Not so the projection of an attention module: where channels make up heads as supposed,
-    it receives those of the marked heads and no others. Where heads lose some of their channels only values are
-    marked, because a query reaches all channels of its head.
+    All groups are marked at once (:func:`~tp_twoaxis.dependency.channel_marks.follow_marks`), by a first and by a
+    scattered third of their channels. Where something disagrees the groups are halved until it is known whose fault it
+    is. A layer that receives nothing but marks, or none, proves nothing: then fewer channels are marked, down to single
+    ones, and if no number tells, because an operation mixes channels, some are removed on trial
+    (:func:`~tp_twoaxis.dependency.trial_removal.trial_removal`).
 
     Args:
         groups: the prunable groups.
@@ -172,90 +139,143 @@ def misrouted_groups(
         example_inputs: of its forward.
 
     Returns:
-        Group key -> the layers that disagree; empty when all is well, or when the model does not run on NaN.
+        Group key -> fault; empty when all is well.
 
     Example:
-        >>> from tp_twoaxis.dependency.graph import build_graph, prunable_groups
+        >>> import torch
+        >>> from tp_twoaxis.dependency.graph import build_graph
         >>> net, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6 * 4, 2)), torch.randn(1, 3, 4, 4)
         >>> groups, _ = prunable_groups(build_graph(net, x), net, [])
-        >>> misrouted_groups(groups, net, x)
+        >>> routing_faults(groups, net, x)
         {}
     """
-    written: dict[nn.Module, set[int]] = {}
-    read: dict[nn.Module, set[int]] = {}
-    for group in groups:
-        units = len(group.channels) // group.blocks // group.run
-        unit = torch.arange(len(group.channels)) // group.run % units
-        marked = unit < max(1, units // 3)
-        parts = group.parts
-        if group.attention is not None and group.attention.unit == "head-dims":
-            parts = list(members(group.attention.value))
-        for part in parts:
-            channels = part.channels[marked[part.roots]].tolist()
-            if part.is_producer:
-                written.setdefault(part.module, set()).update(channels)
-            if part.is_consumer:
-                read.setdefault(part.module, set()).update(channels)
-    layers = {module: name for name, module in channel_layers(model).items()}
-    projections = {root_layer(group.group) for group in groups if group.attention}
-    disagree: set[nn.Module] = set()
+    void: list[bool] = []  # whether the model writes NaN by itself, found out when it matters
 
-    def receive(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        if layer in read and inputs and isinstance(inputs[0], Tensor):
-            nan = inputs[0].movedim(channel_axis(layer), -1).isnan()
-            got = nan.reshape(-1, nan.shape[-1]).any(0)
-            telling = layer in projections or 0 < int(got.sum()) < len(got)
-            if telling and set(got.nonzero()[:, 0].tolist()) != read[layer]:
-                disagree.add(layer)
-        return tree_map(lambda x: x.nan_to_num(0.0) if _is_float(x) else x, inputs)
+    def look(chosen: Sequence[PrunableGroup], *patterns: ChooseUnits) -> Iterator[Sightings]:
+        for choose in patterns:
+            seen = follow_marks(chosen, choose, model, example_inputs)
+            if seen.outputs and not void:
+                void.append(follow_marks((), choose, model, example_inputs).outputs)
+            seen.outputs = seen.outputs and not void[0]
+            yield seen
 
-    def mark(layer: nn.Module, _: Any, output: Any) -> Any:
-        values = output[0] if isinstance(output, tuple) else output
-        values = values.clone()
-        values.movedim(channel_axis(layer), -1)[..., sorted(written[layer])] = torch.nan
-        return (values, *output[1:]) if isinstance(output, tuple) else values
+    def first_trouble(chosen: Sequence[PrunableGroup]) -> Sightings | None:
+        return next(filter(None, look(chosen, first_third, scattered_third)), None)
 
-    def through_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        marks[norm] = inputs[0].isnan()
-        return (inputs[0].nan_to_num(0.0), *inputs[1:])
+    names = dict(model.named_modules())
 
-    def behind_norm(norm: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return output.masked_fill(marks.pop(norm), torch.nan)
+    def readers(chosen: Sequence[PrunableGroup], seen: Sightings) -> list[PrunableGroup]:
+        """Give the groups that the layers in question should read; none where it may be anybody's fault."""
+        layers = {names[name] for name in (*seen.misread, *seen.blind)}
+        read = [group for group in chosen if any(part.module in layers for part in group.parts if part.is_consumer)]
+        return [] if seen.outputs or seen.error else read
 
-    marks: dict[nn.Module, Tensor] = {}
-    snapshot = ModelSnapshot(model)
+    faults: dict[str, RoutingFault] = {}
+    undecided: list[PrunableGroup] = []
+    for group in _singled_out(list(groups), first_trouble, readers):
+        fault = _judged(look([group], first_third, scattered_third, *single_units(unit_count(group))))
+        if fault is None:
+            undecided.append(group)
+        elif fault.misread or fault.outputs:
+            faults[group_key(group)] = fault
+    return faults | _misfits(undecided, model, example_inputs)
+
+
+def _judged(sightings: Iterator[Sightings]) -> RoutingFault | None:
+    """Judge one group by ever fewer marks; None where no marks tell."""
+    blind: set[str] | None = None
+    for seen in sightings:
+        if seen.error is None and (seen.misread or seen.outputs):
+            return RoutingFault(tuple(seen.misread), seen.outputs)
+        if seen.error is None:
+            blind = set(seen.blind) if blind is None else blind & set(seen.blind)
+    return RoutingFault() if blind is not None and not blind else None
+
+
+def _singled_out(
+    groups: list[PrunableGroup],
+    look: Callable[[Sequence[PrunableGroup]], Any],
+    suspect: Callable[[Sequence[PrunableGroup], Any], list[PrunableGroup]] = lambda groups, seen: [],
+) -> list[PrunableGroup]:
+    """Find single groups that look wrong among many, by looking at suspects and others apart, or at halves."""
+    seen = look(groups) if groups else None
+    if not seen:
+        return []
+    if len(groups) == 1:
+        return groups
+    first = suspect(groups, seen)
+    if not 0 < len(first) < len(groups):
+        first = groups[: len(groups) // 2]
+    keys = {group_key(group) for group in first}
+    rest = [group for group in groups if group_key(group) not in keys]
+    return _singled_out(first, look, suspect) + _singled_out(rest, look, suspect)
+
+
+def _misfits(
+    groups: Sequence[PrunableGroup],
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    sound: Sequence[PrunableGroup] = (),
+) -> dict[str, RoutingFault]:
+    """Find groups with whose removal, beside that of the sound ones, the network does not go on.
+
+    By halving; the second half is tried beside what is sound of the first, so that all that is sound goes together.
+    """
+    reason = trial_removal([*sound, *groups], model, example_inputs) if groups else None
+    if reason is None:
+        return {}
+    if len(groups) == 1:
+        return {group_key(groups[0]): RoutingFault(misfit=reason)}
+    half = len(groups) // 2
+    first = _misfits(groups[:half], model, example_inputs, sound)
+    sound = [*sound, *(group for group in groups[:half] if group_key(group) not in first)]
+    return first | _misfits(groups[half:], model, example_inputs, sound)
+
+
+def read_in_training(
+    groups: Sequence[PrunableGroup], idle: dict[nn.Module, str], model: nn.Module, example_inputs: ExampleInputs
+) -> tuple[dict[str, str], list[str]]:
+    """Find groups that are read by layers that ran in training mode only.
+
+    The model's own code runs in training mode, its layers (dropout, norms) in evaluation mode.
+
+    Args:
+        groups: the prunable groups.
+        idle: layers that do not run in evaluation mode, with their names.
+        model: the dense model; afterwards it is as before.
+        example_inputs: of its forward.
+
+    Returns:
+        Group key -> why it stays whole; names of layers that did not run in training mode either.
+    """
+    ran: set[str] = set()
+    handles = [m.register_forward_pre_hook(lambda m, _: ran.add(idle[m])) for m in idle]
+    errors: list[Exception] = []
+
+    def look(chosen: Sequence[PrunableGroup]) -> list[str]:
+        seen = follow_marks(chosen, first_third, model, example_inputs, mode=_branches_of_training, unlisted=idle)
+        if seen.error is not None:
+            errors.append(seen.error)
+        return [name for name in seen.misread if name in idle.values()]
+
     try:
-        with ExitStack() as stack:
-            stack.enter_context(fork_rng())
-            stack.enter_context(eval_mode(model))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have ways of their own with NaN
-            for layer in layers:
-                stack.callback(layer.register_forward_pre_hook(receive).remove)
-                if written.get(layer):
-                    stack.callback(layer.register_forward_hook(mark).remove)
-            for norm in model.modules():
-                if isinstance(norm, MIXING_NORMS):
-                    stack.callback(norm.register_forward_pre_hook(through_norm).remove)
-                    stack.callback(norm.register_forward_hook(behind_norm).remove)
-            call(model, example_inputs)
-    except (RuntimeError, ValueError, AssertionError):
-        return {}  # it refuses NaN; whether it runs at all is found out elsewhere
+        reads = {group_key(group): look([group]) for group in _singled_out(list(groups), look)}
     finally:
-        snapshot.restore()
-    return {
-        group_key(group): wrong
-        for group in groups
-        if (
-            wrong := _names(
-                layers, (part.module for part in group.parts if part.is_consumer and part.module in disagree)
-            )
-        )
-    }
+        for handle in handles:
+            handle.remove()
+    reasons = {key: f"{listing(layers)} reads it in training mode" for key, layers in reads.items()}
+    return reasons, [name for name in idle.values() if name not in ran or errors]
 
 
-def _names(layers: dict[nn.Module, str], chosen: Iterable[nn.Module]) -> list[str]:
-    return [layers[layer] for layer in chosen if layer in layers]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+@contextmanager
+def _branches_of_training(model: nn.Module) -> Iterator[None]:
+    """Run a block with modules that hold others in training mode and all others in evaluation mode."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with eval_mode(model):
+        for module in model.modules():
+            module.training = next(module.children(), None) is not None
+        try:
+            yield
+        finally:
+            for buffer, values in buffers:
+                buffer.copy_(values)

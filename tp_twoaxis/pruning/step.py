@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tp_twoaxis.dependency.channel_marks import output_shapes
 from tp_twoaxis.dependency.channel_masks import pruned_channels
 from tp_twoaxis.dependency.cost import CostModel, channel_count
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, count_macs, inside, running_layers
@@ -79,13 +80,14 @@ def prune_step(
     dense = history.macs or present.total
     before = present.total / dense
     last = share == config.flops
-    target = share
+    target, try_all = share, False
+    shapes = output_shapes(network, inputs)
     nearest: tuple[StepResult, ModelSnapshot] | None = None
     for attempt in range(1, TRIES + 1):
         with timed(seconds, "graph"):
             graph = build_graph(network, inputs)
             ignored = config.ignored_in(network)
-            groups, notes = verified_groups(graph, network, inputs, ignored, config.attention)
+            groups, notes = verified_groups(graph, network, inputs, ignored, config.attention, try_all=try_all)
         with timed(seconds, "score"):
             scored, declined = score_groups(groups, importance)
             widths = {group_key(group): history.width(group, network) for group in groups}
@@ -111,10 +113,20 @@ def prune_step(
             )
             if unrepaired is not None:
                 unrepaired.restore()
-            remove(graph, groups, plan.removed)
-            refresh_widths(network)
-        with timed(seconds, "count"):
-            count = _count_pruned(network, inputs)
+        try:
+            with timed(seconds, "remove"):
+                remove(graph, groups, plan.removed)
+                refresh_widths(network)
+            with timed(seconds, "count"):
+                count = _count_pruned(network, inputs, shapes)
+        except TwoAxisError:
+            if try_all or attempt == TRIES:
+                if nearest is not None:
+                    break
+                raise
+            snapshot.restore()
+            try_all = True  # some group's channels cannot leave: find out which, and leave those whole
+            continue
         if config.budget == "channels":  # counted, not predicted
             missed = plan.notes if last else []
             return StepResult(count, plan.macs / plan.dense, joined, notes + missed + declined)
@@ -158,13 +170,19 @@ def _cost(groups: list[PrunableGroup], network: nn.Module, count: MacsCount, bud
     return cost_model(groups, network, count)
 
 
-def _count_pruned(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
+def _count_pruned(network: nn.Module, inputs: ExampleInputs, shapes: list[tuple[int, ...]]) -> MacsCount:
     with running_layers(network) as running:
         try:
-            return count_macs(network, inputs)
+            count = count_macs(network, inputs)
         except Exception as error:
             raise TwoAxisError(
                 f"{type(network).__name__} does not run after removal{inside(running, network)} "
                 f"({type(error).__name__}: {error}); its code holds a width that Torch-Pruning cannot see - put the "
                 "layers concerned into ignored_layers; the model is as it was"
             ) from error
+    if (now := output_shapes(network, inputs)) != shapes:
+        raise TwoAxisError(
+            f"{type(network).__name__}: expected outputs of shapes {shapes} after removal, got {now}; put the layers "
+            "that write them into ignored_layers; the model is as it was"
+        )
+    return count
