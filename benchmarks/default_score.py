@@ -12,7 +12,7 @@ second set of images, of ten classes, that took no part in the choice.
 ``--data`` holds ``cifar10/`` (Parquet shards) and ``imagenet/`` (``sample.parquet`` and ``nette.parquet``: an image of
 each class, and images of ten). A network and score that ``results/default_score.json`` holds already are skipped. On
 one CPU core training takes ten minutes and the rest half an hour. Behind the results are weights of the same recipes
-that were trained before this script, transformer and ConvNeXt in float32; on ImageNet four scores were measured.
+that were trained before this script, transformer and ConvNeXt in float32; on ImageNet some scores were left out.
 """
 
 from __future__ import annotations
