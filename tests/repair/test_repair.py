@@ -301,10 +301,11 @@ def test_sequential_repair_falls_back_to_channels_for_large_patches(monkeypatch)
     torch.testing.assert_close(net(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
-def test_memory_bounds_the_images_of_sequential_repair(monkeypatch):
-    monkeypatch.setattr(sequential, "BYTES", 6 * 32 * 64 * 4 * 20)  # the largest layer: 16 + 16 channels of 8 x 8
+def test_memory_bounds_the_images_of_sequential_repair():
     net, dense, masks = broken()
-    report = repair_network(net, dense, masks, ("sequential",), loader=batches(96, 16), progress=False)
+    options = {"loader": batches(96, 16), "progress": False}
+    room = 6 * 32 * 64 * 4 * 20.5 / 2**30  # the largest layer: 16 + 16 channels of 8 x 8
+    report = repair_network(net, dense, masks, ("sequential",), max_memory=room, **options)
     assert "sequential repair ran on 20 images" in report.notes
 
 

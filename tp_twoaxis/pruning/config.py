@@ -38,11 +38,14 @@ class PruningConfig:
     attention: AttentionUnit = "heads"
     tolerance: float = 0.01
     guard: bool = True
+    max_memory: float = 4.0
 
     def __post_init__(self) -> None:
         check_name("budget", self.budget, get_args(Budget))
         check_name("attention", self.attention, get_args(AttentionUnit))
         check_constraints(self.flops, self.min_keep, self.round_to, self.tolerance)
+        if not self.max_memory > 0:
+            raise TwoAxisError(f"max_memory: expected GiB above 0, got {self.max_memory!r}")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise TwoAxisError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
         object.__setattr__(self, "repair", parse_repair(self.repair))

@@ -62,6 +62,7 @@ def prune_to_flops(
     attention: AttentionUnit = "heads",
     tolerance: float = 0.01,
     guard: bool = True,
+    max_memory: float = 4.0,
     max_images: int | None = 5000,
     latency: bool = False,
     other_counters: bool = True,
@@ -102,6 +103,7 @@ def prune_to_flops(
         tolerance: accepted relative distance to the target.
         guard: hold every fifth image out of repair, at most 128, and keep changes of weights only as far as they bring
             the network nearer to the dense one on those; see :func:`~tp_twoaxis.repair.repair_network`.
+        max_memory: GiB for the activations of ``sequential`` and ``joint``, about; with fewer they use fewer images.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report Torch-Pruning's and thop's MACs; in a sweep over small networks they take most of
             the time.
@@ -145,7 +147,7 @@ def prune_to_flops(
         (3, True)
     """
     config = PruningConfig(
-        flops, budget, steps, repair, ignored_layers, min_keep, round_to, attention, tolerance, guard
+        flops, budget, steps, repair, ignored_layers, min_keep, round_to, attention, tolerance, guard, max_memory
     )
     network = unwrap(model)
     parameter = next(network.parameters(), None)
@@ -199,6 +201,7 @@ def _prune(
             max_images=state.max_images,
             measure=last,
             guard=config.guard,
+            max_memory=config.max_memory,
             progress=state.progress,
         )
 

@@ -57,6 +57,7 @@ class RepairImages:
         progress: show progress bars.
         hold_out: whether to hold images out.
         call: of the model that runs on them.
+        max_memory: GiB for the activations of those that run as one batch.
 
     Example:
         >>> images = RepairImages([torch.arange(16.0)[:, None]], None, False)
@@ -69,6 +70,7 @@ class RepairImages:
     progress: bool
     hold_out: bool = True
     call: CallSignature = ONE_INPUT
+    max_memory: float = 4.0
 
     @property
     def fit_batches(self) -> Iterable[Inputs]:

@@ -50,6 +50,7 @@ def repair_network(
     ridge: float | None = None,
     measure: bool = True,
     guard: bool = True,
+    max_memory: float = 4.0,
     progress: bool = True,
 ) -> RepairReport:
     """Reconstruct, from the channels that stay, what the removed ones contributed to their consumers.
@@ -89,6 +90,7 @@ def repair_network(
             none, :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
         guard: hold images out and judge every change on them; without, all images are fitted and every fit is kept.
         measure: also measure the layers' errors, on images that no fit has used.
+        max_memory: GiB for the activations of ``sequential`` and ``joint``, about; with fewer they use fewer images.
         progress: show progress bars on stderr.
 
     Returns:
@@ -123,7 +125,9 @@ def repair_network(
     images = (
         None
         if loader is None
-        else RepairImages(loader, max_images, progress, guard and refits(repairs), CallSignature.of(network))
+        else RepairImages(
+            loader, max_images, progress, guard and refits(repairs), CallSignature.of(network), max_memory
+        )
     )
     task = RepairTask(network, dense, masks, images, stats, ridge)
     seconds: dict[str, float] = {}

@@ -30,8 +30,6 @@ from tp_twoaxis.statistics.recorder import WIDEST_INPUT
 
 BY_CHANNELS = "by channels because its patch is too large"
 NO_GAIN = "because no fit lowered their error on images held out"
-# the images run as one batch, so many that their activations in both networks stay below this
-BYTES = 2**32
 # activations alive at a time, in units of the largest layer's input and output: a shortcut, a branch, a copy of work
 ALIVE, ALIVE_JOINT = 3, 5
 
@@ -76,7 +74,7 @@ def refit_in_order(
     its ridge, and each correction its size.
 
     All images run as one batch, and the dense network beside it, so the pass costs two forward passes plus the
-    fits. Memory: the activations of that batch; it is cut to about 4 GiB of them, at the price of fewer images
+    fits. Memory: the activations of that batch; it is cut to ``max_memory`` of them, at the price of fewer images
     (``joint`` has more of them alive at a time, so fewer still).
 
     Args:
@@ -258,7 +256,7 @@ def _gather(
         for batch in run.batches:
             if room is None:
                 run(batch._replace(inputs=batch.inputs[:1]))
-                room = max(1, BYTES // max(1, 2 * alive * largest))
+                room = max(1, int(images.max_memory * 2**30) // max(1, 2 * alive * largest))
             kept.append(batch.inputs[:room])
             room -= len(kept[-1])
             if room <= 0:

@@ -1,0 +1,167 @@
+r"""Repairs of real networks of 224 pixels, for several criteria and from more and more images.
+
+ImageNet's MobileNetV1-0.75 and EfficientNet-Lite0 (third-party weights) are pruned in one step to two shares of their
+MACs by several criteria, and repaired from the same images; nothing is fine-tuned. They are judged on the 1,000 images
+of ten classes, decided among all 1,000: top-1 accuracy, and the distance of the logits from the dense network's,
+squared, over their variance. None of these images took part in any choice.
+
+    python benchmarks/repair_224.py --data DIR --checkpoints DIR
+    python benchmarks/repair_224.py --data DIR --checkpoints DIR --networks mobilenet_v1 --shares 0.65 \
+        --criteria hull --repairs sequential --images 32 96 224 568 1000 --max-memory 14
+
+``--data`` holds ``imagenet/`` with ``sample.parquet`` (an image of each class, to calibrate and repair from) and
+``nette.parquet``. Cells that ``results/repair_224.json`` holds already are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from default_score import NETWORKS, Batches, batches
+from provenance import RESULTS, provenance
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tp_twoaxis import CalibrationStatistics, calibrate, prune_to_flops
+from tp_twoaxis.importance import find_criterion
+from tp_twoaxis.repair.guard import output_distance
+from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.serialization import write_bytes
+
+CRITERIA = ("l2", "taylor", "fpgm", "hull", "capture")
+REPAIRS = ("bn", "sequential", "joint")
+IMAGES, JUDGES = 500, 1000
+KEY = ("network", "share", "criterion", "repair", "images")
+
+
+def top1(model: nn.Module, judges: Batches) -> float:
+    """Measure top-1 accuracy in %."""
+    hits: list[Tensor] = []
+    with forward_pass(model, judges, what="judge", labels="required") as run:
+        hits += [run.logits(batch).argmax(1) == batch.labels for batch in run.batches]
+    return round(100 * float(torch.cat(hits).double().mean()), 1)
+
+
+def measure(
+    dense: nn.Module, cell: dict[str, Any], images: Batches, judges: Batches, stats: CalibrationStatistics | None
+) -> dict[str, Any]:
+    """Prune and repair a copy of the network, and judge it."""
+    model, start = copy.deepcopy(dense), time.perf_counter()
+    report = prune_to_flops(
+        model,
+        images[0][0][:1],
+        cell["criterion"],
+        flops=cell["share"],
+        repair=cell["repair"],
+        stats=stats,
+        loader=images,
+        max_images=None,
+        max_memory=cell["max_memory"],
+        other_counters=False,
+        progress=False,
+    )
+    return {
+        **cell,
+        "top1": top1(model, judges),
+        "distance": round(output_distance(model, dense, [x for x, _ in judges]), 3),
+        "kept": round(report.achieved, 4),
+        "seconds": round(time.perf_counter() - start, 1),
+        "repair_seconds": round(report.seconds.get("repair", 0.0), 1),
+        "notes": [note for note in report.notes if "held back" in note or "repair ran on" in note],
+    }
+
+
+def table(cells: list[dict[str, Any]], images: int) -> str:
+    """Draw the cells of so many images for people: a row a criterion and repair, two columns a network."""
+    own = [cell for cell in cells if cell["images"] == images]
+    heads = list(dict.fromkeys((cell["network"], cell["share"]) for cell in own))
+    lines = ["| criterion | repair | " + " | ".join(f"{name} {share:g}" for name, share in heads) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(heads))
+    for criterion, repair in itertools.product(CRITERIA, REPAIRS):
+        found = {(c["network"], c["share"]): c for c in own if (c["criterion"], c["repair"]) == (criterion, repair)}
+        texts = [f"{found[head]['top1']} ({found[head]['distance']:.2f})" if head in found else "" for head in heads]
+        if any(texts):
+            lines.append(f"| {criterion} | {repair} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth(cells: list[dict[str, Any]]) -> str:
+    """Draw the cells that differ in their images alone."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[key] for key in KEY[:-1]), []).append(cell)
+    lines = ["| network | share | criterion | repair | images: top-1 (distance) |", "| --- | --- | --- | --- | --- |"]
+    for (network, share, criterion, repair), own in groups.items():
+        if len(own) > 2:
+            own.sort(key=lambda cell: int(cell["images"]))
+            texts = [f"{cell['images']}: {cell['top1']} ({cell['distance']:.2f})" for cell in own]
+            lines.append(f"| {network} | {share:g} | {criterion} | {repair} | {', '.join(texts)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
+    """Write both tables, with what they are of."""
+    known = ", ".join(f"{name} {accuracy} %" for name, accuracy in dense.items())
+    text = (
+        f"Top-1 accuracy in % on {JUDGES} images (standard error at most 1.6 points), and in brackets the distance of "
+        f"the logits from the dense network's, squared, over their variance. Dense: {known}. Calibrated and repaired "
+        f"from {IMAGES} images of other classes' photographs, one step, not fine-tuned:\n\n{table(cells, IMAGES)}"
+    )
+    more = growth(cells)
+    return text + (f"\nFrom more and more images:\n\n{more}" if more else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with imagenet/")
+    parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
+    known = [name for name, network in NETWORKS.items() if network.on_imagenet]
+    parser.add_argument("--networks", nargs="+", default=known, choices=known, help="default all")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.65, 0.8], help="of the MACs to keep")
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), help="default those")
+    parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), help="default those")
+    parser.add_argument("--images", nargs="+", type=int, default=[IMAGES], help="to calibrate and repair from")
+    parser.add_argument("--max-memory", type=float, default=4.0, help="GiB for activations of sequential and joint")
+    arguments = parser.parse_args()
+    path = RESULTS / "repair_224.json"
+    content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "cells": []}
+    done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
+    for name in arguments.networks:
+        network = NETWORKS[name]
+        dense = network.factory()
+        dense.load_state_dict(load_file(arguments.checkpoints / f"{network.weights}.safetensors"))
+        dense = dense.eval().to(memory_format=torch.channels_last)
+        folder = arguments.data / "imagenet"
+        judges = batches(folder / "nette.parquet", network.normalisation, 0, JUDGES, 224)
+        content["dense"][name] = top1(dense, judges)
+        for count in arguments.images:
+            images = batches(folder / "sample.parquet", network.normalisation, 0, count, 224)
+            stats = None
+            wanted = itertools.product(arguments.repairs, arguments.shares, arguments.criteria)
+            for repair, share, criterion in wanted:
+                if (name, share, criterion, repair, count) in done:
+                    continue
+                if stats is None and "statistics" in find_criterion(criterion).needs:
+                    stats = calibrate(dense, images, target=None, max_images=None, progress=False)
+                cell = dict(zip(KEY, (name, share, criterion, repair, count), strict=True))
+                cell["max_memory"] = arguments.max_memory
+                content["cells"].append(measure(dense, cell, images, judges, stats))
+                content["cells"][-1]["commit"] = provenance("", "")["commit"]
+                print({k: v for k, v in content["cells"][-1].items() if k != "commit"}, flush=True)
+                command = "python benchmarks/repair_224.py --data DIR --checkpoints DIR"
+                data = f"sample.parquet to calibrate and repair from, {JUDGES} images of nette.parquet to judge"
+                whole = {"provenance": provenance(command, data), **content}
+                write_bytes(path, f"{json.dumps(whole, indent=1)}\n".encode())
+                write_bytes(RESULTS / "repair_224.md", page(content["cells"], content["dense"]).encode())
+    print(page(content["cells"], content["dense"]))
+
+
+if __name__ == "__main__":
+    main()
