@@ -5,7 +5,7 @@ import torch
 from pruning_cases import assert_unchanged, everything
 from removal_cases import FanIn, Padded, convolutions, old_weight_norm
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from tp_twoaxis import prune_to_flops
 from tp_twoaxis.dependency.acting_weights import layers_with_other_weights
@@ -35,6 +35,7 @@ def test_layers_that_compute_with_what_they_store_are_not_suspected(make):
         (parametrizations.weight_norm, "remove_parametrizations(layer, 'weight')"),
         (old_weight_norm, "remove_weight_norm(layer)"),
         (nn.utils.spectral_norm, "remove_spectral_norm(layer)"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove(layer, 'weight')"),
     ],
 )
 def test_normalised_weights_and_their_ways_out(wrap, way_out):

@@ -133,6 +133,8 @@ def _way_out(layer: nn.Module) -> str:
         return f"call torch.nn.utils.parametrize.{calls} before pruning"
     if hasattr(layer, "weight_g"):
         return "call torch.nn.utils.remove_weight_norm(layer) before pruning"
+    if hasattr(layer, "weight_mask"):
+        return "call torch.nn.utils.prune.remove(layer, 'weight') before pruning"
     if hasattr(layer, "weight_orig"):
         return "call torch.nn.utils.remove_spectral_norm(layer) before pruning"
     plain = next(c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("torch.nn.modules"))
