@@ -20,6 +20,7 @@ import copy
 import itertools
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from torch import Tensor, nn
 
 from tp_twoaxis import CalibrationStatistics, calibrate, prune_to_flops
 from tp_twoaxis.importance import find_criterion
-from tp_twoaxis.repair.guard import output_distance
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.serialization import write_bytes
 
@@ -41,16 +41,28 @@ IMAGES, JUDGES = 500, 1000
 KEY = ("network", "share", "criterion", "repair", "images")
 
 
-def top1(model: nn.Module, judges: Batches) -> float:
-    """Measure top-1 accuracy in %."""
-    hits: list[Tensor] = []
-    with forward_pass(model, judges, what="judge", labels="required") as run:
-        hits += [run.logits(batch).argmax(1) == batch.labels for batch in run.batches]
-    return round(100 * float(torch.cat(hits).double().mean()), 1)
+def logits_of(model: nn.Module, judges: Batches) -> Tensor:
+    """Run a model on the judging images, [n, classes] float64."""
+    with forward_pass(model, judges, what="judge") as run:
+        return torch.cat([run.logits(batch).double() for batch in run.batches])
+
+
+@dataclass
+class Judges:
+    """Images that took no part in any choice, and what the dense network says of them."""
+
+    images: Batches
+    dense: Tensor
+
+    def judge(self, model: nn.Module) -> tuple[float, float]:
+        """Measure top-1 accuracy in %, and the distance from the dense network's logits, squared, over their variance."""
+        logits, labels = logits_of(model, self.images), torch.cat([labels for _, labels in self.images])
+        error, power = (logits - self.dense).square().sum(), (self.dense - self.dense.mean(0)).square().sum()
+        return round(100 * float((logits.argmax(1) == labels).double().mean()), 1), round(float(error / power), 3)
 
 
 def measure(
-    dense: nn.Module, cell: dict[str, Any], images: Batches, judges: Batches, stats: CalibrationStatistics | None
+    dense: nn.Module, cell: dict[str, Any], images: Batches, judges: Judges, stats: CalibrationStatistics | None
 ) -> dict[str, Any]:
     """Prune and repair a copy of the network, and judge it."""
     model, start = copy.deepcopy(dense), time.perf_counter()
@@ -67,12 +79,14 @@ def measure(
         other_counters=False,
         progress=False,
     )
+    seconds = round(time.perf_counter() - start, 1)
+    top1, distance = judges.judge(model)
     return {
         **cell,
-        "top1": top1(model, judges),
-        "distance": round(output_distance(model, dense, [x for x, _ in judges]), 3),
+        "top1": top1,
+        "distance": distance,
         "kept": round(report.achieved, 4),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": seconds,
         "repair_seconds": round(report.seconds.get("repair", 0.0), 1),
         "notes": [note for note in report.notes if "held back" in note or "repair ran on" in note],
     }
@@ -139,8 +153,9 @@ def main() -> None:
         dense.load_state_dict(load_file(arguments.checkpoints / f"{network.weights}.safetensors"))
         dense = dense.eval().to(memory_format=torch.channels_last)
         folder = arguments.data / "imagenet"
-        judges = batches(folder / "nette.parquet", network.normalisation, 0, JUDGES, 224)
-        content["dense"][name] = top1(dense, judges)
+        held = batches(folder / "nette.parquet", network.normalisation, 0, JUDGES, 224)
+        judges = Judges(held, logits_of(dense, held))
+        content["dense"][name] = judges.judge(dense)[0]
         for count in arguments.images:
             images = batches(folder / "sample.parquet", network.normalisation, 0, count, 224)
             stats = None
