@@ -55,7 +55,7 @@ class Judges:
     dense: Tensor
 
     def judge(self, model: nn.Module) -> tuple[float, float]:
-        """Measure top-1 accuracy in %, and the distance from the dense network's logits, squared, over their variance."""
+        """Measure top-1 accuracy in %, and the logits' squared distance from the dense network over their variance."""
         logits, labels = logits_of(model, self.images), torch.cat([labels for _, labels in self.images])
         error, power = (logits - self.dense).square().sum(), (self.dense - self.dense.mean(0)).square().sum()
         return round(100 * float((logits.argmax(1) == labels).double().mean()), 1), round(float(error / power), 3)
