@@ -320,10 +320,11 @@ def test_target_scores_say_where_they_are_defined(score):
         TwoAxisImportance(statistics(net), score, site="consumer")(full_group(net, "first"))
 
 
-def test_the_default_asks_for_weights_that_inputs_do_not_have():
+def test_a_score_of_weights_says_that_inputs_have_none():
     net = residual()
     with pytest.raises(TwoAxisError, match=r"needs weight norms.*or score='capture'"):
-        TwoAxisImportance(statistics(net), site="consumer")(full_group(net, "first"))
+        TwoAxisImportance(statistics(net), "norm-local", site="consumer")(full_group(net, "first"))
+    assert TwoAxisImportance(statistics(net), site="consumer")(full_group(net, "first")) is not None
 
 
 def test_functions_see_the_inputs():

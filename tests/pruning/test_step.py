@@ -31,10 +31,10 @@ def counted_as(monkeypatch, shares):
     """Let the counter report these shares of the dense MACs, one an attempt; gather what each attempt left."""
     left, count = [], step._count_pruned
 
-    def counted(network, inputs):
+    def counted(network, inputs, shapes):
         dense = count_macs(wide(), X).total
         left.append([tuple(p.shape) for p in network.parameters()])
-        return dataclasses.replace(count(network, inputs), total=round(shares[len(left) - 1] * dense))
+        return dataclasses.replace(count(network, inputs, shapes), total=round(shares[len(left) - 1] * dense))
 
     monkeypatch.setattr(step, "_count_pruned", counted)
     return left
