@@ -253,3 +253,21 @@ def test_the_repair_takes_its_statistics_and_a_later_step_new_ones(stats):
     assert report.achieved == pytest.approx(0.6, rel=0.1)
     assert report.importance == repr(importance)
     assert importance.stats is stats
+
+
+def test_a_wide_last_layer_does_not_look_free_because_its_images_were_fitted():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, 5)).eval()
+    loader = [x for x, _ in batches(images=60, batch_size=20)]
+    stats = calibrate(net, loader, target=None, consumers=True, progress=False)
+    missing = torch.arange(96) % 3 > 0
+
+    def measured(distortion):
+        return distortion({"3": missing}, distortion.patches(["3"]))
+
+    apart, together = (Distortion(net, stats, loader, progress=False) for _ in range(2))
+    seen = {tuple(image.flatten().tolist()) for batch in apart._fit_batches for image in batch}
+    judged = {tuple(image.flatten().tolist()) for batch in apart._batches for image in batch}
+    assert (len(seen), len(judged), len(seen & judged)) == (36, 24, 0)
+    together._fit_batches = together._batches
+    assert measured(apart) > 1.5 * measured(together)
