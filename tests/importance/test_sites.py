@@ -113,11 +113,11 @@ def slow_score(name, rows):
     if name == "capture":
         values = slow.capture(variance)
     elif name == "variance":
-        values = variance / np.median(variance[active])
+        values = variance / np.mean(variance[active])
     else:
         rho = reference.correlation(rows)
         explained = [(slow.greedy_hull(rho, k, active, max_size=8)[1] or [0.0])[-1] for k in range(len(rho))]
-        values = variance / np.median(variance[active]) * (1.0 - 0.5 * np.array(explained))
+        values = variance / np.mean(variance[active]) * (1.0 - 0.5 * np.array(explained))
     return np.where(active, values, values.min())
 
 

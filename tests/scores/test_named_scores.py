@@ -61,11 +61,11 @@ def slow_scores(variance, norm, rho, pooled, r):
     target = spectral_clusters(torch.from_numpy(atoms))
     return {
         "capture": capture,
-        "variance": variance / np.median(variance),
+        "variance": variance / np.mean(variance),
         "low-overlap": -overlap,
         "composite-local": z(capture) - 0.3 * z(overlap),
         "norm-local": 0.3 * z(np.log(norm)) + z(capture) - 0.3 * z(overlap),
-        "hull": variance / np.median(variance) * (1 - 0.5 * np.array(hulls)),
+        "hull": variance / np.mean(variance) * (1 - 0.5 * np.array(hulls)),
         "compact-hull": z(capture) - z(twin.compact_support(rho, active)),
         "cap-a": twin.assign_by_rank(capture, twin.annealed(z(capture) - 0.3 * z(overlap), z(capture))),
         "spectral-rs": twin.assign_by_rank(capture, twin.cluster_quantiles(capture, local.tolist())),
