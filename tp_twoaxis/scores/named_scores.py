@@ -50,8 +50,8 @@ def capture(layer: LayerStatistics) -> Tensor:
 def relative_variance(layer: LayerStatistics) -> Tensor:
     """Output variance over the mean of its layer's varying channels: the raw scale before a BatchNorm has no meaning.
 
-    Layers of one group are averaged. Over its median, a layer whose few strong channels have thousands of times that, as
-    the stem of a MobileNetV1 has, would outweigh the others.
+    Layers of one group are averaged. Over its median, a layer with a few channels of thousands of times that, as the
+    stem of a MobileNetV1 is, would outweigh the others.
     """
     varying = layer.variance > 0
     return layer.variance / layer.variance[varying].mean() if bool(varying.any()) else torch.zeros_like(layer.variance)
@@ -67,8 +67,8 @@ def hull_refined(layer: LayerStatistics, strength: float = 0.5, peers: int = 8) 
 
     It orders a layer's channels, and capture decides how many leave; by its own values over their median the VGG of
     :data:`DEFAULT_SCORE` keeps 68.1 / 59.7 instead of 71.0 / 61.3 %, the ResNet with conv shortcuts 83.6 / 51.7 instead
-    of 84.6 / 56.3 (measured with variances over their medians). ``P_k`` is relative to the layer's mean; c = 0.5 was the best of 0, 0.5 and 1 on a ResNet-20, see
-    :func:`~tp_twoaxis.scores.hull.greedy_hulls` for the peers.
+    of 84.6 / 56.3 (with variances over their medians). ``P_k`` is relative to the layer's mean; c = 0.5 was the best of
+    0, 0.5 and 1 on a ResNet-20, see :func:`~tp_twoaxis.scores.hull.greedy_hulls` for the peers.
     """
     hulls = hull.greedy_hulls(layer.correlation, active=layer.variance > 0, max_size=peers)
     explained = hulls.path[:, -1] if hulls.path.shape[1] else torch.zeros_like(layer.variance)
