@@ -100,26 +100,25 @@ def test_they_leave_before_any_other_channel(name):
     assert not gone(report, "last")
 
 
-@pytest.mark.parametrize("normalizer", [*NAMES, "sentinel_0.5", None, lambda scores: scores - 5.0])
-@pytest.mark.parametrize("name", ["capture", "variance"])
-def test_by_every_normalizer(normalizer, name):
+def gone_from_the_middle(name, normalizer):
     net = chain()
     importance = TwoAxisImportance(calibrate(net, images(), progress=False), name, normalizer=normalizer)
     report = prune_to_flops(
         net, torch.zeros(1, 3, 9, 9), importance, flops=0.6, repair=(), other_counters=False, progress=False
     )
-    assert set(Chain.constant) <= gone(report, "middle")
+    return gone(report, "middle")
+
+
+@pytest.mark.parametrize("normalizer", [*NAMES, "sentinel_0.5", None, lambda scores: scores - 5.0])
+@pytest.mark.parametrize("name", ["capture", "variance"])
+def test_by_every_normalizer(normalizer, name):
+    assert set(Chain.constant) <= gone_from_the_middle(name, normalizer)
 
 
 @pytest.mark.parametrize("normalizer", SIGNED)
 @pytest.mark.parametrize("name", [name for name, entry in SCORES.items() if entry.allocation])
 def test_by_signed_scores_with_every_normalizer(normalizer, name):
-    net = chain()
-    importance = TwoAxisImportance(calibrate(net, images(), progress=False), name, normalizer=normalizer)
-    report = prune_to_flops(
-        net, torch.zeros(1, 3, 9, 9), importance, flops=0.6, repair=(), other_counters=False, progress=False
-    )
-    assert set(Chain.constant) <= gone(report, "middle")
+    assert set(Chain.constant) <= gone_from_the_middle(name, normalizer)
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name not in KNOWING and not name.startswith("host")])

@@ -10,7 +10,7 @@ from cases import batches, conv_net
 from repair_cases import remove_channels
 from torch import nn
 
-from tp_twoaxis import prune_to_flops
+from tp_twoaxis import calibrate, prune_to_flops
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.reconstruction.patch_fit import PatchFit
 from tp_twoaxis.reconstruction.patch_moments import PatchMoments
@@ -186,8 +186,6 @@ def test_a_repair_that_does_harm_is_held_back_and_said(repair, monkeypatch):
 
 
 def test_without_images_nothing_judges_and_that_is_said():
-    from tp_twoaxis import calibrate
-
     net = conv_net()
     stats = calibrate(net, batches(64, 32), target=None, consumers=True, progress=False)
     dense, masks = remove_channels(net, X, {"conv1": [0, 2]})

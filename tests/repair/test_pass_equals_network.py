@@ -16,6 +16,7 @@ from tp_twoaxis import prune_to_flops
 from tp_twoaxis.models.cifar_resnet import cifar_resnet20_conv_shortcut
 from tp_twoaxis.reconstruction.patch_fit import PatchFit
 from tp_twoaxis.runtime.kernels import kernel_input, own_forward_obstacle
+from tp_twoaxis.runtime.weights import cannot_refit
 
 
 class InvertedResiduals(nn.Module):
@@ -215,8 +216,6 @@ def test_forwards_of_other_kinds_are_found_out(layer, reason):
 
 @pytest.mark.parametrize("name", ["spectral_norm", "weight_norm", "prune"])
 def test_weights_that_are_computed_from_others_are_left_alone(name):
-    from tp_twoaxis.runtime.weights import cannot_refit
-
     layer = nn.Conv2d(3, 4, 3)
     if name == "prune":
         prune.l1_unstructured(layer, "weight", 0.5)

@@ -18,6 +18,7 @@ from tp_twoaxis.dependency.channel_marks import all_tensors, own_layers
 from tp_twoaxis.dependency.flops import ExampleInputs, call
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key
 from tp_twoaxis.dependency.groups import Member
+from tp_twoaxis.runtime.kernels import has_own_forward
 from tp_twoaxis.runtime.layers import channel_axis
 from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng
 
@@ -77,8 +78,12 @@ def _prepares_weights(layer: nn.Module) -> bool:
     """Whether a convolution or linear layer may compute the weights that act when it runs."""
     if not isinstance(layer, (_ConvNd, nn.Linear)):
         return False
-    own = not type(layer).forward.__module__.startswith("torch.nn.") or "forward" in vars(layer)
-    return own or is_parametrized(layer) or bool(layer._forward_pre_hooks) or "weight" not in layer._parameters
+    return (
+        has_own_forward(layer)
+        or is_parametrized(layer)
+        or bool(layer._forward_pre_hooks)
+        or "weight" not in layer._parameters
+    )
 
 
 def _inputs_of(layers: set[nn.Module], model: nn.Module, example_inputs: ExampleInputs) -> dict[nn.Module, Tensor]:

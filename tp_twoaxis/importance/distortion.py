@@ -23,20 +23,20 @@ from tp_twoaxis.reconstruction.affine import (
     ridge_for,
 )
 from tp_twoaxis.reconstruction.patches import fits, patch_rows, patch_size, positions_of
+from tp_twoaxis.reconstruction.ridge import COARSE_RIDGES
 from tp_twoaxis.runtime.batches import image_batches
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.kernels import kernel_input
 from tp_twoaxis.runtime.layers import blocks_of, channel_axis, flatten_positions, weight_blocks
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.runtime.weights import add_bias, cannot_refit, write_weight
-from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.moments import CoMoments, float64_device
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # images that run at a time
 BATCH = 128
 # images that are read at most, in units of those that distortion is measured on
 FITTED_IMAGES = 4
-TRIED_RIDGES = (LEAST_RIDGE, 1e-4, 1e-2, 1.0, 1e2)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Patches:
         if self.held_out is None:
             return affine_reconstruction(*self.fitted, missing, ridge=LEAST_RIDGE)
         mean, covariance = self.held_out
-        found = [affine_reconstruction(*self.fitted, missing, ridge=ridge) for ridge in TRIED_RIDGES]
+        found = [affine_reconstruction(*self.fitted, missing, ridge=ridge) for ridge in COARSE_RIDGES]
         return min(found, key=lambda one: held_out_error(weight[..., None], one, mean, covariance))
 
 
@@ -160,11 +160,8 @@ class Distortion:
             def take(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
                 x = kernel_input(layer, inputs, named)
                 if name not in moments:
-                    device = x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
-                    moments[name] = (
-                        CoMoments(patch_size(layer), device=device),
-                        CoMoments(patch_size(layer), device=device),
-                    )
+                    width, device = patch_size(layer), float64_device(x.device)
+                    moments[name] = CoMoments(width, device=device), CoMoments(width, device=device)
                 first = seen.get(name, 0)
                 seen[name] = first + len(x)
                 available = flatten_positions(output, layer, len(x), name).shape[1]

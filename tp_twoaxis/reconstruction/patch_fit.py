@@ -14,6 +14,7 @@ from tp_twoaxis.reconstruction.patches import patch_rows, patch_size, positions_
 from tp_twoaxis.reconstruction.ridge import RidgeFit, choose_ridge, default_ridge_fit, ridge_fit
 from tp_twoaxis.runtime.layers import blocks_of, broadcast_channels, flatten_positions, weight_blocks
 from tp_twoaxis.runtime.weights import write_weight
+from tp_twoaxis.statistics.moments import float64_device
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """``(current, reference) -> target``, elementwise."""
@@ -97,13 +98,18 @@ class PatchFit:
             else:
                 self._fitted = moments
 
+    def update_all(self, x: Tensor, target: Tensor) -> None:
+        """Accumulate all images at once: the first ``images`` are fitted, the others held out."""
+        self.update(x[: self.images], target[: self.images])
+        self.update(x[self.images :], target[self.images :], held_out=True)
+
     def _accumulate(self, moments: PatchMoments | None, x: Tensor, target: Tensor, first: int) -> PatchMoments:
         y = flatten_positions(target, self.layer, len(x), "")
         weight = weight_blocks(self.layer).flatten(2)  # [blocks, outputs, patch]
         bias = self.layer.bias.detach() if isinstance(self.layer.bias, Tensor) else None
         blocks, outputs = weight.shape[:2]
         if moments is None:
-            device = x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
+            device = float64_device(x.device)
             moments = PatchMoments(blocks, self.width, outputs, device)
         for part, positions, rows in self._rows(x, y.shape[1], first):
             current = torch.einsum("rgf,gof->rgo", rows, weight)
@@ -149,19 +155,7 @@ class PatchFit:
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
-            return self._refine(x, current, reference, scale, target_fn, rounds)
-
-    def _refine(
-        self,
-        x: Tensor,
-        current: Tensor,
-        reference: Tensor,
-        scale: Tensor,
-        target_fn: TargetFunction,
-        rounds: int,
-    ) -> tuple[Tensor, Tensor]:
+        x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
         layer, fitted, held_out = self.layer, slice(0, self.images), slice(self.images, None)
         inverse = broadcast_channels(safe_inverse(scale), current, layer)
         factor = broadcast_channels(scale, current, layer)
@@ -173,20 +167,21 @@ class PatchFit:
             output = apply_weight(layer, x[part], change.reshape(layer.weight.shape))  # type: ignore[arg-type]
             return factor * (output + broadcast_channels(shift, output, layer))
 
-        for round_ in range(rounds):
-            now, later = parts[fitted.start], parts[held_out.start]
-            residual = (target_fn(now, reference[fitted]) - now) * inverse
-            change, shift = self._fit_rows(x[fitted], residual)
-            size, delta = 1.0, torch.zeros(0)
-            if len(later):
-                delta = change_of(held_out, change, shift)
-                size = largest_useful_step(later, reference[held_out], delta, target_fn)
-            if size == 0.0:
-                break
-            total, offset = total + size * change, offset + size * shift
-            if round_ + 1 < rounds:
-                parts[fitted.start] = now + size * change_of(fitted, change, shift)
-                parts[held_out.start] = later + size * delta if len(later) else later
+        with torch.autocast(x.device.type, enabled=False):
+            for round_ in range(rounds):
+                now, later = parts[fitted.start], parts[held_out.start]
+                residual = (target_fn(now, reference[fitted]) - now) * inverse
+                change, shift = self._fit_rows(x[fitted], residual)
+                size, delta = 1.0, torch.zeros(0)
+                if len(later):
+                    delta = change_of(held_out, change, shift)
+                    size = largest_useful_step(later, reference[held_out], delta, target_fn)
+                if size == 0.0:
+                    break
+                total, offset = total + size * change, offset + size * shift
+                if round_ + 1 < rounds:
+                    parts[fitted.start] = now + size * change_of(fitted, change, shift)
+                    parts[held_out.start] = later + size * delta if len(later) else later
         self._add(total.mT.double())
         return total.reshape(layer.weight.shape), offset  # type: ignore[arg-type]
 
@@ -221,16 +216,13 @@ class PatchFit:
 
     def _rows(self, x: Tensor, available: int, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Cut out patches [rows, blocks, patch] with their positions, so many images at a time that they stay small."""
-        step = 1
-        start = 0
-        while start < len(x):
+        chosen = positions_of(self.layer, available, self.images, range(1)).shape[-1]
+        step = max(1, CHUNK_NUMBERS // (chosen * self.width * blocks_of(self.layer)))
+        for start in range(0, len(x), step):
             part = slice(start, min(start + step, len(x)))
             drawn = range(first + part.start, first + part.stop)
             positions = positions_of(self.layer, available, self.images, drawn).to(x.device)
-            if step == 1 and start == 0:
-                step = max(1, CHUNK_NUMBERS // (positions.shape[-1] * self.width * blocks_of(self.layer)))
             yield part, positions, patch_rows(x[part], self.layer, positions).flatten(0, 1)
-            start = part.stop
 
     def _add(self, change: Tensor) -> None:
         old = weight_blocks(self.layer)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from tp_twoaxis.runtime.layers import blocks_of, flatten_positions, weight_blocks
+from tp_twoaxis.statistics.sampling import sampled_positions, select_rows
 
 # numbers in a patch (inputs x taps) up to which a layer is fitted: the normal equations then take 162 MiB, and
 # their factor as much; of sequential repair up to three such layers are alive at a time
@@ -64,9 +65,7 @@ def patch_rows(x: Tensor, layer: nn.Module, positions: Tensor) -> Tensor:
 
 def select_positions(view: Tensor, positions: Tensor) -> Tensor:
     """Select [n, p, C] of [n, positions, C], at positions [p] of all images or [n, p] of each."""
-    if positions.ndim == 1:
-        return view.index_select(1, positions)
-    return view[torch.arange(len(view), device=view.device)[:, None], positions]
+    return view.index_select(1, positions) if positions.ndim == 1 else select_rows(view, positions)
 
 
 def positions_of(layer: nn.Module, available: int, images: int, drawn: range) -> Tensor:
@@ -91,14 +90,7 @@ def positions_of(layer: nn.Module, available: int, images: int, drawn: range) ->
     wanted = min(available, max(1, -(-needed // images)))
     if wanted == available:
         return torch.arange(available)
-    edges = torch.arange(wanted + 1) * available // wanted
-    # a multiplicative hash of image and stretch: whoever cuts the images into batches, it draws the same
-    numbers = torch.tensor(drawn)[:, None] * wanted + torch.arange(wanted)
-    draws = (numbers * 0x9E3779B1 + 0x7F4A7C15) % 2**32
-    draws = ((draws ^ (draws >> 15)) * 0x2C1B3C6D) % 2**32
-    draws = ((draws ^ (draws >> 12)) * 0x297A2D39) % 2**32
-    stretch = edges[1:] - edges[:-1]
-    return edges[:-1] + (draws ^ (draws >> 15)) * stretch // 2**32
+    return sampled_positions(torch.tensor(drawn), available, wanted)
 
 
 def fits(layer: nn.Module, limit: int = LARGEST_PATCH) -> bool:

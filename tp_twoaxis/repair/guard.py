@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from tp_twoaxis.dependency.channel_marks import all_tensors
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.forward import forward_pass
 
@@ -64,6 +64,4 @@ def output_distance(network: nn.Module, dense: nn.Module, batches: Iterable[Any]
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    output = output.to_tuple() if hasattr(output, "to_tuple") else output
-    leaves = tree_leaves(output)
-    return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.ndim]
+    return [t.double() for t in all_tensors(output) if t.is_floating_point() and t.ndim]

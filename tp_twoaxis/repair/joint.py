@@ -252,10 +252,8 @@ def _refit_second(
         output = apply_weight(layer, second.inputs[chunk], weight)
         output = output + broadcast_channels(bias.detach(), output, layer) if isinstance(bias, Tensor) else output
         target[chunk] = output + (target_fn(current[chunk], reference[chunk]) - current[chunk]) * inverse
-    images = second.fit.images
-    fit = PatchFit(layer, images=images)
-    fit.update(second.inputs[:images], target[:images])
-    fit.update(second.inputs[images:], target[images:], held_out=True)
+    fit = PatchFit(layer, images=second.fit.images)
+    fit.update_all(second.inputs, target)
     shift = fit.solve()
     add_bias(layer, shift, second.norm)
     weight_change = _weight(layer) - weight

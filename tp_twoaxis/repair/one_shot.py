@@ -22,7 +22,7 @@ from tp_twoaxis.reconstruction.affine import (
 from tp_twoaxis.reconstruction.patch_fit import PatchFit
 from tp_twoaxis.reconstruction.patches import fits
 from tp_twoaxis.repair.pruned_consumers import pruned_blocks
-from tp_twoaxis.repair.repair_task import ChannelReconstruction, Outcome, RepairTask
+from tp_twoaxis.repair.repair_task import NO_GAIN, ChannelReconstruction, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
 from tp_twoaxis.runtime.layers import select_channels, weight_blocks
@@ -31,7 +31,6 @@ from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
 # the normal equations of the layers that one pass over the images fits
 PASS_BYTES = 2**30
-NO_GAIN = "because no fit over patches lowered their error on images held out"
 
 
 def reconstruct_channels(task: RepairTask, *, means_only: bool = False) -> dict[str, Outcome]:

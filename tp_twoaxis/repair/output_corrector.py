@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tp_twoaxis.dependency.channel_marks import all_tensors
 from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight
 from tp_twoaxis.repair.joint import (
     ProducerOutput,
@@ -195,9 +195,8 @@ def count_readers(network: nn.Module, layers: Iterable[nn.Module], inputs: Input
             stack.callback(layer.register_forward_hook(lambda layer, inputs, output: trace(output)).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(interceptor)
-        for tensor in tree_leaves(network(*inputs.args, **inputs.kwargs)):
-            if isinstance(tensor, Tensor):
-                on_read(tensor)
+        for tensor in all_tensors(network(*inputs.args, **inputs.kwargs)):
+            on_read(tensor)
     return [count for (count,) in counts]
 
 

@@ -12,6 +12,8 @@ from tp_twoaxis.reconstruction.affine import AffineReconstruction
 from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
+NO_GAIN = "because no fit lowered their error on images held out"
+
 
 @dataclass(frozen=True)
 class ChannelReconstruction:

@@ -20,16 +20,16 @@ from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.repair.lockstep import LockstepReference
 from tp_twoaxis.repair.op_interceptor import unintercepted
 from tp_twoaxis.repair.output_corrector import OutputCorrector, count_readers
-from tp_twoaxis.repair.repair_task import Outcome, RepairTask
+from tp_twoaxis.repair.repair_task import NO_GAIN, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
 from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, select_channels, weight_blocks
 from tp_twoaxis.runtime.weights import SHARED, add_bias, cannot_refit, shared_weights, write_weight
+from tp_twoaxis.statistics.moments import float64_device
 from tp_twoaxis.statistics.recorder import WIDEST_INPUT
 
 BY_CHANNELS = "by channels because its patch is too large"
-NO_GAIN = "because no fit lowered their error on images held out"
 # activations alive at a time, in units of the largest layer's input and output: a shortcut, a branch, a copy of work
 ALIVE, ALIVE_JOINT = 3, 5
 
@@ -168,8 +168,7 @@ class _OrderedRefit:
             x, target = kernel_input(layer, *arguments), select_channels(dense_y, layer, ~pruned.outputs)
             cut = self._cut(x)
             fit = PatchFit(layer, images=cut)
-            fit.update(x[:cut], target[:cut])
-            fit.update(x[cut:], target[cut:], held_out=True)
+            fit.update_all(x, target)
             add_bias(layer, fit.solve(), norm)
             gained = not math.isnan(fit.solved.ridge)
             self._corrector.register(layer, fit, x, norm, ~pruned.outputs)
@@ -274,7 +273,7 @@ def _refit_channels(
     present, original = flatten_positions(x, layer, len(x), ""), flatten_positions(dense_x, dense, len(x), "")
     kept = (~pruned.inputs).nonzero()[:, 0].to(x.device)
     rows = (~pruned.outputs).nonzero()[:, 0]
-    device = x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")
+    device = float64_device(x.device)
     weight = weight_blocks(dense)[0][rows.to(x.device)].double().to(device)  # [O, C, taps]
     importance = weight.square().sum((0, 2)).sqrt()  # errors of a channel count as much as the layer's weights on it
     moments = []

@@ -14,7 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _OPTIONS = ("stride", "padding", "dilation", "groups")
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
 
 
 def first_input(inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -48,14 +56,16 @@ def has_own_forward(layer: nn.Module) -> bool:
     """Whether a layer's forward is not that of torch's convolutions and linear layers.
 
     Example:
-        >>> has_own_forward(nn.Conv2d(1, 1, 1)), has_own_forward(nn.ConvTranspose2d(1, 1, 1))
+        >>> has_own_forward(nn.Conv2d(1, 1, 1)), has_own_forward(nn.Bilinear(1, 1, 1))
         (False, True)
     """
     plain = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     if plain is None or "forward" in vars(layer) or "_conv_forward" in vars(layer):
         return True
-    names = ("forward", "_conv_forward") if isinstance(layer, _ConvNd) else ("forward",)
-    return any(getattr(type(layer), name) is not getattr(plain, name) for name in names)
+    # transposed convolutions and linear layers have no second function
+    return any(
+        getattr(type(layer), name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward")
+    )
 
 
 def own_forward_obstacle(layer: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from tp_twoaxis.runtime.layers import out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.runtime.weight_sums import sum_by_input, sum_by_output
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
-from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.moments import CoMoments, float64_device
 from tp_twoaxis.statistics.targets import class_indices
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -111,7 +111,7 @@ class OutputSaliency:
         for (name, gate), gradient in zip(self._gates.items(), gradients, strict=True):
             # None: the layer's output does not reach the logits, as an auxiliary head's does not
             values = torch.zeros_like(gate) if gradient is None else gradient.abs()
-            values = values.detach() if values.device.type in ("cpu", "cuda") else values.detach().cpu()
+            values = values.detach().to(float64_device(values.device))
             if name not in self.records:
                 self.records[name] = CoMoments(gate.shape[1], 0, device=values.device)
             self.records[name].update(values, values[:, :0])
@@ -234,8 +234,7 @@ def gather_squared_gradients(
     network = unwrap(model)
     trained = _trained(network)
     first = next(iter(trained.values()))
-    # float64 lives on CPU and CUDA; other accelerators hand their gradients over
-    home = first.device if first.device.type in ("cpu", "cuda") else torch.device("cpu")
+    home = float64_device(first.device)
     sums = {name: torch.zeros(p.shape, dtype=torch.float64, device=home) for name, p in trained.items()}
     with _labelled_pass(network, loader, "squared gradients", max_images, progress) as run:
         for batch in run.batches:

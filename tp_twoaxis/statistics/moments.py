@@ -23,6 +23,16 @@ def _plain(function: F) -> F:
     return decorated
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Give the device itself where it has float64, and the CPU for other accelerators.
+
+    Example:
+        >>> float64_device(torch.device("mps")), float64_device(torch.device("cuda", 1))
+        (device(type='cpu'), device(type='cuda', index=1))
+    """
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 class CoMoments:
     """Count, means and centred cross-products of paired rows; parts computed apart merge exactly.
 

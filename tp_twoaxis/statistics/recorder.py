@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
-from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.moments import CoMoments, float64_device
 from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select_rows
 
 Positions = Literal["auto", "all"] | int
@@ -186,7 +186,7 @@ class Recorder:
     def _record(self, name: str, values: Tensor) -> LayerRecord:
         if name not in self.records:
             # float64 lives on CPU and CUDA; other accelerators hand their rows over
-            device = values.device if values.device.type in ("cpu", "cuda") else torch.device("cpu")
+            device = float64_device(values.device)
             self.records[name] = LayerRecord(values.shape[-1], device, values.dtype)
         return self.records[name]
 
