@@ -7,7 +7,7 @@ squared, over their variance. None of these images took part in any choice.
 
     python benchmarks/repair_224.py --data DIR --checkpoints DIR
     python benchmarks/repair_224.py --data DIR --checkpoints DIR --networks mobilenet_v1 --shares 0.65 \
-        --criteria hull --repairs sequential --images 32 96 224 568 1000 --max-memory 14
+        --criteria hull --repairs sequential --images 32 96 224 568 1000
 
 ``--data`` holds ``imagenet/`` with ``sample.parquet`` (an image of each class, to calibrate and repair from) and
 ``nette.parquet``. Cells that ``results/repair_224.json`` holds already are skipped.

@@ -65,20 +65,22 @@ def test_each_round_lowers_the_error_and_current_is_what_the_layers_compute(grou
         read = before.clamp(0, 6)
         return before, read, factor.reshape(-1, 1, 1) * second(read) + 1
 
-    before, read, current = run()
+    before, read, current = (tensor.split(50) for tensor in run())
     fit = PatchFit(first, images=128)
-    fit.update(x, first(x))
-    producer = ProducerOutput(first, fit, x, None, torch.ones(4, dtype=torch.bool), scale)
-    rectified = RectifiedInput(producer, before, 0.0, 6.0)
+    for part in x.split(50):
+        fit.update(part, first(part))
+    producer = ProducerOutput(first, fit, list(x.split(50)), None, torch.ones(4, dtype=torch.bool), scale)
+    rectified = RectifiedInput(producer, list(before), 0.0, 6.0)
     outputs = PatchFit(second, images=128)
-    pair = ProducerOutput(second, outputs, read, None, torch.ones(6, dtype=torch.bool), factor, rectified)
-    errors = [float((current - reference).square().mean())]
+    outputs.held_out = [False] * 3
+    pair = ProducerOutput(second, outputs, list(read), None, torch.ones(6, dtype=torch.bool), factor, rectified)
+    errors = [float((torch.cat(current) - reference).square().mean())]
     for _ in range(4):
-        pair = joint_reconstruction(pair, current, reference, equal, 1)
-        errors.append(float((current - reference).square().mean()))
+        pair = joint_reconstruction(pair, list(current), reference.split(50), equal, 1)
+        errors.append(float((torch.cat(current) - reference).square().mean()))
         again = run()
-        torch.testing.assert_close(again[0], before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(again[2], current, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again[0], torch.cat(before), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again[2], torch.cat(current), rtol=1e-4, atol=1e-4)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.97 * errors[1]  # the second layer alone is done after one round
 

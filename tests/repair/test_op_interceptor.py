@@ -93,7 +93,7 @@ def test_a_refinement_is_least_squares_on_what_became_of_the_outputs(layer):
         reference, shortcut = torch.randn_like(layer(x)), torch.randn_like(layer(x))
         start = layer.weight.clone()
         current = scale.reshape(shape) * layer(x) + shortcut
-        change, shift = fit.refine(x, current, reference, scale, equal, 1)
+        change, shift = fit.refine([x], [current], [reference], scale, equal, 1)
         after = scale.reshape(shape) * (layer(x) + shift.reshape(shape)) + shortcut
     torch.testing.assert_close(layer.weight, start + change)
     # the inputs do not explain the residual, but in the channel of scale 0
@@ -119,7 +119,7 @@ def test_each_round_lowers_the_error_behind_a_rectifier():
             fit.update(x, reference)
             current = net(x) + fit.solve().float().reshape(-1, 1, 1)
             if rounds:
-                change, shift = fit.refine(x, current, reference, torch.ones(8), rectified, rounds)
+                change, shift = fit.refine([x], [current], [reference], torch.ones(8), rectified, rounds)
                 current = current + F.conv2d(x, change) + shift.float().reshape(-1, 1, 1)
             return float((current.relu() - reference.relu()).square().mean())
 

@@ -1,6 +1,7 @@
 """A repair that fits layers during a pass leaves a network that computes what its own pass computed."""
 
 import copy
+import threading
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tp_twoaxis import prune_to_flops
 from tp_twoaxis.models.cifar_resnet import cifar_resnet20_conv_shortcut
 from tp_twoaxis.reconstruction.patch_fit import PatchFit
+from tp_twoaxis.repair.chunk_memory import ChunkMemory
 from tp_twoaxis.runtime.kernels import kernel_input, own_forward_obstacle
 from tp_twoaxis.runtime.weights import cannot_refit
 
@@ -133,20 +135,32 @@ def settled(name):
 @pytest.mark.parametrize("repair", ["sequential", "joint"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_computes_what_the_pass_computed(name, repair, monkeypatch):
+    """Images run in chunks of at most 8, and half of them join on the way."""
     monkeypatch.setattr("tp_twoaxis.repair.repair.output_distance", lambda *_: 0.0)  # never held back
+    monkeypatch.setattr("tp_twoaxis.repair.chunk_memory.CHUNK_IMAGES", 8)
+    monkeypatch.setattr(ChunkMemory, "has_room", lambda memory, place, running, more: running < 10 + 8 * place)
     net, x = settled(name)
     seen = []
 
     def keep(module, inputs, output):
-        seen.append((inputs[0].detach().clone(), output.detach().clone()))
+        if module is net and threading.current_thread() is not threading.main_thread():
+            seen.append((inputs[0].detach().clone(), output.detach().clone()))
 
     handle = net.register_forward_hook(keep)
-    prune_to_flops(net, x[:1], "l2", flops=0.6, repair=repair, loader=[x], progress=False, other_counters=False)
+    report = prune_to_flops(
+        net, x[:1], "l2", flops=0.6, repair=repair, loader=[x], progress=False, other_counters=False
+    )
     handle.remove()
-    fitted, output = next((a, b) for a, b in reversed(seen) if len(a) == len(x))
+    rehearsed, *seen = seen
+    assert len(rehearsed[0]) == 2
+    assert sum(len(images) for images, _ in seen) == len(x)
+    assert len(seen) == 5
+    assert f"{repair} repair ran on 20 images; its first layers, whose activations are large, on 8 (max_memory)" in (
+        report.notes
+    )
     with torch.no_grad():
-        now = net(fitted)
-    assert float((now - output).norm() / output.norm()) < 1e-6
+        for images, output in seen:
+            assert float((net(images) - output).norm() / output.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import threading
 
 import pytest
@@ -304,9 +305,17 @@ def test_sequential_repair_falls_back_to_channels_for_large_patches(monkeypatch)
 def test_memory_bounds_the_images_of_sequential_repair():
     net, dense, masks = broken()
     options = {"loader": batches(96, 16), "progress": False}
-    room = 6 * 32 * 64 * 4 * 20.5 / 2**30  # the largest layer: 16 + 16 channels of 8 x 8
-    report = repair_network(net, dense, masks, ("sequential",), max_memory=room, **options)
-    assert "sequential repair ran on 20 images" in report.notes
+    with pytest.raises(
+        TwoAxisError, match=r"expected max_memory of at least [\d.e-]+ GiB, what 10 images need"
+    ) as caught:
+        repair_network(copy.deepcopy(net), dense, masks, ("sequential",), max_memory=1e-9, **options)
+    least = float(str(caught.value).split("at least ")[1].split()[0])
+    report = repair_network(net, dense, masks, ("sequential",), max_memory=2.1 * least, **options)
+    (note,) = [note for note in report.notes if "repair ran on" in note]
+    used = re.fullmatch(r"sequential repair ran on (\d+) images; its first layers, .* on (\d+) \(max_memory\)", note)
+    assert used, note
+    assert 12 <= int(used[2]) <= 20  # of 21, some are held out
+    assert int(used[1]) > 2 * int(used[2])  # the last layers are small
 
 
 def test_a_layer_that_runs_twice_keeps_its_weights():
@@ -325,5 +334,5 @@ def test_a_layer_that_runs_twice_keeps_its_weights():
     masks = {name: PrunedChannels(*(torch.zeros(n, dtype=torch.bool) for n in pair)) for name, pair in widths.items()}
     outcome, used = sequential.refit_in_order(net, dense, masks, RepairImages([dense_x], None, False))
     assert outcome["b"] == "it runs more than once in a pass"
-    assert used == 26  # the others are held out
+    assert used == (26, 26)  # the others are held out
     assert torch.equal(net(dense_x), dense(dense_x))

@@ -103,7 +103,8 @@ def prune_to_flops(
         tolerance: accepted relative distance to the target.
         guard: hold every fifth image out of repair, at most 128, and keep changes of weights only as far as they bring
             the network nearer to the dense one on those; see :func:`~tp_twoaxis.repair.repair_network`.
-        max_memory: GiB for the activations of ``sequential`` and ``joint``, about; with fewer they use fewer images.
+        max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
+            first layers join behind them, where activations are smaller.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report Torch-Pruning's and thop's MACs; in a sweep over small networks they take most of
             the time.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,13 @@ class PatchFit:
 
     Args:
         layer: its weights are the starting point; only :meth:`solve` and :meth:`refine` change them.
-        images: how many images are fitted, to draw so many output positions of each that about ``64 x patch`` rows come
-            together, no fewer than 16,384 and no more than 131,072.
+        images: how many images are fitted in all, to draw so many output positions of each that about ``64 x patch``
+            rows come together, no fewer than 16,384 and no more than 131,072.
         ridge: relative to the mean variance; default by the held-out images, or by the number of rows if there are
             none (:func:`~tp_twoaxis.reconstruction.affine.ridge_for`).
+
+    Attributes:
+        held_out: of each batch so far, whether its images judge instead of being fitted.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -55,8 +58,9 @@ class PatchFit:
         self.images = images
         self.ridge = ridge
         self.width = patch_size(layer)
+        self.held_out: list[bool] = []
         self._fitted: PatchMoments | None = None
-        self._held_out: PatchMoments | None = None
+        self._judging: PatchMoments | None = None
         self._seen = {False: 0, True: 0}
         self._solved: RidgeFit | None = None
 
@@ -72,11 +76,11 @@ class PatchFit:
             assert self._fitted is not None
             if self.ridge is not None:
                 self._solved = ridge_fit(self._fitted.symmetrize(), self.ridge)
-            elif self._held_out is not None:
-                self._solved = choose_ridge(self._fitted, self._held_out)
+            elif self._judging is not None:
+                self._solved = choose_ridge(self._fitted, self._judging)
             else:
                 self._solved = default_ridge_fit(self._fitted)
-            self._held_out = None
+            self._judging = None
         return self._solved
 
     def update(self, x: Tensor, target: Tensor, *, held_out: bool = False) -> None:
@@ -87,21 +91,15 @@ class PatchFit:
             target: the output that the layer should have, shaped like its output.
             held_out: judge on these images instead of fitting them.
         """
-        if not len(x):
-            return
+        self.held_out.append(held_out)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
-            moments = self._accumulate(self._held_out if held_out else self._fitted, x, target, self._seen[held_out])
+            moments = self._accumulate(self._judging if held_out else self._fitted, x, target, self._seen[held_out])
             self._seen[held_out] += len(x)
             if held_out:
-                self._held_out = moments
+                self._judging = moments
             else:
                 self._fitted = moments
-
-    def update_all(self, x: Tensor, target: Tensor) -> None:
-        """Accumulate all images at once: the first ``images`` are fitted, the others held out."""
-        self.update(x[: self.images], target[: self.images])
-        self.update(x[self.images :], target[self.images :], held_out=True)
 
     def _accumulate(self, moments: PatchMoments | None, x: Tensor, target: Tensor, first: int) -> PatchMoments:
         y = flatten_positions(target, self.layer, len(x), "")
@@ -129,9 +127,9 @@ class PatchFit:
 
     def refine(
         self,
-        x: Tensor,
-        current: Tensor,
-        reference: Tensor,
+        x: Sequence[Tensor],
+        current: Sequence[Tensor],
+        reference: Sequence[Tensor],
         scale: Tensor,
         target_fn: TargetFunction,
         rounds: int,
@@ -143,9 +141,9 @@ class PatchFit:
         covariance of :meth:`solve`, and goes as far as that lowers the error on the held-out images.
 
         Args:
-            x: the layer's input: the images that were fitted, in their order, then those held out.
-            current: [n, C, *spatial] or [n, *, C], laid out as the layer's output.
-            reference: the same tensor of the dense network, in the same layout.
+            x: the layer's inputs, batch by batch as they were accumulated; any more are passed over.
+            current: of each batch [n, C, *spatial] or [n, *, C], laid out as the layer's output.
+            reference: the same tensors of the dense network, in the same layout.
             scale: [C]; channels of scale 0 are not changed.
             target_fn: ``(current, reference) -> target``, elementwise. If the target is the projection of ``current``
                 onto the values that have the same effect downstream as ``reference`` (for a rectifier: all values
@@ -155,61 +153,65 @@ class PatchFit:
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
-        x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
-        layer, fitted, held_out = self.layer, slice(0, self.images), slice(self.images, None)
-        inverse = broadcast_channels(safe_inverse(scale), current, layer)
-        factor = broadcast_channels(scale, current, layer)
+        layer, count = self.layer, len(self.held_out)
+        inverse = broadcast_channels(safe_inverse(scale), current[0], layer)
+        factor = broadcast_channels(scale, current[0], layer)
         total = torch.zeros_like(weight_blocks(layer).flatten(2))  # [blocks, outputs, patch]
         offset = torch.zeros(len(scale), dtype=torch.float64, device=self.solved.shift.device)
-        parts = {part.start: current[part] for part in (fitted, held_out)}
+        now = list(current[:count])
+        judges = [i for i, held_out in enumerate(self.held_out) if held_out]
 
-        def change_of(part: slice, change: Tensor, shift: Tensor) -> Tensor:
-            output = apply_weight(layer, x[part], change.reshape(layer.weight.shape))  # type: ignore[arg-type]
+        def change_of(i: int, change: Tensor, shift: Tensor) -> Tensor:
+            weight = change.reshape(layer.weight.shape)  # type: ignore[arg-type]
+            output = apply_weight(layer, x[i].to(weight.dtype), weight)
             return factor * (output + broadcast_channels(shift, output, layer))
 
-        with torch.autocast(x.device.type, enabled=False):
+        def residual(i: int) -> Tensor:
+            return (target_fn(now[i], reference[i]) - now[i]) * inverse
+
+        with torch.autocast(current[0].device.type, enabled=False):
             for round_ in range(rounds):
-                now, later = parts[fitted.start], parts[held_out.start]
-                residual = (target_fn(now, reference[fitted]) - now) * inverse
-                change, shift = self._fit_rows(x[fitted], residual)
-                size, delta = 1.0, torch.zeros(0)
-                if len(later):
-                    delta = change_of(held_out, change, shift)
-                    size = largest_useful_step(later, reference[held_out], delta, target_fn)
+                change, shift = self._fit_rows(x, residual)
+                size = largest_useful_step(
+                    ((now[i], reference[i], change_of(i, change, shift)) for i in judges), target_fn
+                )
                 if size == 0.0:
                     break
                 total, offset = total + size * change, offset + size * shift
                 if round_ + 1 < rounds:
-                    parts[fitted.start] = now + size * change_of(fitted, change, shift)
-                    parts[held_out.start] = later + size * delta if len(later) else later
+                    now = [tensor + size * change_of(i, change, shift) for i, tensor in enumerate(now)]
         self._add(total.mT.double())
         return total.reshape(layer.weight.shape), offset  # type: ignore[arg-type]
 
-    def fit_residual(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def fit_residual(self, x: Sequence[Tensor], residual: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Fit a change of the layer's outputs, with the covariance that was accumulated; nothing is written.
 
         Args:
-            x: the layer's input, at least all images that were fitted, in their order.
-            residual: what its outputs should change by, shaped like them.
+            x: the layer's inputs, batch by batch as they were accumulated.
+            residual: what its outputs should change by, shaped like them; of batches held out it is not read.
 
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            x = x[: self.images].to(self.layer.weight.dtype)  # type: ignore[arg-type]
-            change, shift = self._fit_rows(x, residual[: self.images])
+        with torch.autocast(x[0].device.type, enabled=False):
+            change, shift = self._fit_rows(x, lambda i: residual[i])
             return change.reshape(self.layer.weight.shape), shift  # type: ignore[arg-type]
 
-    def _fit_rows(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _fit_rows(self, x: Sequence[Tensor], residual: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
         """Fit a residual of the fitted images' outputs: weights [blocks, outputs, patch], and means [C] float64."""
         assert self._fitted is not None
-        y = flatten_positions(residual, self.layer, len(x), "")
-        blocks = len(self._fitted.mean)
+        blocks, first = len(self._fitted.mean), 0
         cross = torch.zeros_like(self._fitted.cross)
         total = torch.zeros_like(self._fitted.target_mean)
-        for part, positions, rows in self._rows(x, y.shape[1], 0):
-            chosen = select_positions(y[part], positions).reshape(len(rows), blocks, -1)
-            self._fitted.add_other_targets(cross, total, rows, chosen)
+        for i, held_out in enumerate(self.held_out):
+            if held_out:
+                continue
+            own = x[i].to(self.layer.weight.dtype)  # type: ignore[arg-type]
+            y = flatten_positions(residual(i), self.layer, len(own), "")
+            for part, positions, rows in self._rows(own, y.shape[1], first):
+                chosen = select_positions(y[part], positions).reshape(len(rows), blocks, -1)
+                self._fitted.add_other_targets(cross, total, rows, chosen)
+            first += len(own)
         change = torch.cholesky_solve(cross, self.solved.factor)
         shift = total / self._fitted.count - torch.einsum("bpo,bp->bo", change, self._fitted.mean)
         return change.mT.to(weight_blocks(self.layer)), shift.flatten()
@@ -229,32 +231,28 @@ class PatchFit:
         write_weight(self.layer, old.double() + change.mT.reshape(old.shape).to(old.device))
 
 
-def largest_useful_step(current: Tensor, reference: Tensor, delta: Tensor, target_fn: TargetFunction) -> float:
+def largest_useful_step(batches: Iterable[tuple[Tensor, Tensor, Tensor]], target_fn: TargetFunction) -> float:
     """Choose the part of a change of a tensor that leaves it nearest to its target: all, a half, a quarter, or none.
 
     Args:
-        current: [n, ...], of images that no fit saw; without any the whole change is taken.
-        reference: the dense network's.
-        delta: the change.
+        batches: of images that no fit saw: the tensor [n, ...] as it is, the dense network's, and the change; without
+            any the whole change is taken.
         target_fn: ``(current, reference) -> target``.
 
     Example:
         >>> x, y = torch.zeros(1, 2), torch.ones(1, 2)
-        >>> [largest_useful_step(x, y, step * y, lambda current, reference: reference) for step in (1.0, 3.0, -1.0)]
+        >>> sizes = (1.0, 3.0, -1.0)
+        >>> [largest_useful_step([(x, y, size * y)], lambda current, reference: reference) for size in sizes]
         [1.0, 0.25, 0.0]
     """
-    if not len(current):
-        return 1.0
-
-    def error(size: float) -> float:
-        after = current + size * delta if size else current
-        return float((target_fn(after, reference) - after).square().sum(dtype=torch.float64))
-
-    best, least = 0.0, error(0.0)
-    for size in STEPS:
-        if (now := error(size)) < least:
-            best, least = size, now
-    return best
+    steps = (0.0, *STEPS)
+    errors, judged = dict.fromkeys(steps, 0.0), False
+    for current, reference, delta in batches:
+        judged = True
+        for size in steps:
+            after = current + size * delta if size else current
+            errors[size] += float((target_fn(after, reference) - after).square().sum(dtype=torch.float64))
+    return min(steps, key=errors.__getitem__) if judged else 1.0
 
 
 def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +24,13 @@ HELD_OUT_EVERY, MOST_HELD_OUT = 5, 128
 FEWEST_HELD_OUT = 2
 # so many of them run at a time
 HELD_OUT_BATCH = 32
+
+
+class ImageChunk(NamedTuple):
+    """Images that run together, and whether they judge fits instead of being fitted."""
+
+    inputs: Inputs
+    held_out: bool
 
 
 class _FitBatches:
@@ -57,7 +65,7 @@ class RepairImages:
         progress: show progress bars.
         hold_out: whether to hold images out.
         call: of the model that runs on them.
-        max_memory: GiB for the activations of those that run as one batch.
+        max_memory: GiB for the activations of those that wait for each other.
 
     Example:
         >>> images = RepairImages([torch.arange(16.0)[:, None]], None, False)
@@ -115,6 +123,36 @@ class RepairImages:
         """What images held out are known by."""
         return frozenset() if self.held_out is None else frozenset(_keys(self.held_out))
 
+    @contextmanager
+    def chunks(self, size: int) -> Iterator[Iterator[ImageChunk]]:
+        """Read the images in chunks: some to be fitted, and of those held out a quarter as many, in turn.
+
+        Args:
+            size: about how many are fitted in a chunk.
+
+        Example:
+            >>> images = RepairImages([torch.arange(16.0)[:, None]], None, False)
+            >>> with images.chunks(8) as chunks:
+            ...     [(len(inputs), held_out) for inputs, held_out in chunks]
+            [(8, False), (2, True), (5, False), (1, True)]
+        """
+        judges = [] if self.held_out is None else self.held_out.split(-(-size // (HELD_OUT_EVERY - 1)))
+        with image_batches(
+            self.fit_batches,
+            max_images=self.most_fitted,
+            labels=False,
+            description="repair",
+            progress=False,
+            call=self.call,
+        ) as batches:
+            fitted = _cut((batch.inputs for batch in batches), size)
+            yield (
+                ImageChunk(inputs, held_out)
+                for pair in itertools.zip_longest(fitted, judges)
+                for inputs, held_out in zip(pair, (False, True), strict=True)
+                if inputs is not None
+            )
+
     @property
     def most_fitted(self) -> int | None:
         """Limit of the images for each pass over :attr:`fit_batches`."""
@@ -140,6 +178,22 @@ class RepairImages:
     def forward_pass(self, model: nn.Module, what: str) -> AbstractContextManager[ForwardPass]:
         """Run a model over ``fit_batches``; see :func:`~tp_twoaxis.runtime.forward.forward_pass`."""
         return forward_pass(model, self.fit_batches, what=what, max_images=self.most_fitted, progress=self.progress)
+
+
+def _cut(batches: Iterable[Inputs], size: int) -> Iterator[Inputs]:
+    """Join batches of equal shapes, and cut them into chunks of ``size`` images; the last ones may be smaller."""
+    pending: list[Inputs] = []
+    for batch in batches:
+        if pending and pending[0][:0].shapes != batch[:0].shapes:
+            yield Inputs.concatenate(pending)
+            pending = []
+        pending.append(batch)
+        if sum(map(len, pending)) >= size:
+            *whole, rest = Inputs.concatenate(pending).split(size)
+            yield from whole if len(rest) < size else [*whole, rest]
+            pending = [rest] if len(rest) < size else []
+    if pending:
+        yield Inputs.concatenate(pending)
 
 
 def _keys(inputs: Inputs) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +17,6 @@ from tp_twoaxis.runtime.weights import add_bias, write_weight
 HALVINGS = 3
 # ridge of the curvature, relative to its mean diagonal, so that channels that hardly affect the second layer stay put
 RIDGE = 1e-3
-# numbers of the second layer's outputs that are worked on at a time
-CHUNK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class ProducerOutput:
 
     Attributes:
         layer: its weights are final but for corrections at sums and rectifiers.
-        fit: the fit whose :meth:`PatchFit.solve` gave them.
-        inputs: the layer's input.
+        fit: the fit whose :meth:`PatchFit.solve` gave them; None in a rehearsal.
+        inputs: the layer's input, of each chunk of images; the first of them are those of the fit.
         norm: the BatchNorm that takes its shift, if any.
         kept: [dense C_out] bool, output channels of the dense layer that it still has.
         scale: [C_out] factor from its outputs to the downstream tensor.
@@ -35,12 +34,18 @@ class ProducerOutput:
     """
 
     layer: nn.Module
-    fit: PatchFit
-    inputs: Tensor
+    fit: PatchFit | None
+    inputs: list[Tensor]
     norm: nn.Module | None
     kept: Tensor
     scale: Tensor
     rectified: RectifiedInput | None = None
+
+    @property
+    def solved_fit(self) -> PatchFit:
+        """The fit, outside rehearsals."""
+        assert self.fit is not None
+        return self.fit
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,17 @@ class RectifiedInput:
 
     Attributes:
         producer: that layer, with its scale up to the rectifier.
-        preactivation: the rectifier's input, a copy.
+        preactivation: the rectifier's input of each chunk, copies.
         low: the rectifier's lower bound.
         high: its upper bound.
     """
 
     producer: ProducerOutput
-    preactivation: Tensor
+    preactivation: list[Tensor]
     low: float
     high: float
 
-    def active(self, chunk: slice) -> Tensor:
+    def active(self, chunk: int) -> Tensor:
         """Where the rectifier passes changes on, bool."""
         x = self.preactivation[chunk]
         return (x > self.low) & (x < self.high)
@@ -90,7 +95,11 @@ def has_transpose(layer: nn.Module) -> bool:
 
 
 def joint_reconstruction(
-    second: ProducerOutput, current: Tensor, reference: Tensor, target_fn: TargetFunction, rounds: int
+    second: ProducerOutput,
+    current: list[Tensor],
+    reference: Sequence[Tensor],
+    target_fn: TargetFunction,
+    rounds: int,
 ) -> ProducerOutput:
     """Change a layer and the one before it in turn to bring a tensor downstream of the second closer to a target.
 
@@ -105,8 +114,9 @@ def joint_reconstruction(
 
     Args:
         second: with a rectified input; its weights, and those of that input's producer, are replaced.
-        current: the downstream tensor, laid out like the second layer's outputs; changed in place, as are its inputs.
-        reference: the same tensor of the dense network.
+        current: the downstream tensor of each chunk of images, laid out like the second layer's outputs; changed in
+            place, as are its inputs.
+        reference: the same tensors of the dense network.
         target_fn: ``(current, reference) -> target``, elementwise.
         rounds: how many.
 
@@ -115,6 +125,7 @@ def joint_reconstruction(
     """
     rectified = second.rectified
     assert rectified is not None
+    reference = list(reference)
     for _ in range(rounds):
         if not _gauss_newton_step(second, rectified, current, reference, target_fn):
             break
@@ -128,15 +139,15 @@ class _Step:
 
     second: ProducerOutput
     rectified: RectifiedInput
-    current: Tensor
-    delta: Tensor
+    current: list[Tensor]
+    delta: list[Tensor]
 
-    def inputs(self, chunk: slice, size: float) -> Tensor:
+    def inputs(self, chunk: int, size: float) -> Tensor:
         """The second layer's inputs after so much of the step."""
         after = self.rectified.preactivation[chunk] + size * self.delta[chunk]
         return after.clamp(self.rectified.low, self.rectified.high)
 
-    def downstream(self, chunk: slice, size: float) -> Tensor:
+    def downstream(self, chunk: int, size: float) -> Tensor:
         """The downstream tensor after so much of the step."""
         layer, current = self.second.layer, self.current[chunk]
         input_delta = self.inputs(chunk, size) - self.second.inputs[chunk]
@@ -145,45 +156,53 @@ class _Step:
 
 
 def _gauss_newton_step(
-    second: ProducerOutput, rectified: RectifiedInput, current: Tensor, reference: Tensor, target_fn: TargetFunction
+    second: ProducerOutput,
+    rectified: RectifiedInput,
+    current: list[Tensor],
+    reference: list[Tensor],
+    target_fn: TargetFunction,
 ) -> bool:
     """Change the first layer; return whether a step was found that lowers the error."""
     first, preactivation = rectified.producer, rectified.preactivation
     direction = _direction(second, rectified, current, reference, target_fn)
-    weight_change, shift = first.fit.fit_residual(first.inputs, direction)
-    delta = direction  # the memory is used again, for the part of the direction that the first layer can take
-    factor = broadcast_channels(first.scale, preactivation, first.layer)
-    chunks = _chunks(current)
-    for chunk in chunks:
-        output = apply_weight(first.layer, first.inputs[chunk], weight_change)
+    weight_change, shift = first.solved_fit.fit_residual(first.inputs, direction)
+    delta = direction  # emptied on the way: the part of the direction that the first layer can take replaces it
+    factor = broadcast_channels(first.scale, preactivation[0], first.layer)
+    for chunk, x in enumerate(first.inputs):
+        output = apply_weight(first.layer, x, weight_change)
         delta[chunk] = factor * (output + broadcast_channels(shift, output, first.layer))
     step = _Step(second, rectified, current, delta)
     size = _line_search(step, reference, target_fn)
     if size is None:
         return False
-    for chunk in chunks:
-        current[chunk] = step.downstream(chunk, size)
-        second.inputs[chunk] = step.inputs(chunk, size)
-    preactivation.add_(delta, alpha=size)
+    for chunk, tensor in enumerate(current):
+        tensor.copy_(step.downstream(chunk, size))
+        second.inputs[chunk].copy_(step.inputs(chunk, size))
+        preactivation[chunk].add_(delta[chunk], alpha=size)
     old = weight_blocks(first.layer)
     write_weight(first.layer, old + size * weight_change.reshape(old.shape))
     add_bias(first.layer, size * shift, first.norm)
     return True
 
 
-def _line_search(step: _Step, reference: Tensor, target_fn: TargetFunction) -> float | None:
+def _fitted(producer: ProducerOutput) -> list[int]:
+    """The chunks that a layer's fit was made from."""
+    return [chunk for chunk, held_out in enumerate(producer.solved_fit.held_out) if not held_out]
+
+
+def _line_search(step: _Step, reference: list[Tensor], target_fn: TargetFunction) -> float | None:
     """Find a step size that lowers the squared error of images held out: exact for those fitted where no rectifier
     switches, then halved; None if none.
     """
-    fitted = step.second.fit.images
+    fitted = _fitted(step.rectified.producer)
     numerator = denominator = 0.0
-    for chunk in _chunks(step.current, 0, fitted):
+    for chunk in fitted:
         current = step.current[chunk]
         change = step.downstream(chunk, 1.0) - current
         denominator += _squared_norm(change)
         numerator += float(((target_fn(current, reference[chunk]) - current) * change).sum(dtype=torch.float64))
     size = numerator / denominator if denominator > 0 else 0.0
-    judged = _chunks(step.current, fitted if len(step.current) > fitted else 0)
+    judged = [chunk for chunk, held_out in enumerate(step.second.solved_fit.held_out) if held_out] or fitted
 
     def error(size: float) -> float:
         pairs = ((step.downstream(chunk, size) if size else step.current[chunk], reference[chunk]) for chunk in judged)
@@ -200,16 +219,20 @@ def _line_search(step: _Step, reference: Tensor, target_fn: TargetFunction) -> f
 
 
 def _direction(
-    second: ProducerOutput, rectified: RectifiedInput, current: Tensor, reference: Tensor, target_fn: TargetFunction
-) -> Tensor:
-    """Find the Gauss-Newton direction of the first layer's outputs, for the images that are fitted."""
+    second: ProducerOutput,
+    rectified: RectifiedInput,
+    current: list[Tensor],
+    reference: list[Tensor],
+    target_fn: TargetFunction,
+) -> list[Tensor]:
+    """Find the Gauss-Newton direction of the first layer's outputs, for the images that are fitted; else nothing."""
     layer, first, preactivation = second.layer, rectified.producer, rectified.preactivation
-    scale = broadcast_channels(second.scale, current, layer)
-    factor = broadcast_channels(first.scale, preactivation, first.layer)
+    scale = broadcast_channels(second.scale, current[0], layer)
+    factor = broadcast_channels(first.scale, preactivation[0], first.layer)
     axis = channel_axis(layer)
-    inverse = torch.linalg.inv(_curvature(second, rectified)).to(preactivation)
-    direction = torch.empty_like(preactivation)
-    for chunk in _chunks(current, 0, first.fit.images):
+    inverse = torch.linalg.inv(_curvature(second, rectified)).to(preactivation[0])
+    direction = [preactivation[0].new_empty(0) for _ in preactivation]
+    for chunk in _fitted(first):
         residual = target_fn(current[chunk], reference[chunk]) - current[chunk]
         backpropagated = factor * backpropagate(layer, second.inputs[chunk], residual * scale)
         backpropagated = torch.where(rectified.active(chunk), backpropagated, 0.0)
@@ -227,9 +250,9 @@ def _curvature(second: ProducerOutput, rectified: RectifiedInput) -> Tensor:
     blocks = torch.einsum("go,goit,gojt->gij", outer.square(), taps, taps)
     curvature: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     both_active, rows = torch.zeros_like(curvature), 0
-    for chunk in _chunks(rectified.preactivation, 0, rectified.producer.fit.images):
+    for chunk in _fitted(rectified.producer):
         active = rectified.active(chunk).movedim(channel_axis(second.layer), -1).flatten(0, -2)
-        active = active.to(rectified.preactivation.dtype)
+        active = active.to(rectified.preactivation[chunk].dtype)
         both_active += active.T @ active
         rows += len(active)
     factor = rectified.producer.scale.double().to(taps.device)
@@ -240,34 +263,26 @@ def _curvature(second: ProducerOutput, rectified: RectifiedInput) -> Tensor:
 
 
 def _refit_second(
-    second: ProducerOutput, current: Tensor, reference: Tensor, target_fn: TargetFunction
+    second: ProducerOutput, current: list[Tensor], reference: list[Tensor], target_fn: TargetFunction
 ) -> ProducerOutput:
     """Refit the second layer to its new inputs."""
-    layer, scale = second.layer, broadcast_channels(second.scale, current, second.layer)
+    layer, scale = second.layer, broadcast_channels(second.scale, current[0], second.layer)
     inverse = safe_inverse(scale)
-    chunks = _chunks(current)
     weight, bias = _weight(layer), layer.bias
-    target = torch.empty_like(current)
-    for chunk in chunks:
-        output = apply_weight(layer, second.inputs[chunk], weight)
-        output = output + broadcast_channels(bias.detach(), output, layer) if isinstance(bias, Tensor) else output
-        target[chunk] = output + (target_fn(current[chunk], reference[chunk]) - current[chunk]) * inverse
-    fit = PatchFit(layer, images=second.fit.images)
-    fit.update_all(second.inputs, target)
+    fit = PatchFit(layer, images=second.solved_fit.images)
+    for chunk, held_out in enumerate(second.solved_fit.held_out):
+        target = apply_weight(layer, second.inputs[chunk], weight)
+        if isinstance(bias, Tensor):
+            target += broadcast_channels(bias.detach(), target, layer)
+        target += (target_fn(current[chunk], reference[chunk]) - current[chunk]) * inverse
+        fit.update(second.inputs[chunk], target, held_out=held_out)
     shift = fit.solve()
     add_bias(layer, shift, second.norm)
     weight_change = _weight(layer) - weight
-    for chunk in chunks:
-        delta = apply_weight(layer, second.inputs[chunk], weight_change)
-        current[chunk] += scale * (delta + broadcast_channels(shift, delta, layer))
+    for x, tensor in zip(second.inputs, current, strict=True):
+        delta = apply_weight(layer, x, weight_change)
+        tensor += scale * (delta + broadcast_channels(shift, delta, layer))
     return replace(second, fit=fit)
-
-
-def _chunks(x: Tensor, first: int = 0, end: int | None = None) -> list[slice]:
-    """Cut images into chunks whose temporary tensors stay small."""
-    step = max(1, CHUNK_NUMBERS // max(1, x[:1].numel()))
-    end = len(x) if end is None else min(end, len(x))
-    return [slice(start, min(start + step, end)) for start in range(first, end, step)]
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -1,140 +1,150 @@
-"""The dense network's forward pass in lockstep with the pruned one's: paused at each layer until its turn there."""
+"""Passes of the pruned and the dense network over chunks of images, all of them paused at the same place."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.repair.op_interceptor import OpInterceptor
-from tp_twoaxis.runtime.inputs import Inputs
-from tp_twoaxis.runtime.kernels import first_input
-
-SUM, RECTIFIER = "a sum", "a rectifier"
+from tp_twoaxis.repair.chunk_memory import ChunkMemory
+from tp_twoaxis.repair.images import ImageChunk
+from tp_twoaxis.repair.paused_pass import LAYER, PassObserver, PausedPass, PausingNetwork
 
 
-class _Stopped(BaseException):
-    """Unwinds a forward pass whose results nobody awaits any more."""
+@dataclass(frozen=True)
+class _Passes:
+    """The two passes of a chunk of images."""
+
+    pruned: PausedPass
+    dense: PausedPass
 
 
-class LockstepReference:
-    """A forward pass that pauses at norms, after layers, at sums and at rectifiers, and returns their tensors.
+class Place(NamedTuple):
+    """A place at which all passes are paused.
 
-    It runs in a thread of its own, but never at the same time as the caller: one waits while the other works.
-    So the dense network's outputs need not be kept for all layers, nor computed again for each.
+    Attributes:
+        number: how many places came before.
+        kind: of the pause, see :class:`~tp_twoaxis.repair.paused_pass.Pause`.
+        name: of the layer or norm.
+        pruned: for each chunk the values of the pruned network's pause.
+        dense: the same of the dense network's.
+        held_out: for each chunk whether it judges.
+    """
+
+    number: int
+    kind: str
+    name: str
+    pruned: list[tuple[Any, ...]]
+    dense: list[tuple[Any, ...]]
+    held_out: list[bool]
+
+
+Replay = Callable[[int, str, str, tuple[Any, ...]], None]
+"""``(index, kind, name, values of the pruned network's pause)``, of a chunk that catches up."""
+
+
+class ChunkTensors(list[Tensor]):
+    """A tensor for each chunk, in order; unlike other lists it can be referenced weakly."""
+
+
+class Lockstep:
+    """Runs both networks over chunks of images, side by side, from place to place.
+
+    Neither network's tensors need be kept for all layers, nor computed again for each. As many chunks run as memory
+    allows; where later places need less of it, more chunks join: before a layer they catch up with the others. So the
+    first layers, whose maps are large, meet fewer images than the last ones, and no image runs twice.
 
     Args:
-        model: in eval mode; layers must be called once.
-        layers: name -> layer of it.
-        inputs: a batch on the model's device.
-        norms: name -> norm of it, called once.
+        pruned: pauses before its layers.
+        dense: pauses after its layers.
+        chunks: read as far as there is room.
+        memory: what there is room for; None takes one chunk.
 
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> with LockstepReference(net, {"0": net[0], "2": net[2]}, Inputs((torch.zeros(4, 2),))) as dense:
-        ...     [tuple(dense.next(name)[-1].shape) for name in ("0", RECTIFIER, "2")]
-        [(4, 3), (4, 3), (4, 1)]
+    Attributes:
+        joined: how many images there were at each place so far, without those held out.
     """
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Module], inputs: Inputs, norms: dict[str, nn.Module] | None = None
+        self, pruned: PausingNetwork, dense: PausingNetwork, chunks: Iterator[ImageChunk], memory: ChunkMemory | None
     ) -> None:
-        self._model, self._layers, self._inputs, self._norms = model, layers, inputs, norms or {}
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._resume = threading.Semaphore(0)
-        self._stopped = False
-        kind = inputs.tensors[0].device.type
-        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.joined: list[int] = []
+        self._pruned, self._dense, self._memory = pruned, dense, memory
+        self._chunks, self._next = chunks, next(chunks, None)
+        self._passes: list[_Passes] = []
+        self._held_out: list[bool] = []
+        self._images = self._fitted = 0
+        self._history: list[tuple[str, str]] = []
 
-    def __enter__(self) -> LockstepReference:
-        self._handles = [
-            layer.register_forward_hook(self._layer_hook(name), with_kwargs=True)
-            for name, layer in self._layers.items()
-        ]
-        self._handles += [
-            norm.register_forward_pre_hook(self._norm_hook(name), with_kwargs=True)
-            for name, norm in self._norms.items()
-        ]
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped = True
-        self._resume.release()
-        self._thread.join()
-        for handle in self._handles:
-            handle.remove()
-
-    def next(self, name: str) -> tuple[Tensor, ...]:
-        """Run to the next layer, norm, sum or rectifier.
+    def run(self, handle: Callable[[Place], None], replay: Replay, observer: PassObserver | None = None) -> None:
+        """Run to the end.
 
         Args:
-            name: what must come next: a layer's or norm's name, :data:`SUM` or :data:`RECTIFIER`.
-
-        Returns:
-            The input and output of a layer, the result of a sum, the input of a norm or rectifier; valid until the next
-            call.
+            handle: called at each place; may change tensors of the pruned network's passes in place, and its weights.
+            replay: called at each earlier place of a chunk that joins.
+            observer: of the pruned network's first pass.
 
         Raises:
-            TwoAxisError: something else came, or nothing.
+            TwoAxisError: the networks' places differ.
         """
-        self._resume.release()
-        item = self._items.get()
-        if isinstance(item, BaseException):
-            raise item
-        if item is None or item[0] != name:
-            raise TwoAxisError(
-                f"repair 'sequential': expected {name} to run next in the dense network, got "
-                f"{'its end' if item is None else item[0]} - the order of its layers depends on the data; choose "
-                "'patch' or 'ridge'"
+        with ExitStack() as stack:
+            index = 0
+            while True:
+                pauses = [self._resume(passes, index) for passes in self._passes]
+                if not pauses or self._history[index][0] == LAYER:
+                    pauses += self._join(index, replay, observer, stack)
+                if self._history[index][0] == "":
+                    return
+                self.joined.append(self._fitted)
+                pruned, dense = ([pair[side] for pair in pauses] for side in (0, 1))
+                del pauses
+                handle(Place(index, *self._history[index], pruned, dense, list(self._held_out)))
+                del pruned, dense
+                index += 1
+
+    def _join(
+        self, index: int, replay: Replay, observer: PassObserver | None, stack: ExitStack
+    ) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """Start chunks for which there is room, and take them to a place."""
+        pauses = []
+        while self._next is not None and self._has_room(index, len(self._next.inputs)):
+            chunk, first = self._next, not self._passes
+            passes = _Passes(
+                stack.enter_context(self._pruned.start(chunk.inputs, observer if first else None)),
+                stack.enter_context(self._dense.start(chunk.inputs)),
             )
-        return tuple(item[1:])
+            for earlier in range(index):
+                values, _ = self._resume(passes, earlier)
+                replay(earlier, *self._history[earlier], values)
+                del values
+            pauses.append(self._resume(passes, index))
+            self._passes.append(passes)
+            self._held_out.append(chunk.held_out)
+            self._images += len(chunk.inputs)
+            self._fitted += 0 if chunk.held_out else len(chunk.inputs)
+            del chunk
+            self._next = next(self._chunks, None)
+        return pauses
 
-    def _layer_hook(self, name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            self._pause(name, first_input(inputs, named), output[0] if isinstance(output, tuple) else output)
+    def _has_room(self, index: int, images: int) -> bool:
+        if self._memory is None:
+            return not self._passes
+        return self._memory.has_room(index, self._images, images)
 
-        return hook
-
-    def _norm_hook(self, name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._pause(name, first_input(inputs, named))
-
-        return hook
-
-    def _pause(self, name: str, *tensors: Tensor) -> None:
-        self._items.put((name, *tensors))
-        self._wait()
-
-    def _wait(self) -> None:
-        self._resume.acquire()
-        if self._stopped:
-            raise _Stopped
-
-    def _run(self) -> None:
-        # grad mode, autocast and the current device belong to a thread
-        try:
-            self._wait()
-            device = self._inputs.tensors[0].device
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            kind, dtype, enabled = self._autocast
-            interceptor = OpInterceptor(
-                on_add=lambda a, b, result: self._pause(SUM, result),
-                on_rectifier=lambda x, low, high: self._pause(RECTIFIER, x),
-            )
-            with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled), interceptor:
-                self._model(*self._inputs.args, **self._inputs.kwargs)
-            self._items.put(None)
-        except _Stopped:
-            pass
-        except BaseException as error:  # whoever waits for the next item must hear of any
-            self._items.put(error)
+    def _resume(self, passes: _Passes, index: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Take a chunk to its next place, which must be the others' too."""
+        dense, pruned = passes.dense.resume(), passes.pruned.resume()
+        places = [("", "") if pause is None else (pause.kind, pause.name) for pause in (pruned, dense)]
+        if len(self._history) == index:
+            self._history.append(places[0])
+        for found in places:
+            if found != self._history[index]:
+                expected, got = (name or "its end" for _, name in (self._history[index], found))
+                raise TwoAxisError(
+                    f"repair 'sequential': expected {expected} to run next, got {got} - the order of the network's "
+                    "layers depends on the data; choose 'patch' or 'ridge'"
+                )
+        return () if pruned is None else pruned.values, () if dense is None else dense.values

@@ -40,6 +40,7 @@ class OpInterceptor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_norm: called after a BatchNorm in eval mode with input, output and scale [C].
         on_rectified: called after a rectifier with its result.
         on_read: called before any operation with each of its tensors.
+        on_result: called after any operation with each of its results.
 
     Example:
         >>> seen = []
@@ -59,10 +60,11 @@ class OpInterceptor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_norm: Callable[[Tensor, Tensor, Tensor], None] = _ignore,
         on_rectified: Callable[[Tensor], None] = _ignore,
         on_read: Callable[[Tensor], None] | None = None,
+        on_result: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_add, self._on_rectifier, self._on_norm = on_add, on_rectifier, on_norm
-        self._on_rectified, self._on_read = on_rectified, on_read
+        self._on_rectified, self._on_read, self._on_result = on_rectified, on_read, on_result
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,6 +78,10 @@ class OpInterceptor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             bounds = args[1:] or ((-1.0, 1.0) if "hardtanh" in func.name() else (0.0, math.inf))
             self._on_rectifier(args[0], float(bounds[0]), float(bounds[1]))
         out = func(*args, **kwargs)
+        if self._on_result is not None:
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self._on_result(tensor)
         if func in RECTIFIERS:
             self._on_rectified(out)
         elif func in ADDITIONS and isinstance(args[1], Tensor) and args[0].shape == args[1].shape and not kwargs:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +14,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_twoaxis.dependency.channel_marks import all_tensors
 from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight
-from tp_twoaxis.repair.joint import (
-    ProducerOutput,
-    RectifiedInput,
-    has_transpose,
-    joint_reconstruction,
-)
-from tp_twoaxis.repair.lockstep import RECTIFIER, SUM, LockstepReference
+from tp_twoaxis.reconstruction.patches import patch_size
+from tp_twoaxis.repair.joint import ProducerOutput, RectifiedInput, has_transpose, joint_reconstruction
+from tp_twoaxis.repair.lockstep import ChunkTensors, Place
 from tp_twoaxis.repair.op_interceptor import OpInterceptor
 from tp_twoaxis.runtime.inputs import Inputs
+from tp_twoaxis.runtime.kernels import kernel_input
 from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, select_channels
 from tp_twoaxis.runtime.weights import add_bias
 
@@ -44,49 +43,122 @@ class OutputCorrector:
     network cuts off need only be cut off here too: where the dense input is not above the lower bound, the target is
     the current input, clamped to the bound. The layer is fitted in rounds, each of which lowers the error after the
     rectifier (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
-    corrected outputs replace those in the running pass. At rectifiers, a layer and the one before it can also be fitted
-    together, see :func:`~tp_twoaxis.repair.joint.joint_reconstruction`.
+    corrected outputs replace those in the running passes. At rectifiers, a layer and the one before it can also be
+    fitted together, see :func:`~tp_twoaxis.repair.joint.joint_reconstruction`.
 
     Only the outputs of layers, BatchNorms and additions are traced, and only as long as nothing but the next of these
     operations reads them: another reader has taken the tensor as it was, or would be served worse by the corrected
-    one. After any other operation a layer keeps its weights.
+    one. After any other operation a layer keeps its weights. The tensors of the first chunk's pass are traced, as its
+    observer; those of the other chunks are at the same places.
 
     Args:
-        dense: the dense network's pass; taken to the next sum or rectifier at each of them.
         readers: from :func:`count_readers`.
         joint: also fit layers together.
+        rehearsal: trace only, correct nothing.
     """
 
-    def __init__(self, dense: LockstepReference, readers: list[int], *, joint: bool) -> None:
-        self.interceptor = OpInterceptor(
-            on_add=self._on_add,
-            on_rectifier=self._on_rectifier,
-            on_norm=self._on_norm,
-            on_rectified=self._on_rectified,
-        )
-        self._dense = dense
+    def __init__(self, readers: list[int], *, joint: bool, rehearsal: bool = False) -> None:
         self._readers = iter(readers)
-        self._joint = joint
+        self._joint, self._rehearsal = joint, rehearsal
         self._registered: dict[nn.Module, ProducerOutput] = {}
         self._producers: _Traced = WeakTensorKeyDictionary()
         # producers whose outputs went into a sum: corrected at the rectifier after it, but not at the next sum
         self._summed: _Traced = WeakTensorKeyDictionary()
         self._rectified: MutableMapping[Tensor, RectifiedInput] = WeakTensorKeyDictionary()
         self._pending: RectifiedInput | None = None  # of the rectifier that is running
+        # what was kept of the chunks at a place, for as long as something refers to it
+        self._kept: WeakValueDictionary[int, ChunkTensors] = WeakValueDictionary()
 
-    def register(self, layer: nn.Module, fit: PatchFit, inputs: Tensor, norm: nn.Module | None, kept: Tensor) -> None:
-        """Register a layer that was refitted and is about to run; see :class:`ProducerOutput`."""
+    @property
+    def kept(self) -> list[Tensor]:
+        """Tensors that are kept for corrections to come."""
+        return [tensor for tensors in self._kept.values() for tensor in tensors]
+
+    def register(
+        self,
+        index: int,
+        layer: nn.Module,
+        fit: PatchFit | None,
+        inputs: list[Tensor],
+        norm: nn.Module | None,
+        kept: Tensor,
+    ) -> None:
+        """Register a layer that was refitted and is about to run.
+
+        Args:
+            index: of the place before it.
+            layer: see :class:`~tp_twoaxis.repair.joint.ProducerOutput`, as the others.
+            fit: None in a rehearsal.
+            inputs: of each chunk.
+            norm: likewise.
+            kept: likewise.
+        """
         weight = layer.weight
         assert isinstance(weight, Tensor)
         scale = torch.ones(int(kept.sum()), dtype=weight.dtype, device=weight.device)
-        rectified = self._rectified.get(inputs)
-        self._registered[layer] = ProducerOutput(layer, fit, inputs, norm, kept.to(weight.device), scale, rectified)
+        rectified = self._rectified.get(inputs[0])
+        own = self._kept[index] = ChunkTensors(inputs)
+        self._registered[layer] = ProducerOutput(layer, fit, own, norm, kept.to(weight.device), scale, rectified)
 
-    def trace_output(self, layer: nn.Module, inputs: object, output: object) -> None:
-        """Forward hook of the layers."""
+    def catch_up(self, index: int, layer: nn.Module | None, values: tuple[Any, ...]) -> None:
+        """Keep what is wanted of a chunk that joins; see :data:`~tp_twoaxis.repair.lockstep.Replay`.
+
+        Args:
+            index: of the place.
+            layer: that is about to run there, or None at a rectifier.
+            values: of the pause.
+        """
+        if (tensors := self._kept.get(index)) is not None:
+            tensors.append(values[0].clone() if layer is None else kernel_input(layer, *values))
+
+    def on_layer_output(self, layer: nn.Module, output: object) -> None:
+        """Trace a layer's output."""
         producer = self._registered.pop(layer, None)
         if isinstance(output, Tensor):
             self._trace(output, () if producer is None else (producer,), self._producers)
+
+    def on_norm(self, x: Tensor, out: Tensor, scale: Tensor) -> None:
+        """Trace the output of a BatchNorm."""
+        producers = tuple(replace(p, scale=p.scale * scale) for p in self._producers.get(x, ()))
+        self._trace(out, producers, self._producers)
+
+    def on_rectified(self, out: Tensor) -> None:
+        """Trace the output of a rectifier."""
+        self._producers.pop(out, None)  # the rectifier may have worked in place
+        self._summed.pop(out, None)
+        pending, self._pending = self._pending, None
+        if self._has_one_reader() and pending is not None:
+            self._rectified[out] = pending
+
+    def correct_sum(self, place: Place) -> None:
+        """Correct the layers whose outputs meet in a sum."""
+        a, b, _ = place.pruned[0]
+        current, reference = ([values[2] for values in side] for side in (place.pruned, place.dense))
+        # the layer with the larger patch can correct more, so it comes first
+        both = (*self._producers.get(a, ()), *self._producers.get(b, ()))
+        producers = sorted(both, key=lambda p: patch_size(p.layer), reverse=True)
+        for producer in producers:
+            self._correct(producer, current, reference, _equal, 1)
+        self._trace(current[0], tuple(producers), self._summed)
+
+    def correct_rectifier(self, place: Place) -> None:
+        """Correct the layers whose outputs a rectifier is about to read."""
+        _, low, high = place.pruned[0]
+        current, reference = ([values[0] for values in side] for side in (place.pruned, place.dense))
+
+        def target_fn(current: Tensor, dense: Tensor) -> Tensor:
+            # where the dense input is at or beyond a bound, any value beyond it has the same effect
+            target = torch.where(dense > low, dense, current.clamp(max=low))
+            return torch.where(dense < high, target, current.clamp(min=high))
+
+        own = self._producers.get(current[0], ())
+        for producer in own or self._summed.get(current[0], ()):
+            self._correct(producer, current, reference, target_fn, ROUNDS)
+            if self._joint:
+                fitted = self._reconstruct_jointly(producer, current, reference, target_fn)
+                if len(own) == 1:
+                    before = self._kept[place.number] = ChunkTensors(tensor.clone() for tensor in current)
+                    self._pending = RectifiedInput(fitted, before, low, high)
 
     def _trace(self, tensor: Tensor, producers: tuple[ProducerOutput, ...], where: _Traced) -> None:
         self._producers.pop(tensor, None)
@@ -98,63 +170,34 @@ class OutputCorrector:
         """Whether the tensor that was just computed is read once; to be asked of each in its turn."""
         return next(self._readers, 2) <= 1
 
-    def _on_norm(self, x: Tensor, out: Tensor, scale: Tensor) -> None:
-        producers = tuple(replace(p, scale=p.scale * scale) for p in self._producers.get(x, ()))
-        self._trace(out, producers, self._producers)
-
-    def _on_add(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        (reference,) = self._dense.next(SUM)
-        # the layer with the larger patch can correct more, so it comes first
-        both = (*self._producers.get(a, ()), *self._producers.get(b, ()))
-        producers = sorted(both, key=lambda p: p.fit.width, reverse=True)
-        for producer in producers:
-            self._correct(producer, out, reference, _equal, 1)
-        self._trace(out, tuple(producers), self._summed)
-
-    def _on_rectifier(self, x: Tensor, low: float, high: float) -> None:
-        (reference,) = self._dense.next(RECTIFIER)
-
-        def target_fn(current: Tensor, dense: Tensor) -> Tensor:
-            # where the dense input is at or beyond a bound, any value beyond it has the same effect
-            target = torch.where(dense > low, dense, current.clamp(max=low))
-            return torch.where(dense < high, target, current.clamp(min=high))
-
-        own = self._producers.get(x, ())
-        for producer in own or self._summed.get(x, ()):
-            self._correct(producer, x, reference, target_fn, ROUNDS)
-            if self._joint:
-                fitted = self._reconstruct_jointly(producer, x, reference, target_fn)
-                if len(own) == 1:
-                    self._pending = RectifiedInput(fitted, x.clone(), low, high)
-
-    def _on_rectified(self, out: Tensor) -> None:
-        self._producers.pop(out, None)  # the rectifier may have worked in place
-        self._summed.pop(out, None)
-        pending, self._pending = self._pending, None
-        if self._has_one_reader() and pending is not None:
-            self._rectified[out] = pending
-
     def _reconstruct_jointly(
-        self, producer: ProducerOutput, current: Tensor, dense: Tensor, target_fn: TargetFunction
+        self, producer: ProducerOutput, current: list[Tensor], dense: list[Tensor], target_fn: TargetFunction
     ) -> ProducerOutput:
-        reference = _kept_part(producer, current, dense)
-        if producer.rectified is None or reference is None or not has_transpose(producer.layer):
+        reference = _kept_parts(producer, current, dense)
+        if self._rehearsal or producer.rectified is None or reference is None or not has_transpose(producer.layer):
             return producer
         return joint_reconstruction(producer, current, reference, target_fn, JOINT_ROUNDS)
 
     def _correct(
-        self, producer: ProducerOutput, current: Tensor, dense: Tensor, target_fn: TargetFunction, rounds: int
+        self,
+        producer: ProducerOutput,
+        current: list[Tensor],
+        dense: list[Tensor],
+        target_fn: TargetFunction,
+        rounds: int,
     ) -> None:
         layer = producer.layer
-        reference = _kept_part(producer, current, dense)
-        if reference is None:
+        reference = _kept_parts(producer, current, dense)
+        if self._rehearsal or reference is None:
             return
-        weight_change, shift = producer.fit.refine(
+        weight_change, shift = producer.solved_fit.refine(
             producer.inputs, current, reference, producer.scale, target_fn, rounds
         )
         add_bias(layer, shift, producer.norm)
-        delta = apply_weight(layer, producer.inputs, weight_change)
-        current += broadcast_channels(producer.scale, delta, layer) * (delta + broadcast_channels(shift, delta, layer))
+        for x, tensor in zip(producer.inputs, current, strict=True):
+            delta = apply_weight(layer, x, weight_change)
+            delta += broadcast_channels(shift, delta, layer)
+            tensor += broadcast_channels(producer.scale, delta, layer) * delta
 
 
 def count_readers(network: nn.Module, layers: Iterable[nn.Module], inputs: Inputs) -> list[int]:
@@ -200,12 +243,26 @@ def count_readers(network: nn.Module, layers: Iterable[nn.Module], inputs: Input
     return [count for (count,) in counts]
 
 
-def _kept_part(producer: ProducerOutput, current: Tensor, dense: Tensor) -> Tensor | None:
-    """Select the channels of the dense network's tensor that the pruned one has; None where their shapes differ."""
+def _kept_parts(producer: ProducerOutput, current: list[Tensor], dense: list[Tensor]) -> _KeptChannels | None:
+    """Select the channels of the dense network's tensors that the pruned one has; None where their shapes differ."""
     axis, kept = channel_axis(producer.layer), producer.kept
-    if current.ndim != dense.ndim or dense.shape[axis] != len(kept) or current.shape[axis] != int(kept.sum()):
+    shape = current[0].shape
+    if len(shape) != dense[0].ndim or dense[0].shape[axis] != len(kept) or shape[axis] != int(kept.sum()):
         return None
-    return select_channels(dense, producer.layer, kept)
+    return _KeptChannels(producer, dense)
+
+
+class _KeptChannels(Sequence[Tensor]):
+    """The channels of the dense network's tensors that a pruned layer still has, selected when they are asked for."""
+
+    def __init__(self, producer: ProducerOutput, dense: list[Tensor]) -> None:
+        self._producer, self._dense = producer, dense
+
+    def __len__(self) -> int:
+        return len(self._dense)
+
+    def __getitem__(self, index: Any) -> Any:
+        return select_channels(self._dense[index], self._producer.layer, self._producer.kept)
 
 
 def _equal(current: Tensor, reference: Tensor) -> Tensor:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
-from tp_twoaxis.errors import listing
+from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.reconstruction.patch_fit import PatchFit, safe_inverse
 from tp_twoaxis.reconstruction.patch_moments import PatchMoments
 from tp_twoaxis.reconstruction.patches import fits, positions_of, select_positions
 from tp_twoaxis.reconstruction.ridge import choose_ridge, default_ridge_fit
 from tp_twoaxis.repair.batch_norm import batch_norms
-from tp_twoaxis.repair.images import RepairImages
-from tp_twoaxis.repair.lockstep import LockstepReference
-from tp_twoaxis.repair.op_interceptor import unintercepted
+from tp_twoaxis.repair.chunk_memory import ChunkMemory, LiveTensors
+from tp_twoaxis.repair.images import ImageChunk, RepairImages
+from tp_twoaxis.repair.lockstep import Lockstep, Place
 from tp_twoaxis.repair.output_corrector import OutputCorrector, count_readers
+from tp_twoaxis.repair.paused_pass import LAYER, NORM, RECTIFIER, SUM, PausingNetwork
 from tp_twoaxis.repair.repair_task import NO_GAIN, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.inputs import Inputs
@@ -30,8 +34,8 @@ from tp_twoaxis.statistics.moments import float64_device
 from tp_twoaxis.statistics.recorder import WIDEST_INPUT
 
 BY_CHANNELS = "by channels because its patch is too large"
-# activations alive at a time, in units of the largest layer's input and output: a shortcut, a branch, a copy of work
-ALIVE, ALIVE_JOINT = 3, 5
+# there must be room for so many images, of which some are held out, or for all where there are fewer
+FEWEST_IMAGES = 10
 
 
 def refit_sequentially(task: RepairTask, *, joint: bool = False) -> dict[str, Outcome]:
@@ -42,8 +46,12 @@ def refit_sequentially(task: RepairTask, *, joint: bool = False) -> dict[str, Ou
         joint: also reconstruct layers jointly with the one before.
     """
     assert task.images is not None
-    reasons, used = refit_in_order(task.network, task.dense, task.masks, task.images, joint=joint)
-    task.notes.append(f"{'joint' if joint else 'sequential'} repair ran on {used} images")
+    reasons, joined = refit_in_order(task.network, task.dense, task.masks, task.images, joint=joint)
+    first, last = joined
+    task.notes.append(
+        f"{'joint' if joint else 'sequential'} repair ran on {last} images"
+        + (f"; its first layers, whose activations are large, on {first} (max_memory)" if first < last else "")
+    )
     if kept := [name for name, reason in reasons.items() if reason == NO_GAIN]:
         task.notes.append(f"{listing(kept)}: kept as they were, {NO_GAIN}")
     return {
@@ -59,7 +67,7 @@ def refit_in_order(
     images: RepairImages,
     *,
     joint: bool = False,
-) -> tuple[dict[str, str], int]:
+) -> tuple[dict[str, str], tuple[int, int]]:
     """Refit every layer behind the first removal, and re-estimate every BatchNorm, in the course of one forward pass.
 
     When a layer is about to run in the pruned network, its weights become the least-squares map from its present
@@ -73,9 +81,10 @@ def refit_in_order(
     prediction is absorbed into its weights at every tap. Images that are held out run along: on them each fit chooses
     its ridge, and each correction its size.
 
-    All images run as one batch, and the dense network beside it, so the pass costs two forward passes plus the
-    fits. Memory: the activations of that batch; it is cut to ``max_memory`` of them, at the price of fewer images
-    (``joint`` has more of them alive at a time, so fewer still).
+    The images run in chunks, and the dense network beside them, so the pass costs two forward passes plus the fits. All
+    chunks wait for each other at every layer. As many run as their activations fit into ``max_memory``; where layers
+    become smaller, more join (see :class:`~tp_twoaxis.repair.lockstep.Lockstep`): large maps have enough rows in few
+    images.
 
     Args:
         network: the pruned network; parameters and buffers are replaced.
@@ -85,40 +94,121 @@ def refit_in_order(
         joint: at rectifiers, also fit a layer and the one before it together.
 
     Returns:
-        Layer name -> why it was not refitted or how, ``""`` for a whole patch; and the number of images.
+        Layer name -> why it was not refitted or how, ``""`` for a whole patch; and how many images the first and the
+        last layer met, without those held out.
+
+    Raises:
+        TwoAxisError: ``max_memory`` is too small for ten images, or the networks' layers run in different orders.
     """
     layers, originals = channel_layers(network), channel_layers(dense)
-    parameter = next(network.parameters())
     with ExitStack() as stack:
         stack.enter_context(inference_state(network))
         stack.enter_context(inference_state(dense))
-        gathered, calls = _gather(dense, originals, images, ALIVE_JOINT if joint else ALIVE)
-        judges = [] if images.held_out is None else [images.held_out.to(gathered.tensors[0].device)]
-        batch = Inputs.concatenate([gathered, *judges]).to(parameter.device, parameter.dtype)
+        few, calls = _look(dense, originals, images)
         once = {name: layer for name, layer in layers.items() if calls.get(name) == 1}
-        readers = count_readers(network, once.values(), batch[:2])
         norms = {name: norm for name, norm in _named_norms(network).items() if calls.get(name) == 1}
-        dense_norms = {name: dense.get_submodule(name) for name in norms}
-        lockstep = stack.enter_context(
-            LockstepReference(dense, {name: originals[name] for name in once}, batch, dense_norms)
+        pair = _PausingPair(
+            PausingNetwork(network, once, norms, after_layers=False),
+            PausingNetwork(
+                dense,
+                {name: originals[name] for name in once},
+                {name: dense.get_submodule(name) for name in norms},
+                after_layers=True,
+            ),
+            next(network.parameters()),
         )
-        corrector = OutputCorrector(lockstep, readers, joint=joint)
-        refit = _OrderedRefit(network, masks, lockstep, corrector, (len(gathered), len(batch)), joint=joint)
-        for name, layer in once.items():
-            hook = unintercepted(refit.layer_hook(name, originals[name]))
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(corrector.trace_output).remove)
-        for name, norm in _named_norms(network).items():
-            hook = unintercepted(refit.norm_hook(name, dense_norms.get(name)))
-            stack.callback(norm.register_forward_pre_hook(hook).remove)
-        with corrector.interceptor:
-            network(*batch.args, **batch.kwargs)
+        stack.enter_context(pair.pruned)
+        stack.enter_context(pair.dense)
+        readers = count_readers(network, once.values(), few)
+        memory = _rehearse(pair, masks, readers, few, images, joint=joint)
+        chunks = pair.moved(stack.enter_context(images.chunks(memory.chunk_images)))
+        bar = stack.enter_context(
+            tqdm(total=len(once), desc="repair", unit="layer", disable=not images.progress, leave=False)
+        )
+        lockstep = Lockstep(pair.pruned, pair.dense, chunks, memory)
+        corrector = OutputCorrector(readers, joint=joint)
+        refit = _OrderedRefit(pair, masks, corrector, bar, joint=joint)
+        lockstep.run(refit.handle, refit.catch_up, corrector)
     repeated = {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
-    return repeated | refit.reasons, len(gathered)
+    return repeated | refit.reasons, (lockstep.joined[0], lockstep.joined[-1])
+
+
+@dataclass(frozen=True)
+class _PausingPair:
+    """Both networks, and where and in which dtype they run."""
+
+    pruned: PausingNetwork
+    dense: PausingNetwork
+    parameter: Tensor
+
+    def moved(self, chunks: Iterator[ImageChunk]) -> Iterator[ImageChunk]:
+        """Move images to the networks."""
+        for inputs, held_out in chunks:
+            yield ImageChunk(inputs.to(self.parameter.device, self.parameter.dtype), held_out)
+
+
+def _look(dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages) -> tuple[Inputs, dict[str, int]]:
+    """Read a few images, and count how often each layer and BatchNorm runs."""
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    with images.forward_pass(dense, "read images") as run:
+        for name, layer in (layers | _named_norms(dense)).items():
+            run.hook(layer, count(name))
+        batch = next(run.batches)
+        run(batch._replace(inputs=batch.inputs[:1]))
+        return batch.inputs[:2].to(run.device, run.dtype), calls
+
+
+def _rehearse(
+    pair: _PausingPair,
+    masks: dict[str, PrunedChannels],
+    readers: list[int],
+    few: Inputs,
+    images: RepairImages,
+    *,
+    joint: bool,
+) -> ChunkMemory:
+    """Run a few images to see what an image's tensors take at each place; nothing is changed."""
+    live = LiveTensors()
+    corrector = OutputCorrector(readers, joint=joint, rehearsal=True)
+    needs: list[int] = []
+
+    def handle(place: Place) -> None:
+        if place.kind == LAYER:
+            layer = pair.pruned.model.get_submodule(place.name)
+            if fits(layer) and not cannot_refit(layer):
+                x = kernel_input(layer, *place.pruned[0])
+                corrector.register(place.number, layer, None, [x], None, ~masks[place.name].outputs)
+        elif place.kind == SUM:
+            corrector.correct_sum(place)
+        elif place.kind == RECTIFIER:
+            corrector.correct_rectifier(place)
+        # a joint fit has a reference and a direction besides
+        work = 2 * place.pruned[0][0].nbytes if joint and place.kind == RECTIFIER else 0
+        needs.append((live.bytes([*few.tensors, *corrector.kept]) + work) // len(few))
+
+    pair.pruned.on_result = pair.dense.on_result = live.add
+    lockstep = Lockstep(pair.pruned, pair.dense, iter([ImageChunk(few, held_out=False)]), None)
+    lockstep.run(handle, lambda *_: None, corrector)
+    pair.pruned.on_result = pair.dense.on_result = None
+    memory = ChunkMemory(needs, images.max_memory * 2**30)
+    least = min(FEWEST_IMAGES, images.count)
+    if least * memory.largest > memory.limit:
+        raise TwoAxisError(
+            f"repair: expected max_memory of at least {least * memory.largest / 2**30:.2g} GiB, what {least} images "
+            f"need in this network, got {images.max_memory:g}"
+        )
+    return memory
 
 
 class _OrderedRefit:
-    """Pre-forward hooks that refit layers and BatchNorms on the inputs that they are about to take.
+    """Refits layers and BatchNorms at the places before them, on the inputs that they are about to take.
 
     Attributes:
         reasons: layer name -> why it was not refitted or how; ``""`` for a whole patch.
@@ -126,97 +216,110 @@ class _OrderedRefit:
 
     def __init__(
         self,
-        network: nn.Module,
+        pair: _PausingPair,
         masks: dict[str, PrunedChannels],
-        lockstep: LockstepReference,
         corrector: OutputCorrector,
-        images: tuple[int, int],
+        bar: Any,
         *,
         joint: bool,
     ) -> None:
         self.reasons: dict[str, str] = {}
-        self._network, self._masks = network, masks
-        self._lockstep, self._corrector, self._joint = lockstep, corrector, joint
-        self._fitted, self._images = images  # of the batch's images the first so many are fitted
-        self._shared = shared_weights(network)
-        self._dtype = next(network.parameters()).dtype
+        self._network, self._dense = pair.pruned.model, pair.dense.model
+        self._masks, self._corrector, self._bar, self._joint = masks, corrector, bar, joint
+        self._shared = shared_weights(self._network)
+        self._dtype = pair.parameter.dtype
         self._changed = False  # whether a layer before the present one lost channels
 
-    def layer_hook(self, name: str, original: nn.Module) -> Any:
-        """Make the hook of a layer."""
+    def handle(self, place: Place) -> None:
+        """Do what is to be done at a place."""
+        if place.kind == LAYER:
+            self._refit_layer(place)
+            self._bar.update()
+        elif place.kind == NORM:
+            self._move_norm(place)
+        elif place.kind == SUM:
+            self._corrector.correct_sum(place)
+        elif place.kind == RECTIFIER:
+            self._corrector.correct_rectifier(place)
 
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            pruned = self._masks[name]
-            dense_x, dense_y = self._lockstep.next(name)
-            self._changed = self._changed or bool(pruned.inputs.any())
-            lost_outputs = bool(pruned.outputs.any())
-            reason = cannot_refit(layer) or (SHARED if self._shared[id(layer.weight)] > 1 else "")
-            # joint: a layer that only lost outputs is fitted too, which changes nothing yet but registers it
-            if (self._changed or (self._joint and lost_outputs)) and not reason:
-                reason = self._refit(name, layer, original, (inputs, named), dense_x, dense_y)
-            self._changed = self._changed or lost_outputs
-            self.reasons[name] = reason
+    def catch_up(self, index: int, kind: str, name: str, values: tuple[Any, ...]) -> None:
+        """Keep what is wanted of a chunk that joins."""
+        if kind in (LAYER, RECTIFIER):
+            self._corrector.catch_up(index, self._network.get_submodule(name) if kind == LAYER else None, values)
 
-        return hook
+    def _refit_layer(self, place: Place) -> None:
+        layer, pruned = self._network.get_submodule(place.name), self._masks[place.name]
+        self._changed = self._changed or bool(pruned.inputs.any())
+        lost_outputs = bool(pruned.outputs.any())
+        reason = cannot_refit(layer) or (SHARED if self._shared[id(layer.weight)] > 1 else "")
+        # joint: a layer that only lost outputs is fitted too, which changes nothing yet but registers it
+        if (self._changed or (self._joint and lost_outputs)) and not reason:
+            reason = self._refit(place, layer)
+        self._changed = self._changed or lost_outputs
+        self.reasons[place.name] = reason
 
-    def _refit(
-        self, name: str, layer: nn.Module, original: nn.Module, arguments: Any, dense_x: Tensor, dense_y: Tensor
-    ) -> str:
-        pruned = self._masks[name]
+    def _refit(self, place: Place, layer: nn.Module) -> str:
+        pruned = self._masks[place.name]
         norm = None if pruned.batch_norm is None else self._network.get_submodule(pruned.batch_norm)
         if fits(layer):
-            x, target = kernel_input(layer, *arguments), select_channels(dense_y, layer, ~pruned.outputs)
-            cut = self._cut(x)
-            fit = PatchFit(layer, images=cut)
-            fit.update_all(x, target)
+            x = [kernel_input(layer, *arguments) for arguments in place.pruned]
+            fit = PatchFit(layer, images=_count(x, place))
+            for own, (_, dense_y), held_out in zip(x, place.dense, place.held_out, strict=True):
+                fit.update(own, select_channels(dense_y, layer, ~pruned.outputs), held_out=held_out)
             add_bias(layer, fit.solve(), norm)
-            gained = not math.isnan(fit.solved.ridge)
-            self._corrector.register(layer, fit, x, norm, ~pruned.outputs)
-            return "" if gained else NO_GAIN
+            self._corrector.register(place.number, layer, fit, x, norm, ~pruned.outputs)
+            return NO_GAIN if math.isnan(fit.solved.ridge) else ""
         if not self._changed:
             return ""
         if blocks_of(layer) == 1 and len(pruned.inputs) <= WIDEST_INPUT:
-            x = first_input(*arguments)
-            add_bias(layer, _refit_channels(layer, original, x, dense_x, pruned, self._cut(x)), norm)
+            add_bias(layer, _refit_channels(layer, self._dense.get_submodule(place.name), place, pruned), norm)
             return BY_CHANNELS
         return "its patch is too large"
 
-    def _cut(self, x: Tensor) -> int:
-        """Where the held-out images begin; images may be cut into windows, one image's after the other's.
-
-        What does not begin with the batch (sequence-first layers) is fitted whole.
-        """
-        return len(x) if len(x) % self._images else len(x) // self._images * self._fitted
-
-    def norm_hook(self, name: str, original: nn.Module | None) -> Any:
-        """Make the hook of a BatchNorm; ``original`` is None where it runs more than once."""
-        kept = [~pruned.outputs for pruned in self._masks.values() if pruned.batch_norm == name]
-
-        def hook(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-            dense_x = None if original is None else self._lockstep.next(name)[0]
-            cut = self._cut(inputs[0])
-            x, dense_x = inputs[0][:cut], None if dense_x is None else dense_x[:cut]
-            if not self._changed or x.numel() <= x.shape[1]:  # one row has no variance
-                return
-            variance, mean = _moments(x)
-            if original is not None and dense_x is not None:
-                stay = kept[0] if kept else torch.ones(dense_x.shape[1], dtype=torch.bool)
-                stay = stay.to(x.device)
-                if int(stay.sum()) == x.shape[1]:
-                    dense_variance, dense_mean = (m[stay] for m in _moments(dense_x))
-                    old_mean, old_variance = (b.double()[stay] for b in _running(original))
-                    mean = old_mean + mean - dense_mean
-                    ratio = variance / dense_variance
-                    variance = torch.where(dense_variance > 0, old_variance * ratio, variance)
-            norm.running_mean, norm.running_var = mean.to(self._dtype), variance.to(self._dtype)
-
-        return hook
+    def _move_norm(self, place: Place) -> None:
+        norm, original = (network.get_submodule(place.name) for network in (self._network, self._dense))
+        x, dense_x = (_Moments(side, place.held_out) for side in (place.pruned, place.dense))
+        if not self._changed or x.rows <= 1:  # one row has no variance
+            return
+        kept = next((~p.outputs for p in self._masks.values() if p.batch_norm == place.name), None)
+        stay = torch.ones(len(dense_x.mean), dtype=torch.bool) if kept is None else kept
+        stay = stay.to(x.mean.device)
+        mean, variance = x.mean, x.variance
+        if int(stay.sum()) == len(mean):
+            old_mean, old_variance = (buffer.to(mean)[stay] for buffer in _running(original))
+            mean = old_mean + mean - dense_x.mean[stay]
+            before = dense_x.variance[stay]
+            variance = torch.where(before > 0, old_variance * (variance / before), variance)
+        norm.running_mean, norm.running_var = (m.to(_running(norm)[0].device, self._dtype) for m in (mean, variance))
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean of each channel, [C] float64."""
-    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
-    return variance.double(), mean.double()
+class _Moments:
+    """Mean and variance of each channel of what a BatchNorm reads, [C] float64, of the chunks that are fitted."""
+
+    def __init__(self, values: list[tuple[Any, ...]], held_out: list[bool]) -> None:
+        self.rows = 0
+        for (x,), judges in zip(values, held_out, strict=True):
+            if judges:
+                continue
+            variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+            device, rows = float64_device(x.device), x.numel() // x.shape[1]
+            variance, mean = variance.to(device, torch.float64), mean.to(device, torch.float64)
+            if not self.rows:
+                self.mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(variance)
+            total, delta = self.rows + rows, mean - self.mean
+            self._scatter += rows * variance + self.rows * rows / total * delta.square()
+            self.mean += delta * (rows / total)
+            self.rows = total
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, as a BatchNorm counts it."""
+        return self._scatter / max(self.rows - 1, 1)
+
+
+def _count(x: list[Tensor], place: Place) -> int:
+    """Count what is fitted along the first dimension: images, or windows of them."""
+    return sum(len(own) for own, held_out in zip(x, place.held_out, strict=True) if not held_out)
 
 
 def _running(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -231,63 +334,28 @@ def _named_norms(network: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in network.named_modules() if id(module) in norms}
 
 
-def _gather(
-    dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages, alive: int
-) -> tuple[Inputs, dict[str, int]]:
-    """Read as many images as fit into memory; also count how often each layer runs."""
-    calls: dict[str, int] = {}
-    largest = 0
-
-    def count(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            nonlocal largest
-            calls[name] = calls.get(name, 0) + 1
-            x, y = first_input(inputs, named), output[0] if isinstance(output, tuple) else output
-            largest = max(largest, (x.numel() + y.numel()) * x.element_size())
-
-        return hook
-
-    kept: list[Inputs] = []
-    with images.forward_pass(dense, "read images") as run:
-        for name, layer in (layers | _named_norms(dense)).items():
-            run.hook(layer, count(name), with_kwargs=True)
-        room = None
-        for batch in run.batches:
-            if room is None:
-                run(batch._replace(inputs=batch.inputs[:1]))
-                room = max(1, int(images.max_memory * 2**30) // max(1, 2 * alive * largest))
-            kept.append(batch.inputs[:room])
-            room -= len(kept[-1])
-            if room <= 0:
-                break
-    return Inputs.concatenate(kept), calls
-
-
-def _refit_channels(
-    layer: nn.Module, dense: nn.Module, x: Tensor, dense_x: Tensor, pruned: PrunedChannels, fitted: int
-) -> Tensor:
-    """Predict the dense inputs from the present ones, absorb the prediction into every tap; returns the shift.
-
-    The first ``fitted`` images are fitted, the others are held out to choose the ridge.
-    """
-    present, original = flatten_positions(x, layer, len(x), ""), flatten_positions(dense_x, dense, len(x), "")
-    kept = (~pruned.inputs).nonzero()[:, 0].to(x.device)
-    rows = (~pruned.outputs).nonzero()[:, 0]
-    device = float64_device(x.device)
-    weight = weight_blocks(dense)[0][rows.to(x.device)].double().to(device)  # [O, C, taps]
+def _refit_channels(layer: nn.Module, dense: nn.Module, place: Place, pruned: PrunedChannels) -> Tensor:
+    """Predict the dense inputs from the present ones, absorb the prediction into every tap; returns the shift."""
+    x = [first_input(*arguments) for arguments in place.pruned]
+    images = _count(x, place)
+    kept, rows = (~pruned.inputs).nonzero()[:, 0].to(x[0].device), (~pruned.outputs).nonzero()[:, 0]
+    device = float64_device(x[0].device)
+    weight = weight_blocks(dense)[0][rows.to(x[0].device)].double().to(device)  # [O, C, taps]
     importance = weight.square().sum((0, 2)).sqrt()  # errors of a channel count as much as the layer's weights on it
-    moments = []
-    for part in (slice(0, fitted), slice(fitted, len(x))):
-        if part.start == part.stop:
-            continue
-        positions = positions_of(layer, present.shape[1], fitted, range(part.start, part.stop)).to(x.device)
-        own = select_positions(present[part], positions).flatten(0, 1)
+    moments: dict[bool, PatchMoments] = {}
+    seen = {False: 0, True: 0}
+    for own, (dense_x, _), held_out in zip(x, place.dense, place.held_out, strict=True):
+        present, original = flatten_positions(own, layer, len(own), ""), flatten_positions(dense_x, dense, len(own), "")
+        drawn = range(seen[held_out], seen[held_out] + len(own))
+        positions = positions_of(layer, present.shape[1], images, drawn).to(own.device)
+        predictors = select_positions(present, positions).flatten(0, 1)
         # what each kept channel predicts of itself is the start, and shrunk towards
-        target = select_positions(original[part], positions).flatten(0, 1).double().to(device)
-        target[:, kept] -= own.to(target)
-        moments.append(PatchMoments(1, own.shape[1], target.shape[1], device))
-        moments[-1].update(own[:, None], (target * importance)[:, None])
-    found = choose_ridge(*moments) if len(moments) == 2 else default_ridge_fit(*moments)
+        target = select_positions(original, positions).flatten(0, 1).double().to(device)
+        target[:, kept] -= predictors.to(target)
+        sums = moments.setdefault(held_out, PatchMoments(1, predictors.shape[1], target.shape[1], device))
+        sums.update(predictors[:, None], (target * importance)[:, None])
+        seen[held_out] += len(own)
+    found = choose_ridge(moments[False], moments[True]) if True in moments else default_ridge_fit(moments[False])
     unscaled = safe_inverse(importance)
     map_ = found.change[0] * unscaled  # [K, C]
     map_[torch.arange(len(kept), device=device), kept.to(device)] += 1.0
