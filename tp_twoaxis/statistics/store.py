@@ -208,6 +208,7 @@ class CalibrationStatistics:
                     "only parts of one calibration of one model merge"
                 )
 
+    @torch.inference_mode(mode=False)
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationStatistics:
         """Merge over all ranks, with one flat all-reduce; afterwards every rank holds the statistics of all shards.
 
@@ -229,12 +230,8 @@ class CalibrationStatistics:
         form = common_form(parts)
         if not self.layers:
             blank = self._from_header(*form.without_images())
-            self.layers, self.target, self._task, self._columns = (
-                blank.layers,
-                blank.target,
-                blank._task,
-                blank._columns,
-            )
+            self.layers, self.target = blank.layers, blank.target
+            self._task, self._columns = blank._task, blank._columns
         reduce_moments(list(self._moments()), group)
         self.num_images = sum(part.header["num_images"] for part in parts)
         self.reduced = True
