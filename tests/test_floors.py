@@ -11,9 +11,10 @@ import pytest
 import tp_twoaxis
 
 PACKAGE = Path(tp_twoaxis.__file__).parent
-# from the ground up: a folder imports from folders before it, from itself, and from errors
+# from the ground up: a folder imports from folders before it, and from itself
 FLOORS = (
     {"errors"},
+    {"known_names"},
     {"runtime"},
     {"data"},
     {"models"},
@@ -137,3 +138,18 @@ def test_the_package_itself_imports_nothing_until_it_is_used():
         "assert not hasattr(tp_twoaxis, 'nonsense')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names_import_what_every_pruning_needs_and_no_more():
+    """What one function or one table needs comes when that runs: importing us adds little to importing PyTorch."""
+    code = (
+        "import sys\n"
+        "sys.modules['timm'] = None\n"  # Torch-Pruning imports it where it can, and with it what we shall not
+        "import torch, torch_pruning\n"
+        "before = set(sys.modules)\n"
+        "from tp_twoaxis import *\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
+        "print(*sorted(new))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert set(result.stdout.split()) <= {"tp_twoaxis", "torch", "numpy", "safetensors", "tqdm"}

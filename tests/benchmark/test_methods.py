@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from cases import batches, conv_net
 
-from tp_twoaxis import LocalImportance, TargetImportance, TwoAxisError, calibrate, prune_to_flops
+from tp_twoaxis import LocalImportance, TargetImportance, TwoAxisError, calibrate, known_names, prune_to_flops
 from tp_twoaxis.benchmark.methods import ALLOCATIONS, Method, UniformAllocation, cross
 from tp_twoaxis.importance import (
     CRITERIA,
@@ -18,10 +18,9 @@ from tp_twoaxis.importance import (
     criterion_names,
     find_criterion,
     make_importance,
-    registry,
 )
 from tp_twoaxis.importance.baselines.weight_criteria import RandomImportance
-from tp_twoaxis.importance.registry import ALIASES, ENTRY_POINTS
+from tp_twoaxis.known_names import ALIASES, ENTRY_POINTS
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
@@ -84,7 +83,7 @@ def test_entry_points_register_factories_and_criteria(monkeypatch):
         EntryPoint("lost", "no_such_module:f", ENTRY_POINTS),
         EntryPoint("plug", "bench_cases:PLUG", ENTRY_POINTS),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == ENTRY_POINTS else [])
+    monkeypatch.setattr(known_names, "entry_points", lambda group: points if group == ENTRY_POINTS else [])
     assert criterion_names() == [*CRITERIA, "mine", "lost", "plug"]
     assert isinstance(find_criterion("mine").build(PruningState(seed=3)), RandomImportance)
     assert find_criterion("l2").build(PruningState(seed=3)).p == 2  # ours, not the plug-in's

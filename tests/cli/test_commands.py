@@ -228,7 +228,7 @@ def test_interrupts_and_missing_packages(folder, monkeypatch, error, status):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("tp_twoaxis.cli.score_command.channel_table", fail)
+    monkeypatch.setattr("tp_twoaxis.diagnostics.channel_table.channel_table", fail)
     result = run("score", "--stats", folder / "stats.safetensors")
     assert result.exit_code == status
     if status == 2:

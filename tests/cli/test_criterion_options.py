@@ -40,7 +40,7 @@ def takes_criterion(folder, tmp_path):
     ],
 )
 def test_the_same_message_in_every_command(takes_criterion, monkeypatch, criterion, part):
-    for opened in ("tp_twoaxis.cli.options.open_dataset", "tp_twoaxis.cli.options.build_model"):
+    for opened in ("tp_twoaxis.data.open_dataset", "tp_twoaxis.models.build_model"):
         monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("the name is to be refused before"))
     messages = takes_criterion(criterion)
     assert len(messages) == 1
@@ -48,7 +48,7 @@ def test_the_same_message_in_every_command(takes_criterion, monkeypatch, criteri
 
 
 def test_the_same_message_for_a_repair(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tp_twoaxis.cli.options.open_dataset", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("tp_twoaxis.data.open_dataset", lambda *_, **__: pytest.fail("read"))
     data, repair = ("--data", folder / "images"), ("--repair", "rigde+bn")
     messages = {
         refused("prune", MODEL, *data, *repair, "--out", tmp_path / "p.safetensors"),
@@ -62,8 +62,8 @@ def test_the_same_message_for_a_repair(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (("--min-keep", "2"), "min_keep"),
-        (("--round-to", "0"), "round_to"),
+        (("--min-keep", "2"), "--min-keep"),
+        (("--round-to", "0"), "--round-to"),
         (("--attention", "dims"), "attention: expected one of heads, head-dims"),
         (("--ignore", "conv9"), "conv9"),
         (("--target", "marge"), "expected one of margin"),
@@ -71,7 +71,7 @@ def test_the_same_message_for_a_repair(folder, tmp_path, monkeypatch):
     ],
 )
 def test_numbers_and_names_are_checked_before_images_are_read(folder, tmp_path, monkeypatch, options, part):
-    monkeypatch.setattr("tp_twoaxis.cli.options.open_dataset", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("tp_twoaxis.data.open_dataset", lambda *_, **__: pytest.fail("read"))
     data = ("--data", folder / "images")
     assert part in refused("prune", MODEL, *data, *options, "--out", tmp_path / "p.safetensors")
     assert part in refused("select", MODEL, *data, *options)

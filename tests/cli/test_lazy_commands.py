@@ -11,6 +11,10 @@ import pytest
 from cli_cases import succeed
 
 from tp_twoaxis.cli.commands import COMMANDS, load_command
+from tp_twoaxis.cli.explain_command import ExplanationOptions
+from tp_twoaxis.cli.train_command import RecipeOptions
+from tp_twoaxis.diagnostics.peers import PEERS
+from tp_twoaxis.training.loss import DISTILLATION
 
 HEAVY = ("torch", "torch_pruning", "pandas", "matplotlib", "numpy", "tp_twoaxis.cli.options")
 
@@ -27,6 +31,62 @@ def test_help_and_usage_import_nothing_heavy(arguments):
     refused = bool(arguments) and arguments[0] not in ("--help", "--version")
     assert status == (2 if refused else 0)
     assert ("tp-twoaxis: error: " in result.stderr) == refused
+
+
+NET, IMAGES = "cifar_resnet20_option_a", ["--data", "images", "--out", "out.safetensors"]
+BAD_OPTIONS = [
+    ["score"],
+    ["score", "--stats", "stats.safetensors", "--score", "captur"],
+    ["stability", NET, *IMAGES[:2], "--level", "2"],
+    ["stability", NET, *IMAGES[:2], "--score", "captur"],
+    ["calibrate", NET, *IMAGES, "--score", "captur"],
+    ["calibrate", NET, *IMAGES, "--positions", "few"],
+    ["calibrate", NET, *IMAGES, "--target", "marge"],
+    ["calibrate", NET, *IMAGES, "--mean", "a"],
+    ["prune", NET, *IMAGES, "--score", "captur(strength=1)"],
+    ["prune", NET, *IMAGES, "--repair", "rigde"],
+    ["prune", NET, *IMAGES, "--attention", "dims"],
+    ["prune", NET, *IMAGES, "--flops", "50"],
+    ["prune", NET, *IMAGES, "--flops", "half"],
+    ["prune", NET, *IMAGES, "--steps", "0"],
+    ["prune", NET, *IMAGES, "--min-keep", "2"],
+    ["prune", NET, *IMAGES[:2], "--out", "no/such/folder/pruned.safetensors"],
+    ["select", NET, *IMAGES[:2], "--candidates", "all-locl"],
+    ["select", NET, *IMAGES[:2], "--flops", "half"],
+    ["train", NET, *IMAGES, "--recipe", "quick"],
+    ["train", NET, *IMAGES, "--distillation", "4"],
+    ["explain", NET, "conv1", "--channel", "first"],
+    ["explain", NET, "conv1", "--channel", "1"],
+    ["bench", "--model", NET, *IMAGES, "--methods", "tailor"],
+    ["bench", "--model", NET, *IMAGES, "--repair", "rigde"],
+    ["bench", "--model", NET, *IMAGES, "--seeds", "one"],
+    ["bench", "--out", "results"],
+    *([name, "--nonsense"] for name in COMMANDS),
+]
+
+
+def test_help_and_bad_options_of_commands_need_no_pytorch(tmp_path):
+    """In one process, one after the other; the first that imports it is named."""
+    calls = [*([name, "--help"] for name in COMMANDS), *BAD_OPTIONS]
+    code = (
+        "import json, sys\nfrom tp_twoaxis.cli import main\n"
+        f"for arguments in {calls!r}:\n"
+        "    status = main(arguments)\n"
+        f"    heavy = [name for name in {HEAVY[:-1]!r} if name in sys.modules]\n"
+        "    if heavy or status != (0 if '--help' in arguments else 2):\n"
+        "        sys.exit(f'{arguments}: status {status}, {heavy} imported')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == len(BAD_OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_that_stand_in_options_are_the_librarys():
+    assert ExplanationOptions().peers == PEERS
+    assert RecipeOptions().softening == [*DISTILLATION]
 
 
 def test_the_overview_names_every_command():

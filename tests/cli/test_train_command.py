@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-from cli_cases import MODEL, TESTS, refused, run, succeed
+from cli_cases import MODEL, refused, run, succeed, two_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -66,10 +62,10 @@ def test_train_is_the_library_and_the_recipe(folder, tmp_path, arguments):
 def test_an_interrupted_command_goes_on(tmp_path, arguments, monkeypatch):
     succeed(*arguments, *SMALL)
     expected = load_file(tmp_path / "w.safetensors")
-    original, steps = command.training_batches, []
+    steps = []
 
     def interrupted(*positional, **options):
-        loader = original(*positional, **options)
+        loader = training_batches(*positional, **options)
         normalise = loader.dataset.normalise
 
         def counted(images):
@@ -81,11 +77,11 @@ def test_an_interrupted_command_goes_on(tmp_path, arguments, monkeypatch):
         loader.dataset.normalise = counted
         return loader
 
-    monkeypatch.setattr(command, "training_batches", interrupted)
+    monkeypatch.setattr("tp_twoaxis.training.training_batches", interrupted)
     assert run(*arguments, *SMALL, "--force").exit_code == 130
     state = tmp_path / "w.state.safetensors"
     assert state.exists()
-    monkeypatch.setattr(command, "training_batches", original)
+    monkeypatch.setattr("tp_twoaxis.training.training_batches", training_batches)
     assert "the file exists" in refused(*arguments[:-1], tmp_path / "other.safetensors", *SMALL, "--state", state)
     assert "lr 0.05 instead of 0.1" in refused(*arguments, "--epochs", 3, "--batch-size", 8, "--resume", "--force")
     result = succeed(*arguments, *SMALL, "--resume", "--force")
@@ -96,16 +92,17 @@ def test_an_interrupted_command_goes_on(tmp_path, arguments, monkeypatch):
 
 
 def test_augmentation_is_for_training_alone(tmp_path, arguments, monkeypatch):
-    original, seen = command.training_batches, []
+    seen = []
 
     def watched(*positional, **options):
-        loader = original(*positional, **options)
+        loader = training_batches(*positional, **options)
         seen.append(loader.augment)
         return loader
 
     measured = []
-    monkeypatch.setattr(command, "training_batches", watched)
-    monkeypatch.setattr(command, "accuracy", lambda _, loader, **__: measured.append(loader.augment) or (0.5, 20))
+    monkeypatch.setattr("tp_twoaxis.training.training_batches", watched)
+    accuracy = "tp_twoaxis.training.evaluation.accuracy"
+    monkeypatch.setattr(accuracy, lambda _, loader, **__: measured.append(loader.augment) or (0.5, 20))
     succeed(*arguments, *SMALL, "--eval-split", "test")
     succeed(*arguments, *SMALL, "--no-augment", "--force")
     assert (seen, measured) == ([True, False], [False])
@@ -148,33 +145,8 @@ def test_help():
 
 
 def test_two_processes_share_the_batches(folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # what torchrun sets
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
-    arguments = [sys.executable, "-m", "tp_twoaxis", "train", MODEL, "--json", "--data", str(folder / "images")]
-    arguments += ["--out", str(tmp_path / "w.safetensors"), "--epochs", "1", "--batch-size", "10"]
-    processes = [
-        subprocess.Popen(
-            [*arguments, "--eval-split", "test"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **launched, "PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    printed = []
-    try:
-        for process in processes:
-            text, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-            printed.append(text)
-    finally:
-        for process in processes:
-            process.kill()
+    arguments = ["train", MODEL, "--json", "--data", folder / "images", "--out", tmp_path / "w.safetensors"]
+    printed = two_ranks(*arguments, "--epochs", 1, "--batch-size", 10, "--eval-split", "test")
     payload = json.loads(printed[0])
     assert (payload["batches"], payload["images"], payload["evaluation"]["images"]) == (4, 40, 20)
     assert printed[1] == ""

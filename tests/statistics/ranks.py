@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: ``python ranks.py RANK WORLD FOLDER``."""
+"""One rank of test_reduction.py: ``python ranks.py RANK WORLD FOLDER``."""
 
 import sys
 from pathlib import Path
@@ -9,17 +9,19 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cases import batches, conv_net
 
-from tp_twoaxis import TwoAxisError, calibrate
+from tp_twoaxis import CalibrationStatistics, TwoAxisError, calibrate
 from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.reduction import reduce_moments
 
-CUTS = {1: [0, 44], 2: [0, 31, 44], 3: [0, 5, 27, 44]}  # uneven shards of 44 images
+# uneven shards of 44 images
+CUTS = {"one": [0, 44], "two": [0, 31, 44], "three": [0, 5, 27, 44], "idle": [0, 0, 30, 44]}
 
 
-def shard(rank, world):
+def shard(rank, cuts):
     """This rank's images, in batches of 8."""
     x, y = batches(44, 44)[0]
-    own = slice(CUTS[world][rank], CUTS[world][rank + 1])
-    return list(zip(x[own].double().split(8), y[own].split(8), strict=True))
+    own = slice(cuts[rank], cuts[rank + 1])
+    return list(zip(x[own].double().split(8), y[own].split(8), strict=True)) if own.start < own.stop else []
 
 
 def calibrated(loader, **options):
@@ -36,33 +38,63 @@ def refused(action):
     return ""
 
 
+def check_rows_far_from_zero(rank):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 3, generator=generator, dtype=torch.float64) + 1e4
+    rows[:, 2] = 1e4 / 3  # a constant: its scatter stays nought
+    part = [rows[:0], rows[:100], rows[100:]][rank]
+    own, single = (CoMoments(3), CoMoments(3, 2)), (CoMoments(3), CoMoments(3, 2))
+    for moments, seen in ((own, part), (single, rows)):
+        moments[0].update(seen, weight=2.0)
+        moments[1].update(seen, seen[:, :2])
+    reduce_moments(own)
+    centred = rows - rows.mean(0)
+    for mine, theirs, other in zip(own, single, (centred, centred[:, :2]), strict=True):
+        assert (mine.count, mine.weight) == (theirs.count, theirs.weight)
+        torch.testing.assert_close(mine.mean, rows.mean(0), rtol=1e-14, atol=0)
+        torch.testing.assert_close(mine.other_mean, theirs.other_mean, rtol=1e-14, atol=0)
+        torch.testing.assert_close(mine.covariance, centred.T @ other / 300, rtol=1e-9, atol=1e-9)
+    assert float(own[0].covariance[2, 2]) < 1e-20
+
+
+def check_second_reduction(stats, group, folder, name):
+    """What was reduced, was read back, or took in what was reduced, is refused on every rank."""
+    stats.save(folder / f"{name}.safetensors")
+    again = CalibrationStatistics.load(folder / f"{name}.safetensors")
+    merged = calibrated(shard(1, CUTS["two"]), consumers=True).merge(again)
+    for reduced in (stats, again, merged):
+        message = refused(lambda reduced=reduced: reduced.all_reduce(group))
+        assert message.startswith("all_reduce: rank 0: the statistics hold the images of all ranks already;"), message
+
+
 def main(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    groups = {size: dist.new_group(list(range(size))) for size in CUTS}
-    for size, group in groups.items():
+    collectives, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: collectives.append(args) or all_reduce(*args, **kwargs)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
+    for name, cuts in CUTS.items():
+        size = len(cuts) - 1
         if rank < size:
-            stats = calibrated(shard(rank, size), consumers=True)
-            assert stats.all_reduce(group) is stats
-            stats.save(folder / f"{size}-{rank}.safetensors")
+            stats = calibrated(shard(rank, cuts), consumers=True)
+            collectives.clear()
+            with torch.inference_mode():
+                assert stats.all_reduce(groups[size]) is stats
+            assert len(collectives) == (size > 1)
+            check_second_reduction(stats, groups[size], folder, f"{name}-{rank}")
 
-    # far from zero, an empty rank, and the whole group by default
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(300, 3, generator=generator, dtype=torch.float64) + 1e5
-    moments = CoMoments(3, 2)
-    part = [rows[:0], rows[:100], rows[100:]][rank]
-    moments.update(part, part[:, :2])
-    moments.all_reduce()
-    single = CoMoments(3, 2)
-    single.update(rows, rows[:, :2])
-    assert moments.count == 300
-    torch.testing.assert_close(moments.covariance, single.covariance, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(moments.other_mean, single.other_mean, rtol=1e-14, atol=0)
+    check_rows_far_from_zero(rank)
 
-    layers = calibrated(shard(rank, world), layers=["conv1", "fc"] if rank == 1 else None)
-    labels = calibrated(shard(rank, world) if rank else [x for x, _ in shard(rank, world)], gradients=False)
-    gradients = calibrated(shard(rank, world), gradients=rank == 1)
-    for name, stats in {"layers": layers, "labels": labels, "gradients": gradients}.items():
+    own = shard(rank, CUTS["three"])
+    cases = {
+        "layers": calibrated(own, layers=["conv1", "fc"] if rank == 1 else None),
+        "labels": calibrated(own if rank else [x for x, _ in own], gradients=False),
+        "gradients": calibrated(own, gradients=rank == 1),
+        "nothing": calibrated([]),
+        "one reduced": calibrated(own),
+    }
+    cases["one reduced"].reduced = rank == 2
+    for name, stats in cases.items():
         (folder / f"{name}-{rank}.txt").write_text(refused(stats.all_reduce))
     dist.destroy_process_group()
 

@@ -185,14 +185,6 @@ def test_mirror_makes_the_scatter_symmetric_to_the_last_bit():
     assert torch.equal(paired.symmetrize().scatter, before)
 
 
-def test_all_reduce_without_a_process_group_is_the_identity():
-    moments = of(draw())
-    scatter = moments.scatter.clone()
-    assert moments.all_reduce() is moments
-    assert torch.equal(moments.scatter, scatter)
-    assert moments.count == 200
-
-
 def test_from_parts_rebuilds():
     x, y = draw(), draw(width=2, seed=3)
     for moments in (of(x), of(x, other=[y])):

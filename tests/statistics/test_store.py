@@ -196,6 +196,16 @@ def test_a_file_that_is_incomplete(tmp_path, change):
         CalibrationStatistics.load(path)
 
 
+def test_what_was_reduced_is_known_in_files_and_after_a_merge(tmp_path):
+    whole, part = run(), run()
+    assert not whole.reduced
+    whole.reduced = True
+    whole.save(tmp_path / "a")
+    assert CalibrationStatistics.load(tmp_path / "a").reduced
+    assert part.merge(whole).reduced
+    assert whole.merge(run()).reduced
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_of_earlier_versions_are_read_and_not_merged(tmp_path, version):
     """Their rows' weights are not known; alone they are what they were."""

@@ -13,9 +13,7 @@ from tp_twoaxis.cli.option_values import names, numbers
 from tp_twoaxis.cli.options import MODEL_HELP, DataOptions, JsonOptions, WeightOptions
 from tp_twoaxis.cli.report_command import report_lines, report_payload
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance import expand_criteria
-from tp_twoaxis.repair import parse_repair
-from tp_twoaxis.runtime.distributed import process_group
+from tp_twoaxis.known_names import check_criteria, parse_repair
 
 if TYPE_CHECKING:
     # pandas and matplotlib: not for a help page
@@ -36,7 +34,7 @@ class SplitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """The methods, shares and seeds that are crossed; unknown names are refused when :meth:`config` reads them."""
+    """The methods, shares and seeds that are crossed; unknown names are refused, and what should be numbers."""
 
     methods: Annotated[
         str,
@@ -52,11 +50,21 @@ class SweepOptions:
     channels_last: Annotated[bool, _sweep("Memory layout; often faster.", "--channels-last")] = False
     seeds: Annotated[str, _sweep("Seeds of calibration images and training.")] = "42,123,456,789,1011"
 
+    def __post_init__(self) -> None:
+        check_criteria(self._read()["methods"]["criteria"])
+
     def config(self) -> dict[str, Any]:
         """Give these options as keys of a config."""
+        from tp_twoaxis.importance import expand_criteria
+
+        values = self._read()
+        values["methods"]["criteria"] = expand_criteria(values["methods"]["criteria"])
+        return values
+
+    def _read(self) -> dict[str, Any]:
         return {
             "methods": {
-                "criteria": expand_criteria(names(self.methods) or []),
+                "criteria": names(self.methods) or [],
                 "allocation": names(self.allocation),
                 "repair": [list(parse_repair(repair)) for repair in names(self.repair) or ()],
                 "finetune_batches": numbers("--finetune-batches", self.finetune_batches, int),
@@ -125,15 +133,18 @@ def bench_command(
     Each trial is a file in OUT; run the same command again after an interruption and it goes on. Several GPUs at one
     trial: torchrun --nproc-per-node 4 -m tp_twoaxis bench ... --device cuda.
     """
+    if config is not None and not (model is None and source is None):
+        raise TwoAxisError("--config: expected it alone, got --model or --data as well; write them into the file")
+    if config is None and (model is None or source is None):
+        raise TwoAxisError("expected --model and --data, or --config; give them")
+
     from tp_twoaxis.benchmark import BenchmarkConfig, load_config, run_benchmark
     from tp_twoaxis.benchmark.report import make_report
+    from tp_twoaxis.runtime.distributed import process_group
 
-    if config is not None:
-        if model is not None or source is not None:
-            raise TwoAxisError("--config: expected it alone, got --model or --data as well; write them into the file")
+    if model is None or source is None:
+        assert config is not None
         settings = load_config(config)
-    elif model is None or source is None:
-        raise TwoAxisError("expected --model and --data, or --config; give them")
     else:
         network = {
             "name": model if weights.checkpoint is None else weights.checkpoint.stem,

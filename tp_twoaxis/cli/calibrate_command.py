@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated
 
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, OutputOptions, StatisticsOptions, noted
-from tp_twoaxis.importance import PruningState, find_criterion
+from tp_twoaxis.known_names import check_criterion
 
 _statistics = panel("Statistics")
 
@@ -26,14 +27,28 @@ def calibrate_command(
     gradients: Annotated[bool, _statistics("Also gather gradients, for cap-qgw; needs labels.", "--gradients")] = False,
     output: OutputOptions,
 ) -> None:
-    """Run images through a trained model once and write what the scores need."""
-    extras = () if score is None else find_criterion(score).extras
+    """Run images through a trained model once and write what the scores need.
+
+    On several GPUs, each with its share of the images: torchrun --nproc-per-node 4 -m tp_twoaxis calibrate ...
+    --device cuda.
+    """
+    if score is not None:
+        check_criterion(score)
     output.check(out)
+
+    from tp_twoaxis.importance import PruningState, find_criterion
+    from tp_twoaxis.runtime.distributed import process_group
+
+    extras = () if score is None else find_criterion(score).extras
     start = time.perf_counter()
-    state = PruningState(
-        model.build(), source.loader(), **statistics.keywords(), max_images=None, progress=output.progress
-    )
-    stats = state.statistics(*extras, also=("gradients",) if gradients else ())
+    with process_group(model.device) as process:
+        network = dataclasses.replace(model, device=process.device).build()
+        loader = source.loader(process.rank, process.world_size)
+        progress = output.progress and process.rank == 0
+        state = PruningState(network, loader, **statistics.keywords(), max_images=None, progress=progress)
+        stats = state.statistics(*extras, also=("gradients",) if gradients else ()).all_reduce()
+    if process.rank:
+        return
     stats.save(out)
     seconds = time.perf_counter() - start
     channels = sum(s.num_channels for s in stats.layers.values())

@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
 import typer
-from torch.utils.data import Subset
 
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names
 from tp_twoaxis.cli.options import DataOptions, EvaluationOptions, ModelOptions, OutputOptions, StatisticsOptions
-from tp_twoaxis.data import ArrayDataset, make_loader
-from tp_twoaxis.diagnostics.explain import Removal, explain
-from tp_twoaxis.diagnostics.peers import PEERS
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.runtime.layers import channel_layers
-from tp_twoaxis.runtime.serialization import write_bytes
-from tp_twoaxis.statistics.calibration import calibrate
-from tp_twoaxis.statistics.store import CalibrationStatistics
+
+if TYPE_CHECKING:
+    from tp_twoaxis.diagnostics.explain import Removal
 
 _explain, _output = panel("Explanation"), panel("Output")
 
@@ -36,7 +30,7 @@ class ExplanationOptions:
     ] = None
     lesion_images: Annotated[int, _explain("Images to measure lesions on, none of --images.", min=1)] = 1000
     removal: Annotated[str, _explain("What stands in a removed channel's place: mean, zero.")] = "mean"
-    peers: Annotated[int, _explain("Peers that predict a channel, at most.", min=1)] = PEERS
+    peers: Annotated[int, _explain("Peers that predict a channel, at most.", min=1)] = 8
 
     def __post_init__(self) -> None:
         parts = names(self.channel)
@@ -84,6 +78,12 @@ def explain_command(
     if source is None and (stats is None or explanation.channels is not None):
         what = "the lesions" if stats is not None else "the statistics"
         raise TwoAxisError(f"--data: {what} need images, got none; name them")
+
+    from tp_twoaxis.diagnostics.explain import explain
+    from tp_twoaxis.runtime.layers import channel_layers
+    from tp_twoaxis.runtime.serialization import write_bytes
+    from tp_twoaxis.statistics import CalibrationStatistics, calibrate
+
     network = model.build()
     channel_layers(network, [layer])  # a typo is refused before images are read
     gathered = None if stats is None else CalibrationStatistics.load(stats)
@@ -112,7 +112,7 @@ def explain_command(
         lesion_loader,
         stats=gathered,
         channels=explanation.channels,
-        removal=cast(Removal, explanation.removal),
+        removal=cast("Removal", explanation.removal),
         peers=explanation.peers,
         progress=output.progress,
     )
@@ -142,6 +142,11 @@ def _loaders(
         held_out: how many images lesions are measured on; 0 without lesions.
         score: whether the statistics are still to be gathered.
     """
+    import torch
+    from torch.utils.data import Subset
+
+    from tp_twoaxis.data import ArrayDataset, make_loader
+
     if not held_out:
         return source.loader() if score else None, None, []
     if others is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.statistics.recorder import Positions
+
+if TYPE_CHECKING:
+    from tp_twoaxis.statistics.recorder import Positions
 
 
 def names(text: str | None) -> list[str] | None:
@@ -55,7 +57,7 @@ def position_rule(text: str) -> Positions:
         16
     """
     if text in ("auto", "all"):
-        return cast(Positions, text)
+        return cast("Positions", text)
     if not text.isdecimal() or int(text) < 1:
         raise TwoAxisError(f"--positions: expected auto, all or a positive number, got {text!r}")
     return int(text)

@@ -1,4 +1,7 @@
-"""Options that several commands share, declared once, and what they lead to: models, images, statistics, files."""
+"""Options that several commands share, declared once, and what they lead to: models, images, statistics, files.
+
+PyTorch is imported where an option leads to something, so that a help page and a bad option need none.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,19 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.option_values import names, numbers, position_rule
-from tp_twoaxis.data import ArrayDataset, ImageDataset, has_splits, make_loader, open_dataset, same_images
 from tp_twoaxis.errors import TwoAxisError, check_name
-from tp_twoaxis.models import build_model, load_weights
-from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
-from tp_twoaxis.pruning.checkpoint import load_pruned
-from tp_twoaxis.pruning.config import PruningConfig
-from tp_twoaxis.repair import REPAIRS, parse_repair
-from tp_twoaxis.runtime.serialization import write_bytes
-from tp_twoaxis.statistics.store import FORMAT as STATISTICS
-from tp_twoaxis.statistics.targets import TARGETS
+from tp_twoaxis.known_names import ATTENTION_UNITS, REPAIRS, TARGETS, parse_repair
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tp_twoaxis.data import ArrayDataset, ImageDataset
 
 RANDOM_WEIGHTS = "the model has random weights; give --checkpoint or --pretrained"
 MODEL_HELP = (
@@ -66,6 +63,13 @@ class ModelOptions(WeightOptions):
         Raises:
             TwoAxisError: the model, its weights or the device do not fit.
         """
+        import torch
+
+        from tp_twoaxis.models import load_weights
+        from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
+        from tp_twoaxis.pruning.checkpoint import load_pruned
+        from tp_twoaxis.statistics.store import FORMAT as STATISTICS
+
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -84,11 +88,15 @@ class ModelOptions(WeightOptions):
         return model.to(self.device).eval()
 
     def _dense(self, pretrained: bool = False) -> nn.Module:
+        from tp_twoaxis.models import build_model
+
         return build_model(self.model, num_classes=self.num_classes, pretrained=pretrained)
 
     @property
     def pruned(self) -> bool:
         """Whether the checkpoint holds a pruned network, whose shapes the model's factory does not know."""
+        from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
+
         return self.checkpoint is not None and _format(self.checkpoint) == PRUNED
 
     def notes(self) -> list[str]:
@@ -100,6 +108,8 @@ class ModelOptions(WeightOptions):
 
 def _format(path: Path) -> str | None:
     """Read what a safetensors file says it is; None for plain weights and for what load_weights refuses."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
             kind: str | None = (file.metadata() or {}).get("format")
@@ -151,6 +161,8 @@ class DataOptions:
         Raises:
             TwoAxisError: there is no such data, or the numbers do not fit.
         """
+        from tp_twoaxis.data import open_dataset
+
         return open_dataset(
             self.data,
             split=self.split,
@@ -161,9 +173,11 @@ class DataOptions:
             **self.normalisation(),
         )
 
-    def loader(self) -> Any:
-        """Open the data and split it into batches; see :meth:`open`."""
-        return make_loader(self.open(), self.batch_size, workers=self.workers)
+    def loader(self, rank: int = 0, ranks: int = 1) -> Any:
+        """Open the data and split it, or the share of one of several processes, into batches; see :meth:`open`."""
+        from tp_twoaxis.data import make_loader
+
+        return make_loader(self.open(), self.batch_size, workers=self.workers, rank=rank, ranks=ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +198,8 @@ class EvaluationOptions:
             if self.eval_images is not None:
                 raise TwoAxisError("--eval-images: expected --eval-split or --eval-data with it, got neither; add one")
             return None
+        from tp_twoaxis.data import has_splits, same_images
+
         if self.eval_data is None and not has_splits(source.data):
             raise TwoAxisError(f"--eval-split: {source.data} has no splits; name the files for it with --eval-data")
         beside = replace(
@@ -237,8 +253,8 @@ class PruningOptions:
     """What every pruning of a network keeps to; unknown names and numbers out of range are refused."""
 
     repair: Annotated[str, _pruning(f"{', '.join(REPAIRS)}, or ridge+bn; none.")] = "bn"
-    min_keep: Annotated[float, _pruning("Share of every group's channels that always stays.")] = 0.1
-    round_to: Annotated[int | None, _pruning("Keep multiples of this many channels.")] = None
+    min_keep: Annotated[float, _pruning("Share of every group's channels that always stays.", min=0, max=1)] = 0.1
+    round_to: Annotated[int | None, _pruning("Keep multiples of this many channels.", min=1)] = None
     attention: Annotated[str, _pruning("What attention loses: heads, or head-dims of every head.")] = "heads"
     guard: Annotated[
         bool, _pruning("Hold images out and keep repairs only as far as they serve.", "--guard/--no-guard")
@@ -246,10 +262,13 @@ class PruningOptions:
     ignore: Annotated[str | None, _pruning("Layers that keep their channels: conv1,fc.")] = None
 
     def __post_init__(self) -> None:
-        PruningConfig(**self.keywords())
+        parse_repair(self.repair)
+        check_name("attention", self.attention, ATTENTION_UNITS)
 
     def check(self, network: nn.Module) -> None:
         """Refuse layers of ``--ignore`` that the network does not have, before images are read."""
+        from tp_twoaxis.pruning.config import PruningConfig
+
         PruningConfig(**self.keywords()).ignored_in(network)
 
     def keywords(self) -> dict[str, Any]:
@@ -329,6 +348,8 @@ class ReportOptions(OutputOptions):
     def show(self, payload: Mapping[str, Any], *lines: str) -> None:
         """Write the object to the file, then print it or the lines."""
         if self.report is not None:
+            from tp_twoaxis.runtime.serialization import write_bytes
+
             write_bytes(self.report, f"{json.dumps(payload)}\n".encode())
         super().show(payload, *lines)
 

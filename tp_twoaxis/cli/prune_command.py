@@ -18,27 +18,26 @@ from tp_twoaxis.cli.options import (
     StatisticsOptions,
 )
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance import PruningState, criterion_names, find_criterion
-from tp_twoaxis.pruning.checkpoint import save_pruned
-from tp_twoaxis.pruning.prune import prune_to_flops
-from tp_twoaxis.repair import parse_repair, refits
-from tp_twoaxis.runtime.batches import split_batch
-from tp_twoaxis.runtime.model_state import unwrap
-from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
-from tp_twoaxis.statistics.store import CalibrationStatistics
-from tp_twoaxis.training.evaluation import accuracy
+from tp_twoaxis.known_names import ALIASES, check_criterion, criterion_names, parse_repair
 
 _pruning = panel("Pruning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalOptions:
-    """How much is removed, and what ranks channels."""
+    """How much is removed, and what ranks channels; unknown names and numbers out of range are refused."""
 
     flops: Annotated[float, _pruning("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
-    score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = DEFAULT_SCORE
+    score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = ALIASES["local"]
     stats: Annotated[Path | None, _pruning("Statistics that `calibrate` wrote; default calibrate now.")] = None
+
+    def __post_init__(self) -> None:
+        check_criterion(self.score)
+        if not 0.0 < self.flops <= 1.0:
+            raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {self.flops:g}")
+        if self.steps < 1:
+            raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {self.steps}")
 
 
 def prune_command(
@@ -59,12 +58,17 @@ def prune_command(
 
     Load it again with tp_twoaxis.load_pruned, or hand it to --checkpoint.
     """
-    criterion = find_criterion(removal.score)
-    if not 0.0 < removal.flops <= 1.0:
-        raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {removal.flops:g}")
-    if removal.steps < 1:
-        raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {removal.steps}")
     output.check(out, output.report)
+
+    from tp_twoaxis.importance import PruningState, find_criterion
+    from tp_twoaxis.pruning import prune_to_flops, save_pruned
+    from tp_twoaxis.repair import refits
+    from tp_twoaxis.runtime.batches import split_batch
+    from tp_twoaxis.runtime.model_state import unwrap
+    from tp_twoaxis.statistics import CalibrationStatistics
+    from tp_twoaxis.training.evaluation import accuracy
+
+    criterion = find_criterion(removal.score)
     test_source = evaluation.beside(source)
     network = model.build()
     pruning.check(network)

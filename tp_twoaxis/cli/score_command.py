@@ -11,11 +11,8 @@ import typer
 from tp_twoaxis.cli.option_groups import omit, panel
 from tp_twoaxis.cli.option_values import names
 from tp_twoaxis.cli.options import MODEL_HELP, DataOptions, OutputOptions, StatisticsOptions, WeightOptions, noted
-from tp_twoaxis.diagnostics.channel_table import channel_table, check_suffix, layer_summary, records, write_table
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance import PruningState, find_criterion, layer_score
-from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
-from tp_twoaxis.statistics.store import CalibrationStatistics
+from tp_twoaxis.known_names import ALIASES, SCORES, check_criterion
 
 # a summary's row shall fit a terminal's line
 _SHORT = {
@@ -38,7 +35,7 @@ def score_command(
     stats: Annotated[Path | None, panel("Statistics")("Statistics that `calibrate` wrote.")] = None,
     score: Annotated[
         str, _output(f"Score of the last column: {', '.join(SCORES)}, also with options: hull(strength=1.0).")
-    ] = DEFAULT_SCORE,
+    ] = ALIASES["local"],
     out: Annotated[Path | None, _output("Write the table: .csv or .parquet.")] = None,
     plot: Annotated[Path | None, _output("Folder for a scatter plot of each layer and an overview.")] = None,
     full: Annotated[
@@ -55,16 +52,22 @@ def score_command(
     hull_size and hull_explanation, how few peers predict how much (E, 0 to 1); rayleigh_quotient; task_mi, the
     task information M in nats; target_excess X and target_redundancy in nats; and the chosen score, larger keeps.
     """
-    layer_score(score)  # refuses criteria that only rank groups
-    score = find_criterion(score).name
-    if out is not None:
-        check_suffix(out)
+    check_criterion(score)
     output.check(out, folder=plot)
     if model is None and (weights.checkpoint is not None or weights.pretrained):
         raise TwoAxisError("--checkpoint and --pretrained: expected a MODEL to load them into, got none; name it first")
     if (stats is None) == (source is None):
         given = "neither" if stats is None else "both"
         raise TwoAxisError(f"expected --stats or --data, got {given}; give one")
+
+    from tp_twoaxis.diagnostics.channel_table import channel_table, check_suffix, layer_summary, records, write_table
+    from tp_twoaxis.importance import PruningState, find_criterion, layer_score
+    from tp_twoaxis.statistics import CalibrationStatistics
+
+    layer_score(score)  # refuses criteria that only rank groups
+    score = find_criterion(score).name
+    if out is not None:
+        check_suffix(out)
     network = None if model is None else weights.of(model).build()
     if stats is not None:
         gathered = CalibrationStatistics.load(stats)

@@ -9,9 +9,7 @@ from tp_twoaxis.cli.option_groups import omit, panel
 from tp_twoaxis.cli.option_values import names, numbers
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, PruningOptions, ReportOptions, StatisticsOptions, noted
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance import criterion_names, expand_criteria
-from tp_twoaxis.pruning.selection import select_score
-from tp_twoaxis.runtime.batches import split_batch
+from tp_twoaxis.known_names import check_criteria, criterion_names
 
 _selection = panel("Selection")
 
@@ -38,9 +36,15 @@ def select_command(
 
     Training images are enough: keep test images for the end. Continue with: tp-twoaxis prune --score BEST.
     """
-    chosen = _candidates(candidates, exclude)
+    included, excluded = names(candidates) or [], names(exclude) or []
+    check_criteria([*included, *excluded])
     output.check(output.report)
     shares = numbers("--flops", flops) or []
+
+    from tp_twoaxis.pruning import select_score
+    from tp_twoaxis.runtime.batches import split_batch
+
+    chosen = _candidates(included, excluded)
     network = model.build()
     pruning.check(network)
     loader = source.loader()
@@ -66,9 +70,10 @@ def select_command(
     )
 
 
-def _candidates(candidates: str, exclude: str | None) -> list[str]:
-    included = expand_criteria(names(candidates) or [])
-    excluded = expand_criteria(names(exclude) or [])
+def _candidates(candidates: list[str], exclude: list[str]) -> list[str]:
+    from tp_twoaxis.importance import expand_criteria
+
+    included, excluded = expand_criteria(candidates), expand_criteria(exclude)
     if unknown := [name for name in excluded if name not in included]:
         raise TwoAxisError(f"--exclude: {unknown[0]!r} is no candidate; they are {', '.join(included)}")
     return [name for name in included if name not in excluded]

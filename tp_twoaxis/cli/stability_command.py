@@ -8,11 +8,8 @@ from typing import Annotated
 
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, OutputOptions, StatisticsOptions, noted
-from tp_twoaxis.diagnostics import calibration_is_enough, score_stability
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.importance import find_criterion, layer_score
-from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
-from tp_twoaxis.statistics import calibrate_shards
+from tp_twoaxis.known_names import ALIASES, SCORES, check_criterion
 
 _stability = panel("Stability")
 
@@ -23,7 +20,7 @@ def stability_command(
     source: DataOptions,
     score: Annotated[
         str, _stability(f"Score in question: {', '.join(SCORES)}, also with options: hull(strength=1.0).")
-    ] = DEFAULT_SCORE,
+    ] = ALIASES["local"],
     shards: Annotated[int, _stability("Parts that the images are split into.", min=2)] = 8,
     resamples: Annotated[int, _stability("Bootstrap resamples of the shards.", min=2)] = 200,
     level: Annotated[float, _stability("Level of the intervals.")] = 0.95,
@@ -39,12 +36,18 @@ def stability_command(
     One pass over the images, in shards: a bootstrap over them gives an interval for every channel's score, and
     disjoint halves give the reliability of the ranks and the number of images that would reach --reliability.
     """
-    layer_score(score)  # refuses criteria that only rank groups
-    score = find_criterion(score).name
+    check_criterion(score)
     for option, share in (("--level", level), ("--reliability", reliability)):
         if not 0.0 < share < 1.0:
             raise TwoAxisError(f"{option}: expected a number between 0 and 1, got {share:g}; 0.95 is usual")
     output.check(plot)
+
+    from tp_twoaxis.diagnostics import calibration_is_enough, score_stability
+    from tp_twoaxis.importance import find_criterion, layer_score
+    from tp_twoaxis.statistics import calibrate_shards
+
+    layer_score(score)  # refuses criteria that only rank groups
+    score = find_criterion(score).name
     parts = calibrate_shards(
         model.build(),
         source.loader(),

@@ -6,31 +6,25 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
-
-import torch
-from safetensors.torch import save
-from torch import nn
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import numbers
 from tp_twoaxis.cli.options import DataOptions, EvaluationOptions, ModelOptions, OutputOptions
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.pruning.checkpoint import save_pruned
-from tp_twoaxis.runtime.distributed import barrier, process_group
-from tp_twoaxis.runtime.model_state import fork_rng
-from tp_twoaxis.runtime.serialization import write_bytes
-from tp_twoaxis.training import RECIPES, Distillation, Recipe, find_recipe, finetune, training_batches
-from tp_twoaxis.training.evaluation import accuracy
-from tp_twoaxis.training.loss import DISTILLATION
-from tp_twoaxis.training.settings import Precision
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.known_names import RECIPES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tp_twoaxis.training.settings import Precision, Recipe
 
 _recipe, _run = panel("Recipe"), panel("Run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """How the network is trained: a recipe, and what differs from it; the distillation must be two numbers."""
+    """How the network is trained: a known recipe, and what differs from it; the distillation must be two numbers."""
 
     recipe: Annotated[
         str,
@@ -48,11 +42,10 @@ class RecipeOptions:
     augment: Annotated[bool, _recipe("Crop at random offsets and mirror at random.")] = True
     max_batches: Annotated[int | None, _recipe("Optimizer steps in all, at most.", min=1)] = None
     teacher: Annotated[Path | None, _recipe("Weights of the dense MODEL, to learn from its predictions too.")] = None
-    distillation: Annotated[str, _recipe("Temperature and weight of the teacher's part of the loss.")] = (
-        f"{DISTILLATION.temperature:g},{DISTILLATION.weight:g}"
-    )
+    distillation: Annotated[str, _recipe("Temperature and weight of the teacher's part of the loss.")] = "4,0.5"
 
     def __post_init__(self) -> None:
+        check_name("recipe", self.recipe, RECIPES)
         if len(self.softening) != 2:
             raise TwoAxisError(
                 f"--distillation: expected a temperature and a weight such as 4,0.5, got {self.distillation!r}"
@@ -65,10 +58,12 @@ class RecipeOptions:
 
     def settings(self, model: str, device: str) -> Recipe:
         """Put the options that were given in the place of the recipe's values."""
+        from tp_twoaxis.training import find_recipe
+
         changed = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing")
         given = {name: getattr(self, name) for name in changed if getattr(self, name) is not None}
         if self.amp is not None:
-            given["amp"] = None if self.amp == "none" else cast(Precision, self.amp)
+            given["amp"] = None if self.amp == "none" else cast("Precision", self.amp)
         return dataclasses.replace(find_recipe(self.recipe, model, device), **given)
 
     def record(self, settings: Recipe) -> dict[str, Any]:
@@ -117,10 +112,18 @@ def train_command(
     With several GPUs: torchrun --nproc-per-node 4 -m tp_twoaxis train ... --device cuda. Each process takes its
     share of every batch.
     """
-    recipe = training.settings(model.model, model.device)
     state = run.state or out.with_name(f"{out.stem}.state.safetensors")
     # a state that --resume is for is no output to be replaced
     output.check(out, None if run.resume or output.force else state)
+
+    import torch
+
+    from tp_twoaxis.runtime.distributed import barrier, process_group
+    from tp_twoaxis.runtime.model_state import fork_rng
+    from tp_twoaxis.training import Distillation, finetune, training_batches
+    from tp_twoaxis.training.evaluation import accuracy
+
+    recipe = training.settings(model.model, model.device)
     source = dataclasses.replace(source, batch_size=recipe.batch_size)
     test_source = evaluation.beside(source)
     with process_group(model.device) as process:
@@ -194,6 +197,11 @@ def train_command(
 
 def _write(network: nn.Module, options: ModelOptions, out: Path, payload: dict[str, Any]) -> None:
     """Write weights for --checkpoint, with how they came about in the file's header."""
+    from safetensors.torch import save
+
+    from tp_twoaxis.pruning import save_pruned
+    from tp_twoaxis.runtime.serialization import write_bytes
+
     if options.pruned:
         save_pruned(network, out, _Payload(payload))
         return

@@ -22,8 +22,10 @@ def make_loader(
     seed: int = 0,
     shuffle: bool = False,
     workers: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> ArrayLoader | DataLoader[Any]:
-    """Batches of a data set or of a fixed random part of it.
+    """Batches of a data set or of a fixed random part of it, or of one process's share of these.
 
     Args:
         dataset: of this package, or any map-style data set.
@@ -32,6 +34,8 @@ def make_loader(
         seed: of the draw and of the order when shuffled. Equal seeds draw equal images.
         shuffle: a new order for each pass; otherwise the data set's own order, which reads files in sequence.
         workers: processes that decode; unused for data in memory.
+        rank: which share of the images, from 0; the shares' lengths differ by one at most.
+        ranks: shares in all.
 
     Returns:
         A re-iterable loader of ``(images [B, C, H, W], labels [B])`` or of images alone, with a length.
@@ -49,9 +53,10 @@ def make_loader(
     generator = torch.Generator().manual_seed(seed)
     size = _length(dataset)
     rows = torch.arange(size) if num_images is None else draw_rows(size, num_images, generator)
+    rows = rows[rank::ranks]
     if isinstance(dataset, ArrayDataset):
         return dataset.loader(batch_size, rows, shuffle, generator)
-    part = dataset if num_images is None else Subset(dataset, rows.tolist())
+    part = dataset if len(rows) == size else Subset(dataset, rows.tolist())
     return DataLoader(part, batch_size, shuffle=shuffle, num_workers=workers, generator=generator)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch_pruning as tp
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng, unwrap
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """One tensor, positional arguments, or keyword arguments of the model's forward."""
@@ -77,6 +79,9 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
         {'': 4736, '0': 3456, '1': 0, '2': 0, '3': 1280}
     """
     model = unwrap(model)
+    # it imports triton where there is one, which takes longer than all of this package
+    from torch.utils.flop_counter import FlopCounterMode
+
     batch = _batch_size(example_inputs)
     names = {module: name for name, module in model.named_modules()}
     flops = dict.fromkeys(names.values(), 0)

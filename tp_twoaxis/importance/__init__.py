@@ -7,9 +7,7 @@ from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.registry import (
     CRITERIA,
-    FAMILIES,
     as_criterion,
-    criterion_names,
     expand_criteria,
     find_criterion,
     layer_score,
@@ -22,6 +20,7 @@ from tp_twoaxis.importance.two_axis import (
     TargetImportance,
     TwoAxisImportance,
 )
+from tp_twoaxis.known_names import FAMILIES, criterion_names
 
 __all__ = [
     "CRITERIA",

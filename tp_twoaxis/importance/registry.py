@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance.criterion import (
-    Axis,
     Criterion,
     Importance,
     criterion_from_factory,
@@ -19,22 +17,13 @@ from tp_twoaxis.importance.criterion import (
     parse_expression,
 )
 from tp_twoaxis.importance.pruning_state import PruningState
+from tp_twoaxis.known_names import ALIASES, FAMILIES, check_criterion, criterion_names, plugins
 from tp_twoaxis.runtime.factories import load_attribute
-from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, Score
+from tp_twoaxis.scores.named_scores import Score
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 CRITERIA: dict[str, Criterion] = {}
 """Every criterion of the package by name; filled by :mod:`tp_twoaxis.importance.criteria`."""
-ENTRY_POINTS = "tp_twoaxis.importances"
-ALIASES = {"local": DEFAULT_SCORE, "target": "task-mi"}
-"""Short names of the default score of each axis."""
-FAMILIES: dict[str, tuple[Axis, ...]] = {
-    "all": ("local", "target", "mixed", "both", "baseline"),
-    "all-local": ("local", "mixed"),
-    "all-target": ("target",),
-    "all-baselines": ("baseline",),
-}
-"""Names that stand for several criteria, where several are taken. ``all-local`` are the scores of a layer by itself."""
 
 
 def find_criterion(expression: str) -> Criterion:
@@ -65,20 +54,20 @@ def find_criterion(expression: str) -> Criterion:
     expression = canonical + expression.strip()[len(name) :]
     if canonical in CRITERIA:
         return CRITERIA[canonical].configured(options, expression)
-    plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    names = list(dict.fromkeys([*CRITERIA, *plugins]))
-    if canonical in plugins:
+    point = plugins().get(canonical)
+    if point is not None:
         try:
-            made = plugins[canonical].load()
+            made = point.load()
         except Exception as error:  # another package's import may raise anything
             raise TwoAxisError(
-                f"criterion {expression!r}: its entry point {plugins[canonical].value} does not load "
+                f"criterion {expression!r}: its entry point {point.value} does not load "
                 f"({type(error).__name__}: {error}); repair or uninstall that package"
             ) from error
     elif ":" in canonical:
-        made = load_attribute(canonical, "criterion", otherwise=f"names without a colon are {', '.join(names)}")
+        names = ", ".join(criterion_names())
+        made = load_attribute(canonical, "criterion", otherwise=f"names without a colon are {names}")
     else:
-        check_name("criterion", name, [*names, *ALIASES], more=" or module:factory")
+        check_criterion(name)
     if isinstance(made, Criterion):
         return made.configured(options, expression)
     return criterion_from_factory(expression, made, options)
@@ -97,16 +86,6 @@ def as_criterion(importance: str | Criterion | Importance) -> Criterion:
     if isinstance(importance, str):
         return find_criterion(importance)
     return importance if isinstance(importance, Criterion) else criterion_from_importance(importance)
-
-
-def criterion_names() -> list[str]:
-    """List the criteria that have a name: the package's, then those of installed entry points.
-
-    Example:
-        >>> criterion_names()[:2]
-        ['capture', 'variance']
-    """
-    return list(dict.fromkeys([*CRITERIA, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
 
 
 def expand_criteria(expressions: Iterable[str]) -> list[str]:

@@ -80,7 +80,7 @@ def repair_network(
         dense: a copy of it from before removal.
         masks: from :func:`~tp_twoaxis.dependency.channel_masks.pruned_channels`, before removal.
         repair: names in :data:`~tp_twoaxis.repair.strategies.REPAIRS`, see
-            :func:`~tp_twoaxis.repair.strategies.parse_repair`; the default kept most accuracy for every criterion
+            :func:`~tp_twoaxis.known_names.parse_repair`; the default kept most accuracy for every criterion
             (``benchmarks/results/cifar10_repair``).
         loader: images, re-iterable; labels are not used. Without it ``stats`` must have the inputs.
         stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``, for

@@ -1,8 +1,7 @@
-"""The table of repairs: what each contains, what it needs and the function that does it; and how requests are read."""
+"""The table of repairs: what each contains, what it needs and the function that does it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.known_names import parse_repair
 from tp_twoaxis.repair.batch_norm import batch_norms, reestimate_batch_norm
 from tp_twoaxis.repair.one_shot import reconstruct_channels, refit_patches
 from tp_twoaxis.repair.repair_task import Outcome, RepairTask
@@ -19,7 +19,6 @@ from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Need = Literal["images", "consumer statistics", "batch norm"]
-NO_REPAIR = "none"
 
 
 @dataclass(frozen=True)
@@ -115,42 +114,6 @@ _TABLE = (
 )
 REPAIRS: dict[str, RepairStrategy] = {strategy.name: strategy for strategy in _TABLE}
 """All repairs by name."""
-
-
-def parse_repair(repair: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Read the names of repairs.
-
-    Args:
-        repair: names joined by ``+`` or ``,``, or several such texts; ``"none"``, ``""``, ``()`` and None: no repair.
-
-    Returns:
-        Each name once, in the order given.
-
-    Raises:
-        TwoAxisError: an unknown name, or ``none`` beside others.
-
-    Example:
-        >>> parse_repair("ridge+bn"), parse_repair(("bn", "ridge", "bn")), parse_repair("none")
-        (('ridge', 'bn'), ('bn', 'ridge'), ())
-        >>> parse_repair("rigde")
-        Traceback (most recent call last):
-        tp_twoaxis.errors.TwoAxisError: repair: expected one of bn, bias, ridge, patch, sequential, joint or none, got
-        'rigde'; did you mean 'ridge'?
-    """
-    if repair is None:
-        return ()
-    if not isinstance(repair, Iterable):
-        raise TwoAxisError(f"repair: expected names such as 'ridge+bn', got {repair!r}; 'none' repairs nothing")
-    texts = (repair,) if isinstance(repair, str) else repair
-    words = (word.strip() for text in texts for word in re.split(r"[+,]", str(text)))
-    names = list(dict.fromkeys(word for word in words if word))
-    if names == [NO_REPAIR]:
-        return ()
-    if NO_REPAIR in names:
-        raise TwoAxisError(f"repair: expected repairs or {NO_REPAIR}, got both in {'+'.join(names)!r}; leave one out")
-    for name in names:
-        check_name("repair", name, REPAIRS, more=f" or {NO_REPAIR}")
-    return tuple(names)
 
 
 def refits(repairs: Iterable[str]) -> bool:

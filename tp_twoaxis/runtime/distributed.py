@@ -49,14 +49,14 @@ def process_group(device: str) -> Iterator[ProcessInfo]:
         dist.destroy_process_group()
 
 
-def world_size() -> int:
-    """Number of processes in the group; 1 without a group.
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes in a group, by default of all; 1 without one.
 
     Example:
         >>> world_size()
         1
     """
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -127,7 +127,7 @@ def broadcast_from_rank_zero(value: T) -> T:
     if world_size() == 1:
         return value
     box: list[T] = [value]
-    dist.broadcast_object_list(box, 0, device=_collective_device())
+    dist.broadcast_object_list(box, 0, device=collective_device())
     return box[0]
 
 
@@ -147,20 +147,20 @@ def sum_over_ranks(*numbers: float) -> list[float]:
         >>> sum_over_ranks(3, 4)
         [3.0, 4.0]
     """
-    sums = torch.tensor(numbers, dtype=torch.float64, device=_collective_device())
+    sums = torch.tensor(numbers, dtype=torch.float64, device=collective_device())
     sum_in_place(sums)
     return [float(number) for number in sums]
 
 
-def sum_in_place(*tensors: Tensor) -> None:
-    """Replace each tensor by its sum over all ranks.
+def sum_in_place(*tensors: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor by its sum over the ranks of a group, by default all.
 
     Example:
         >>> sum_in_place(torch.ones(2))
     """
-    if world_size() > 1:
+    if world_size(group) > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=group)
 
 
 def min_over_ranks(number: int) -> int:
@@ -172,22 +172,33 @@ def min_over_ranks(number: int) -> int:
     """
     if world_size() == 1:
         return number
-    smallest = torch.tensor(number, device=_collective_device())
+    smallest = torch.tensor(number, device=collective_device())
     dist.all_reduce(smallest, dist.ReduceOp.MIN)
     return int(smallest)
 
 
-def gather_over_ranks(value: T) -> list[T]:
-    """Gather the values of all ranks, any picklable objects, by rank.
+def gather_over_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather the values of a group's ranks, any picklable objects, by rank; by default of all ranks.
 
     Example:
         >>> gather_over_ranks("a")
         ['a']
     """
-    gathered = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(gathered, value)
+    gathered = [value] * world_size(group)
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value, group)
     return gathered
+
+
+def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Device on which the backend of a group expects the tensors of a collective.
+
+    Example:
+        >>> collective_device()
+        device(type='cpu')
+    """
+    on_gpu = world_size(group) > 1 and dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _broadcast(tensors: Iterable[Tensor]) -> None:
@@ -195,9 +206,3 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
         with torch.no_grad():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
-
-
-def _collective_device() -> torch.device:
-    """Device on which the backend expects the tensors of a collective."""
-    on_gpu = world_size() > 1 and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.runtime.batches import expected_images, mixed_labels, split_shards
-from tp_twoaxis.runtime.forward import find_logits, forward_pass
+from tp_twoaxis.runtime.distributed import world_size
+from tp_twoaxis.runtime.forward import NoImagesError, find_logits, forward_pass
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.runtime.model_state import unwrap
@@ -44,8 +45,12 @@ def calibrate(
     (:func:`~tp_twoaxis.statistics.layouts.find_layouts`).
     The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
     torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
-    through. Memory does not grow with the number of images. Under ``torchrun`` give every rank its shard
-    and call ``statistics.all_reduce()`` afterwards.
+    through. Memory does not grow with the number of images.
+
+    Under ``torchrun`` give every rank its shard of the images, which may be none, and call
+    ``statistics.all_reduce()`` afterwards. The result is that of one process on all images; with
+    ``positions="auto"`` it is so up to the positions that are sampled, which depend on a shard's length where shards
+    are very unequal.
 
     Args:
         model: a trained classifier; any float dtype. Its output is logits [n, K], a tuple that starts with
@@ -76,9 +81,9 @@ def calibrate(
         Statistics by layer name.
 
     Raises:
-        TwoAxisError: no images came; images are not finite floats; labels are missing for a target or for
-            gradients that need them, or out of range; a layer does not exist, gives non-finite values, or has the
-            images of a batch in no dimension; the model or the loader raised.
+        TwoAxisError: no images came, and there is one process; images are not finite floats; labels are missing for a
+            target or for gradients that need them, or out of range; a layer does not exist, gives non-finite values,
+            or has the images of a batch in no dimension; the model or the loader raised.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -88,7 +93,12 @@ def calibrate(
         (torch.Size([8, 8]), 48, 'margin')
     """
     request = CalibrationRequest(target, layers, device, max_images, positions, gradients, consumers, progress)
-    return gather(model, loader, request)[0]
+    try:
+        return gather(model, loader, request)[0]
+    except NoImagesError:
+        if world_size() == 1:
+            raise
+        return CalibrationStatistics.empty()  # the images of an uneven split are on other ranks
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
@@ -169,36 +168,6 @@ class CoMoments:
         device = self.mean.device
         self.scatter += other.scatter.to(device)
         self._shift(other.count, other.weight, other.mean.to(device), other.other_mean.to(device))
-        return self
-
-    @_plain
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> CoMoments:
-        """Merge over the ranks of ``torch.distributed``; every rank ends with the same moments.
-
-        Returns:
-            self, unchanged when no process group is initialised.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return self
-        nccl = dist.get_backend(group) == "nccl"  # collectives then need CUDA tensors
-        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        means = [self.mean] if self._other_mean is None else [self.mean, self._other_mean]
-        own = torch.cat(means).to(device)
-        # first the weights and the means, then the scatters around the common means: no cancellation
-        sums = torch.cat([own.new_tensor([float(self.count), self.weight]), own * self.weight])
-        dist.all_reduce(sums, group=group)
-        total, weight = int(sums[0]), float(sums[1])
-        common = sums[2:] / (weight or 1.0)
-        shift = own - common
-        left = shift[: len(self.mean)]
-        right = left if self._other_mean is None else shift[len(self.mean) :]
-        scatter = self.scatter.to(device) + self.weight * torch.outer(left, right)
-        dist.all_reduce(scatter, group=group)
-        home = self.mean.device
-        self.count, self.weight, self.scatter = total, weight, scatter.to(home)
-        self.mean = common[: len(self.mean)].to(home)
-        if self._other_mean is not None:
-            self._other_mean = common[len(self.mean) :].to(home)
         return self
 
     @_plain

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.runtime.distributed import gather_over_ranks
 from tp_twoaxis.runtime.fingerprints import Fingerprint, ModelFingerprints, fingerprint
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_weight, out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.runtime.serialization import read_tensors, write_tensors
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.packing import pack, unpack
 from tp_twoaxis.statistics.recorder import LayerRecord
+from tp_twoaxis.statistics.reduction import RankPart, common_form, reduce_moments
 
 FORMAT = "tp-twoaxis/statistics"
 # 1 had neither inputs nor gradients, 1 and 2 no weights of rows and no dtypes; their files are read as they are
 VERSION = 3
+_UNKNOWN_RATES = (
+    "the statistics come from a file of an earlier version, which does not say how many positions each sampled row "
+    "stands for, so that parts cannot be weighted; calibrate again"
+)
 
 
 class CalibrationStatistics:
@@ -34,6 +39,7 @@ class CalibrationStatistics:
         target: the default task variable, or None.
         num_images: images seen.
         mergeable: whether it is known how many positions each row stands for; not so in files of versions before 3.
+        reduced: whether images of all ranks are in them, by :meth:`all_reduce` or by a merge with such statistics.
 
     Example:
         >>> import tempfile, os
@@ -56,11 +62,13 @@ class CalibrationStatistics:
         target: str | None,
         num_images: int,
         mergeable: bool = True,
+        reduced: bool = False,
     ) -> None:
         self.layers = layers
         self.target = target
         self.num_images = num_images
         self.mergeable = mergeable
+        self.reduced = reduced
         self._task = task
         self._columns = columns
 
@@ -119,6 +127,16 @@ class CalibrationStatistics:
             )
         return cls(statistics, task=task, columns=columns, target=target, num_images=num_images)
 
+    @classmethod
+    def empty(cls) -> CalibrationStatistics:
+        """Statistics of no images, for a rank that has none: :meth:`all_reduce` fills them.
+
+        Example:
+            >>> len(CalibrationStatistics.empty()), CalibrationStatistics.empty().num_images
+            (0, 0)
+        """
+        return cls({}, task=None, columns={}, target=None, num_images=0)
+
     @property
     def has_gradients(self) -> bool:
         """Whether they were gathered with ``calibrate(gradients=True)``."""
@@ -170,6 +188,7 @@ class CalibrationStatistics:
         for moments, others in zip(self._moments(), other._moments(), strict=True):
             moments.merge(others).symmetrize()
         self.num_images += other.num_images
+        self.reduced |= other.reduced
         return self
 
     def check_mergeable(self, other: CalibrationStatistics) -> None:
@@ -179,8 +198,8 @@ class CalibrationStatistics:
             TwoAxisError: they are of another model, of another state of it, or of other layers or task variables; or
                 either comes from a file that does not say how many positions a row stands for.
         """
-        self._check_rates_known("merge")
-        other._check_rates_known("merge")
+        if not (self.mergeable and other.mergeable):
+            raise TwoAxisError(f"merge: {_UNKNOWN_RATES}")
         mine, theirs = self._identity(), other._identity()
         for what in mine:
             if mine[what] != theirs[what]:
@@ -189,40 +208,42 @@ class CalibrationStatistics:
                     "only parts of one calibration of one model merge"
                 )
 
+    @torch.inference_mode(mode=False)
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationStatistics:
-        """Merge over all ranks; afterwards every rank holds the statistics of all shards.
+        """Merge over all ranks, with one flat all-reduce; afterwards every rank holds the statistics of all shards.
+
+        Shards may be of any lengths, and ranks without images (:meth:`empty`) end with the statistics of the others.
+
+        Args:
+            group: the ranks; default all.
 
         Returns:
             self, unchanged when ``torch.distributed`` is not initialised.
 
         Raises:
-            TwoAxisError: on every rank, when the ranks calibrated different models, layers or targets.
+            TwoAxisError: on every rank, when the ranks calibrated different models, layers or targets; when a rank's
+                statistics were reduced before, so that images would count twice; or when no rank has images.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
-        self._check_rates_known("all_reduce")
-        digest = hashlib.blake2b(json.dumps(self._identity(), sort_keys=True).encode(), digest_size=4).digest()
-        # one small number agreed on before any tensor: a rank with other layers would hang the collectives
-        agreed = CoMoments(1)
-        agreed.update(torch.tensor([[float(int.from_bytes(digest, "big"))]]).double())
-        if float(agreed.all_reduce(group).scatter) != 0.0:
-            raise TwoAxisError(
-                "all_reduce: the ranks hold statistics of different models, layers or targets; "
-                "give every rank the same model and some labelled images"
-            )
-        images = CoMoments(1)
-        images.count = self.num_images
-        self.num_images = images.all_reduce(group).count
-        for moments in self._moments():
-            moments.all_reduce(group).symmetrize()
+        parts = gather_over_ranks(self._part(), group)
+        form = common_form(parts)
+        if not self.layers:
+            blank = self._from_header(*form.without_images())
+            self.layers, self.target = blank.layers, blank.target
+            self._task, self._columns = blank._task, blank._columns
+        reduce_moments(list(self._moments()), group)
+        self.num_images = sum(part.header["num_images"] for part in parts)
+        self.reduced = True
         return self
 
-    def _check_rates_known(self, action: str) -> None:
-        if not self.mergeable:
-            raise TwoAxisError(
-                f"{action}: the statistics come from a file of an earlier version, which does not say how many "
-                "positions each sampled row stands for, so that parts cannot be weighted; calibrate again"
-            )
+    def _part(self) -> RankPart:
+        refusal = None if self.mergeable else _UNKNOWN_RATES
+        if self.reduced:
+            refusal = "the statistics hold the images of all ranks already; reduce those of each rank's own images once"
+        powers = {f"{name}/weight_power": entry.weight_power for name, entry in self.layers.items()}
+        shapes = {key: (moments.scatter.shape, moments.paired) for key, moments in self._named_moments()}
+        return RankPart(refusal, self._identity(), self._header(), powers, shapes)
 
     def verify(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         """Check that a model is the one, in the state, that was calibrated.
@@ -251,13 +272,18 @@ class CalibrationStatistics:
         Raises:
             TwoAxisError: the folder does not exist or cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"{name}/weight_power": entry.weight_power for name, entry in self.layers.items()}
         for key, moments in self._named_moments():
-            tensors.update(_pack(key, moments))
-        header = {
+            tensors |= pack(key, moments)
+        write_tensors(path, tensors, self._header(), kind=FORMAT, version=VERSION)
+
+    def _header(self) -> dict[str, Any]:
+        """All that is no tensor, as it stands in files."""
+        return {
             "target": self.target,
             "columns": self._columns,
             "num_images": self.num_images,
+            "reduced": self.reduced,
             "counts": {key: moments.count for key, moments in self._named_moments()},
             "weights": {key: moments.weight for key, moments in self._named_moments()} if self.mergeable else None,
             "layers": [
@@ -271,9 +297,6 @@ class CalibrationStatistics:
                 for s in self.layers.values()
             ],
         }
-        for name, entry in self.layers.items():
-            tensors[f"{name}/weight_power"] = entry.weight_power
-        write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
 
     @classmethod
     @torch.inference_mode(mode=False)
@@ -285,45 +308,50 @@ class CalibrationStatistics:
         """
         tensors, header = read_tensors(path, kind=FORMAT, version=VERSION)
         try:
-            counts = header["counts"]
-            weights = header.get("weights")
-            sizes = {key: (int(n), float(n if weights is None else weights[key])) for key, n in counts.items()}
-            columns = {name: (int(a), int(b)) for name, (a, b) in header["columns"].items()}
-            task = _unpack("task", tensors, sizes)
-            layers = {}
-            for item in header["layers"]:
-                name = item["name"]
-                rows, pooled = _unpack(f"{name}/rows", tensors, sizes), _unpack(f"{name}/pooled", tensors, sizes)
-                if rows is None or pooled is None:
-                    raise KeyError(name)
-                layers[name] = LayerStatistics(
-                    name,
-                    item["kind"],
-                    tuple(item["shape"]),
-                    item["fingerprint"],
-                    tensors[f"{name}/weight_power"],
-                    rows,
-                    pooled,
-                    _unpack(f"{name}/cross", tensors, sizes),
-                    task,
-                    columns,
-                    header["target"],
-                    _unpack(f"{name}/inputs", tensors, sizes),
-                    _unpack(f"{name}/gradients", tensors, sizes),
-                    getattr(torch, item.get("dtype", "float32")),
-                )
-            return cls(
-                layers,
-                task=task,
-                columns=columns,
-                target=header["target"],
-                num_images=int(header["num_images"]),
-                mergeable=weights is not None,
-            )
+            return cls._from_header(header, tensors)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(
                 f"{path}: the file is incomplete ({type(error).__name__}: {error}); calibrate and save again"
             ) from error
+
+    @classmethod
+    def _from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CalibrationStatistics:
+        counts = header["counts"]
+        weights = header.get("weights")
+        sizes = {key: (int(n), float(n if weights is None else weights[key])) for key, n in counts.items()}
+        columns = {name: (int(a), int(b)) for name, (a, b) in header["columns"].items()}
+        task = unpack("task", tensors, sizes)
+        layers = {}
+        for item in header["layers"]:
+            name = item["name"]
+            rows, pooled = unpack(f"{name}/rows", tensors, sizes), unpack(f"{name}/pooled", tensors, sizes)
+            if rows is None or pooled is None:
+                raise KeyError(name)
+            layers[name] = LayerStatistics(
+                name,
+                item["kind"],
+                tuple(item["shape"]),
+                item["fingerprint"],
+                tensors[f"{name}/weight_power"],
+                rows,
+                pooled,
+                unpack(f"{name}/cross", tensors, sizes),
+                task,
+                columns,
+                header["target"],
+                unpack(f"{name}/inputs", tensors, sizes),
+                unpack(f"{name}/gradients", tensors, sizes),
+                getattr(torch, item.get("dtype", "float32")),
+            )
+        return cls(
+            layers,
+            task=task,
+            columns=columns,
+            target=header["target"],
+            num_images=int(header["num_images"]),
+            mergeable=weights is not None,
+            reduced=bool(header.get("reduced", False)),
+        )
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -366,31 +394,3 @@ def _describe_layer(layer: nn.Module) -> str:
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     weight = (layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer).weight
     return tuple(weight.shape)  # type: ignore[arg-type]
-
-
-def _pack(key: str, moments: CoMoments) -> dict[str, Tensor]:
-    """A symmetric scatter is stored as its upper triangle: half the file."""
-    if moments.paired:
-        return {
-            f"{key}.mean": moments.mean,
-            f"{key}.other_mean": moments.other_mean,
-            f"{key}.scatter": moments.scatter,
-        }
-    upper = torch.triu_indices(*moments.scatter.shape)
-    return {f"{key}.mean": moments.mean, f"{key}.upper": moments.scatter[upper[0], upper[1]]}
-
-
-def _unpack(key: str, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]]) -> CoMoments | None:
-    """Rebuild moments from their tensors and their (count, weight)."""
-    if key not in sizes:
-        return None
-    count, weight = sizes[key]
-    mean = tensors[f"{key}.mean"]
-    if f"{key}.upper" not in tensors:
-        other = tensors[f"{key}.other_mean"]
-        return CoMoments.from_parts(count, mean, tensors[f"{key}.scatter"], other, weight=weight)
-    scatter = mean.new_zeros(len(mean), len(mean))
-    upper = torch.triu_indices(len(mean), len(mean))
-    scatter[upper[0], upper[1]] = tensors[f"{key}.upper"]
-    scatter.T[upper[0], upper[1]] = tensors[f"{key}.upper"]
-    return CoMoments.from_parts(count, mean, scatter, weight=weight)
