@@ -132,13 +132,13 @@ def test_all_groups_together_and_the_same_in_every_run():
         return AnticipatingImportance(stats, loader=LOADER, model=net, progress=False)
 
     one, two, alone = importance(), importance(), importance()
-    one.prepare(groups)
+    one.prepare_groups(groups)
     assert list(one.curves) == ["reduce", "depthwise"]
-    two.prepare(groups)
+    two.prepare_groups(groups)
     assert one.curves == two.curves
     passes = one._distortion._bar.n
     scores = [one(group) for group in groups]
-    one.prepare(groups)
+    one.prepare_groups(groups)
     assert one._distortion._bar.n == passes  # nothing is measured again
     for got, group in zip(scores, groups, strict=True):
         torch.testing.assert_close(alone(group), got, rtol=1e-3, atol=0)  # the same images, as there are only 25

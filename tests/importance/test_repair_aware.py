@@ -9,7 +9,14 @@ from cases import batches, conv_net
 from repair_cases import double
 from torch import nn
 
-from tp_twoaxis import AnticipatingImportance, TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
+from tp_twoaxis import (
+    AnticipatingImportance,
+    HybridImportance,
+    TwoAxisError,
+    TwoAxisImportance,
+    calibrate,
+    prune_to_flops,
+)
 from tp_twoaxis.dependency.graph import build_graph, prunable_groups
 from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.importance.distortion import Distortion
@@ -204,3 +211,20 @@ def test_the_repair_takes_its_statistics_and_a_later_step_new_ones(stats):
     assert report.achieved == pytest.approx(0.6, rel=0.1)
     assert report.importance == repr(importance)
     assert importance.stats is stats
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_pruning_has_the_curves_of_all_groups_measured_together(stats, hybrid, monkeypatch):
+    together = []
+    measure = AnticipatingImportance._measure
+    monkeypatch.setattr(
+        AnticipatingImportance,
+        "_measure",
+        lambda self, groups: (together.append(len(groups)), measure(self, groups))[1],
+    )
+    net = conv_net()
+    importance = importance_of(net, stats)
+    given = HybridImportance(importance, "l2") if hybrid else importance
+    report = prune_to_flops(net, X, given, flops=0.6, repair=(), loader=LOADER, progress=False)
+    assert together == [len(report.groups)]
+    assert sorted(importance.curves) == sorted(group.name for group in report.groups)

@@ -20,7 +20,7 @@ FIRST_IMAGES = 32
 # shares of the groups' cost at whose thresholds the widths must be settled
 BUDGETS = (0.25, 0.5, 0.65)
 # standard error of a group's width, as a share of it and in the mean over groups, that counts as settled
-SETTLED = 0.02
+SETTLED = 0.01
 # a threshold that lies where the distortion rises by more than this factor between two points gets a point between them
 STEEP = 10.0
 # such points in a group at most
@@ -69,7 +69,7 @@ def measure_curves(
 
     Points are the first ``1 / levels``, ``2 / levels``, ... of a group's channels and all but one. Images come in
     rounds, the same for all groups: 32, then twice as many, until the widths that the curves give at three budgets
-    differ so little between the odd and the even images that the widths from all of them have a standard error of 2 %
+    differ so little between the odd and the even images that the widths from all of them have a standard error of 1 %
     in the mean over groups; or all images are used, or the next round would exceed ``passes``. One group alone has no
     width to settle and takes them all. After the first round a group gets up to two more points where a threshold
     falls on a cliff.

@@ -32,11 +32,11 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
 
     For each group, the channels are put in order by a score of the local axis (or by the consumers' reconstruction
     losses, ``"reconstruction"``). Then the dense network is run on a few images, without labels, while the first
-    eighth, two eighths, ... of that order are missing and each consumer is fitted to those that remain, as ``patch``
-    repair would fit it (where patches are too large, as ``ridge`` would): a curve of the logits' distortion. The
-    importance is the curve's slope, made monotone by its lower convex hull, over the MACs that a channel frees. So a
-    global threshold takes the next channel where it costs least for each MAC saved, as far as groups do not depend on
-    each other.
+    quarter, two quarters, ... of that order are missing and each consumer is fitted to those that remain, as ``patch``
+    repair would fit it (where patches have more than 2,048 numbers, as ``ridge`` would): a curve of the logits'
+    distortion, kept in :attr:`curves`. The importance is the curve's slope, made monotone by its lower convex hull,
+    over the MACs that a channel frees. So a global threshold takes the next channel where it costs least for each MAC
+    saved, as far as groups do not depend on each other.
 
     That is a normalisation between layers that is measured instead of chosen. Others were tried on two CIFAR-10
     ResNet-20s (conv shortcuts / option A) with half the MACs and ``sequential`` repair, accuracy in % on 2,000 training
@@ -61,10 +61,15 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
     The table has order and curves from reconstruction at channel level. With those from whole patches, which it takes,
     ``sequential`` keeps as much on test images: 86.3 / 86.3 % at half the MACs against 86.0 / 86.4, 80.0 / 80.6 against
     79.4 / 80.9 at 35 % (``benchmarks/results/cifar10_repair``, two seeds). They were chosen on held-out training
-    images, where they were 0.3 to 0.8 points better, and more than that on one of the networks with ``joint``.
+    images, where they were 0.3 to 0.8 points better, and more than that on one of the networks with ``joint``. All of
+    these curves had eight points, each over up to 512 images.
 
-    Cost: ``levels`` passes over ``images`` for each group and one for the patches, once for all shares. It pays where
-    forward passes are cheap; for large networks on a CPU take fewer of both, or ``hull``.
+    Cost, once for all shares: a pass over the images that are fitted, for the patches of all layers; for each group
+    and each of ``levels`` points, the part of the network from the group's first consumer on, over 32 images; and
+    linear algebra, cubic in a layer's width. :func:`~tp_twoaxis.prune_to_flops` has the curves of all groups measured
+    together: then more images, 128 at most, are added only while two halves of them disagree about the groups' widths,
+    up to ``passes`` in all (:func:`~tp_twoaxis.importance.curve_measurement.measure_curves`). Groups that are ranked
+    one by one take all ``images``.
 
     Args:
         stats: from ``calibrate(consumers=True)``.
@@ -207,7 +212,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         constant = self.constant_channels(group)
         return (rank_first(scores, constant) if bool(constant.any()) else scores).float()
 
-    def prepare(self, groups: list[Any]) -> None:
+    def prepare_groups(self, groups: list[Any]) -> None:
         """Measure the curves of groups that will be ranked together, which takes fewer images than one by one.
 
         Args:

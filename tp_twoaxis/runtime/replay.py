@@ -60,7 +60,7 @@ class PrefixReplay:
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             if module in stops:
-                raise _Reached
+                raise _PrefixFinished
             with record.call(module) as finish:
                 return finish(known.take(module) if known.has(module) else forward(*args, **kwargs))
 
@@ -68,7 +68,7 @@ class PrefixReplay:
         try:
             with _intercepted(self.network, visit):
                 self._run()
-        except _Reached:
+        except _PrefixFinished:
             reached = known.is_used_up
         self._record = record.finished if reached else []
         return reached
@@ -85,7 +85,7 @@ class PrefixReplay:
             yield
 
 
-class _Reached(BaseException):
+class _PrefixFinished(BaseException):
     """Ends a pass at a layer; not an Exception, so that no model's own code catches it."""
 
 
