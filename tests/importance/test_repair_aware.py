@@ -176,7 +176,7 @@ def test_a_group_that_nothing_but_attention_reads_is_ordered_by_capture():
     ("options", "message"),
     [
         ({"cost": "watts"}, "cost: expected one of macs, channels, got 'watts'"),
-        ({"levels": 0}, "levels >= 1, images >= 2 and passes > 0, got 0, 128 and 2400"),
+        ({"levels": 0}, "levels >= 1, images >= 2 and passes > 0, got 0, 128 and 2000"),
         ({"ranking": "glue"}, "got 'glue'"),
         ({"images": 2, "max_images": 1}, "images that the network tells apart, got 1"),
     ],

@@ -15,8 +15,8 @@ from tp_twoaxis.importance.distortion import Distortion
 from tp_twoaxis.importance.distortion_curves import DistortionCurve, Floats, slopes_of
 from tp_twoaxis.importance.layer_refits import LayerChange
 
-# images of the first round; each later round doubles them
-FIRST_IMAGES = 32
+# images of the first round; each later round doubles them. Fewer, where these cost too much, but no fewer than
+FIRST_IMAGES, FEWEST_IMAGES = 32, 16
 # shares of the groups' cost at whose thresholds the widths must be settled
 BUDGETS = (0.25, 0.5, 0.65)
 # standard error of a group's width, as a share of it and in the mean over groups, that counts as settled
@@ -70,9 +70,9 @@ def measure_curves(
     Points are the first ``1 / levels``, ``2 / levels``, ... of a group's channels and all but one. Images come in
     rounds, the same for all groups: 32, then twice as many, until the widths that the curves give at three budgets
     differ so little between the odd and the even images that the widths from all of them have a standard error of 1 %
-    in the mean over groups; or all images are used, or the next round would exceed ``passes``. One group alone has no
-    width to settle and takes them all. After the first round a group gets up to two more points where a threshold
-    falls on a cliff.
+    in the mean over groups; or all images are used; or more would exceed ``passes``, though 16 are always taken. One
+    group alone has no width to settle and takes as many as it may. After the first round a group gets up to two more
+    points where a threshold falls on a cliff.
 
     Args:
         orders: of the groups.
@@ -112,6 +112,10 @@ class _Measurement:
         """Passes that an image costs: the dense network once for its logits and once for the record, and each trial."""
         return 2.0 + sum(self.distortion.repeated_share(self.changes[key]) for key in keys)
 
+    def affordable(self) -> int:
+        """Count the further images on which all points may be measured."""
+        return int(max(self.left, 0.0) / self.cost(list(self.changes)))
+
     def measure(self, keys: list[tuple[int, int]], images: range) -> None:
         self.left -= self.cost(keys) * len(images)
         for key, values in self.distortion.measure({key: self.changes[key] for key in keys}, images).items():
@@ -119,7 +123,7 @@ class _Measurement:
 
     def run(self) -> list[DistortionCurve]:
         available = len(self.distortion.images)
-        following = min(FIRST_IMAGES, available)
+        following = min(FIRST_IMAGES, available, max(FEWEST_IMAGES, self.affordable()))
         while following > self.images:
             first = self.images == 0
             self.measure(list(self.changes), range(self.images, following))
@@ -129,8 +133,7 @@ class _Measurement:
                     self.refine()
             if self.is_settled():
                 break
-            affordable = self.images + int(max(self.left, 0.0) / self.cost(list(self.changes)))
-            following = min(2 * self.images, available, affordable)
+            following = min(2 * self.images, available, self.images + self.affordable())
         return [self.curve(number) for number in range(len(self.orders))]
 
     def refine(self) -> None:

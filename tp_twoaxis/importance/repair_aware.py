@@ -65,11 +65,12 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
     these curves had eight points, each over up to 512 images.
 
     Cost, once for all shares: a pass over the images that are fitted, for the patches of all layers; for each group
-    and each of ``levels`` points, the part of the network from the group's first consumer on, over 32 images; and
-    linear algebra, cubic in a layer's width. :func:`~tp_twoaxis.prune_to_flops` has the curves of all groups measured
-    together: then more images, 128 at most, are added only while two halves of them disagree about the groups' widths,
-    up to ``passes`` in all (:func:`~tp_twoaxis.importance.curve_measurement.measure_curves`). Groups that are ranked
-    one by one take all ``images``.
+    and each of ``levels`` points, the part of the network from the group's first consumer on, over 32 images, or 16
+    where ``passes`` allow no more; and linear algebra, cubic in a layer's width.
+    :func:`~tp_twoaxis.prune_to_flops` has the curves of all groups measured together: then more images, 128 at most,
+    are added only while two halves of them disagree about the groups' widths, up to ``passes`` in all
+    (:func:`~tp_twoaxis.importance.curve_measurement.measure_curves`). Groups that are ranked one by one take all
+    ``images``.
 
     Args:
         stats: from ``calibrate(consumers=True)``.
@@ -115,7 +116,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         cost: Cost = "macs",
         levels: int = 4,
         images: int = 128,
-        passes: float = 2400,
+        passes: float = 2000,
         max_images: int | None = None,
         progress: bool = True,
     ) -> None:
