@@ -57,7 +57,7 @@ class ByChannels(AnticipatingImportance):
 
     def __init__(self, stats: CalibrationStatistics, model: nn.Module, loader: Any) -> None:
         super().__init__(stats, loader=loader, model=model, progress=False)
-        self._distortion.patches = lambda names: {}  # type: ignore[method-assign]
+        self._distortion.refits.patches = lambda names: {}  # type: ignore[method-assign]
 
 
 class Losses(AnticipatingImportance):
@@ -90,7 +90,7 @@ class Losses(AnticipatingImportance):
         scores[order] = losses.cummax(0).values
         if self.over_mean:
             return scores / scores.mean()
-        return scores if self.weights is None else scores / self._price(group, names)
+        return scores if self.weights is None else scores / self._cost(self._macs_of_a_channel(group, names))
 
 
 @torch.no_grad()

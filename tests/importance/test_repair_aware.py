@@ -6,16 +6,21 @@ import pytest
 import torch
 import torch_pruning as tp
 from cases import batches, conv_net
-from repair_cases import double, remove_channels
+from repair_cases import double
 from torch import nn
 
-from tp_twoaxis import AnticipatingImportance, TwoAxisError, TwoAxisImportance, calibrate, prune_to_flops
+from tp_twoaxis import (
+    AnticipatingImportance,
+    HybridImportance,
+    TwoAxisError,
+    TwoAxisImportance,
+    calibrate,
+    prune_to_flops,
+)
 from tp_twoaxis.dependency.graph import build_graph, prunable_groups
 from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.importance.distortion import Distortion
-from tp_twoaxis.importance.repair_aware import slopes_of
 from tp_twoaxis.models import cifar_resnet20_option_a
-from tp_twoaxis.repair import repair_network
 
 X = torch.zeros(1, 3, 8, 8)
 LOADER = batches(images=64, batch_size=24)
@@ -43,46 +48,6 @@ def mlp():
     return net.eval()
 
 
-@torch.no_grad()
-def test_patches_supply_what_a_shifted_channel_told():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
-    net[0].weight[0, :, :, 2] = 0.0
-    net[0].weight[3, :, :, 1:], net[0].weight[3, :, :, 0] = net[0].weight[0, :, :, :2], 0.0  # one pixel to the right
-    net[0].bias[3] = net[0].bias[0]
-    net[2].weight[:, 3, :, 2] = 0.0  # reads no further than channel 0 is read
-    stats = calibrate(net, LOADER, target=None, consumers=True, progress=False)
-    distortion = Distortion(net, stats, LOADER, progress=False)
-    missing = {"2": torch.tensor([False, False, False, True])}
-    patches = distortion.patches(["2", "5"])
-    assert list(patches) == ["2", "5"]
-    before = copy.deepcopy(distortion.network.state_dict())
-    assert distortion(missing) > 1e-3
-    assert distortion(missing, patches) < 1e-6
-    for name, value in distortion.network.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-    assert distortion({}, patches) == 0.0
-
-
-def test_distortion_is_that_of_a_network_that_lost_the_channels_and_was_repaired():
-    net = mlp()
-    loader = [x for x, _ in LOADER]
-    stats = calibrate(net, loader, target=None, consumers=True, progress=False)
-    distortion = Distortion(net, stats, loader, progress=False)
-    missing = torch.zeros(12, dtype=torch.bool)
-    missing[[1, 5, 6]] = True
-    got = distortion({"3": missing})
-    pruned = copy.deepcopy(net)
-    dense, masks = remove_channels(pruned, X, {"1": [1, 5, 6]})
-    repair_network(pruned, dense, masks, ("ridge",), stats=stats, progress=False)
-    with torch.no_grad():
-        x = torch.cat(distortion._batches)
-        before, after = dense(x).double(), pruned(x).double()
-    expected = (after - before).square().sum(1).mean() / before.var(0, correction=0).sum()
-    assert got == pytest.approx(float(expected), rel=1e-3)
-    assert distortion({"3": torch.zeros(12, dtype=torch.bool)}) == 0.0
-
-
 def test_a_replaceable_channel_leaves_for_nothing():
     net = mlp()
     stats = calibrate(net, LOADER, target=None, consumers=True, progress=False)
@@ -107,11 +72,12 @@ def test_scores_rise_in_the_order_of_the_ranking(stats, ranking):
         assert scores.dtype == torch.float32
         assert bool((scores >= 0).all())
         assert len(scores.unique()) == len(scores)
-        counts, distortions = importance.curve(group)
-        assert counts[0] == 0
-        assert counts[-1] == len(scores) - 1
-        assert distortions[0] == 0.0
-        assert distortions[-1] > 0.0
+        curve = importance.curve(group)
+        assert curve.removed[0] == 0
+        assert curve.removed[-1] == len(scores) - 1
+        assert curve.distortion[0] == 0.0
+        assert curve.distortion[-1] > 0.0
+        assert importance.curves[layer] == curve
     if ranking == "hull":
         order = importance._ranked(group).argsort(stable=True)
         assert scores.argsort().tolist() == order.tolist()
@@ -121,7 +87,7 @@ def test_a_curve_is_measured_once_for_all_copies(stats, monkeypatch):
     net = conv_net()
     importance = importance_of(net, stats)
     first = importance(group_of(net))
-    monkeypatch.setattr(Distortion, "__call__", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(Distortion, "measure", lambda *_: pytest.fail("measured again"))
     other, again = copy.deepcopy((net, importance))
     assert torch.equal(again(group_of(other)), first)
 
@@ -206,19 +172,11 @@ def test_a_group_that_nothing_but_attention_reads_is_ordered_by_capture():
     assert torch.equal(scores.argsort(), TwoAxisImportance(stats, "capture")(group).argsort())
 
 
-def test_slopes_never_fall_and_add_up_where_the_curve_is_convex():
-    slopes = slopes_of([0, 2, 4, 8], [0.0, 3.0, 2.0, 10.0], 8)  # the second value falls back: noise
-    assert bool((slopes.diff() > 0).all())
-    line = slopes_of([0, 4], [0.0, 2.0], 4)
-    torch.testing.assert_close(line, torch.full((4,), 0.5, dtype=torch.float64), rtol=2e-3, atol=0)
-    assert slopes_of([0], [0.0], 1).tolist() == [0.0]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"cost": "watts"}, "cost: expected one of macs, channels, got 'watts'"),
-        ({"levels": 0}, "levels >= 1 and images >= 2, got 0 and 512"),
+        ({"levels": 0}, "levels >= 1, images >= 2 and passes > 0, got 0, 128 and 2000"),
         ({"ranking": "glue"}, "got 'glue'"),
         ({"images": 2, "max_images": 1}, "images that the network tells apart, got 1"),
     ],
@@ -255,19 +213,18 @@ def test_the_repair_takes_its_statistics_and_a_later_step_new_ones(stats):
     assert importance.stats is stats
 
 
-def test_a_wide_last_layer_does_not_look_free_because_its_images_were_fitted():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, 5)).eval()
-    loader = [x for x, _ in batches(images=60, batch_size=20)]
-    stats = calibrate(net, loader, target=None, consumers=True, progress=False)
-    missing = torch.arange(96) % 3 > 0
-
-    def measured(distortion):
-        return distortion({"3": missing}, distortion.patches(["3"]))
-
-    apart, together = (Distortion(net, stats, loader, progress=False) for _ in range(2))
-    seen = {tuple(image.flatten().tolist()) for batch in apart._fit_batches for image in batch}
-    judged = {tuple(image.flatten().tolist()) for batch in apart._batches for image in batch}
-    assert (len(seen), len(judged), len(seen & judged)) == (36, 24, 0)
-    together._fit_batches = together._batches
-    assert measured(apart) > 1.5 * measured(together)
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_pruning_has_the_curves_of_all_groups_measured_together(stats, hybrid, monkeypatch):
+    together = []
+    measure = AnticipatingImportance._measure
+    monkeypatch.setattr(
+        AnticipatingImportance,
+        "_measure",
+        lambda self, groups: (together.append(len(groups)), measure(self, groups))[1],
+    )
+    net = conv_net()
+    importance = importance_of(net, stats)
+    given = HybridImportance(importance, "l2") if hybrid else importance
+    report = prune_to_flops(net, X, given, flops=0.6, repair=(), loader=LOADER, progress=False)
+    assert together == [len(report.groups)]
+    assert sorted(importance.curves) == sorted(group.name for group in report.groups)

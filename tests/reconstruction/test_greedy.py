@@ -6,6 +6,7 @@ import reference_scores
 import torch
 
 from tp_twoaxis import TwoAxisError
+from tp_twoaxis.reconstruction import greedy
 from tp_twoaxis.reconstruction.greedy import Reading, greedy_reconstruction
 
 RIDGE = 1e-6
@@ -92,3 +93,24 @@ def test_the_taps_of_a_channel_are_removed_together(seed):
         assert trials[channel] == min(trials.values())
         assert increase == pytest.approx(trials[channel], rel=1e-6)
         removed.add(channel)
+
+
+@pytest.mark.parametrize("taps", [1, 2])
+def test_wide_groups_lose_several_channels_in_a_round_in_the_same_order(taps, monkeypatch):
+    size = 30
+    flat = [reading(seed, size * taps, range(size), range(size), outputs=80) for seed in (7, 8)]
+    readings = [Reading(r.covariance, r.weight, r.channels, r.roots, r.power, taps) for r in flat]
+    order, errors = greedy_reconstruction(readings, size, ridge=RIDGE)
+    monkeypatch.setattr(greedy, "ROUNDS", 10)
+    again, same = greedy_reconstruction(readings, size, ridge=RIDGE)
+    assert again.tolist() == order.tolist()
+    torch.testing.assert_close(same, errors)
+
+
+def test_channels_that_nobody_reads_leave_first_from_wide_groups(monkeypatch):
+    monkeypatch.setattr(greedy, "ROUNDS", 3)
+    r = reading(9, 6, range(6), [2, 3, 4, 5, 6, 8])  # the group has ten channels
+    order, errors = greedy_reconstruction([r], 10, ridge=RIDGE)
+    assert sorted(order[:4].tolist()) == [0, 1, 7, 9]
+    assert errors[:4].tolist() == [0.0] * 4
+    assert sorted(order.tolist()) == list(range(10))

@@ -3,6 +3,7 @@
 from tp_twoaxis.importance import criteria as _criteria  # noqa: F401  # fills the registry
 from tp_twoaxis.importance.cap_qgw import CapQGWImportance
 from tp_twoaxis.importance.criterion import Criterion, Importance
+from tp_twoaxis.importance.distortion_curves import DistortionCurve, DistortionCurves
 from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.registry import (
@@ -28,6 +29,8 @@ __all__ = [
     "AnticipatingImportance",
     "CapQGWImportance",
     "Criterion",
+    "DistortionCurve",
+    "DistortionCurves",
     "HullImportance",
     "HybridImportance",
     "Importance",

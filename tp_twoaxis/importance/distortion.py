@@ -3,87 +3,62 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
+from tp_twoaxis.dependency.flops import MacsCount, count_macs
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.reconstruction.affine import (
-    LEAST_RIDGE,
-    AffineReconstruction,
-    absorb_into_weight,
-    affine_reconstruction,
-    held_out_error,
-    ridge_for,
-)
-from tp_twoaxis.reconstruction.patches import fits, patch_rows, patch_size, positions_of
-from tp_twoaxis.reconstruction.ridge import COARSE_RIDGES
-from tp_twoaxis.runtime.batches import image_batches
-from tp_twoaxis.runtime.forward import forward_pass
-from tp_twoaxis.runtime.kernels import kernel_input
-from tp_twoaxis.runtime.layers import blocks_of, channel_axis, flatten_positions, weight_blocks
+from tp_twoaxis.importance.layer_refits import LayerChange, LayerRefits
+from tp_twoaxis.runtime.batches import Batch, image_batches
+from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
 from tp_twoaxis.runtime.model_state import unwrap
-from tp_twoaxis.runtime.weights import add_bias, cannot_refit, write_weight
-from tp_twoaxis.statistics.moments import CoMoments, float64_device
+from tp_twoaxis.runtime.replay import PrefixReplay
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
-# images that run at a time
-BATCH = 128
+Key = TypeVar("Key")
+# images that run at a time, so many that what is replayed stays small in memory
+BATCH = 32
 # images that are read at most, in units of those that distortion is measured on
-FITTED_IMAGES = 4
-
-
-@dataclass(frozen=True)
-class Patches:
-    """Moments of what one output of a layer is computed from: channel by channel, each with all taps.
-
-    Attributes:
-        fitted: mean [C_in taps] and covariance [C_in taps, C_in taps], float64.
-        held_out: the same of other images, to choose the ridge of a fit; None if there are none.
-    """
-
-    fitted: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor] | None
-
-    def reconstruct(self, weight: Tensor, missing: Tensor) -> AffineReconstruction:
-        """Predict missing numbers from the others, with the ridge that serves a layer best on the images held out.
-
-        Args:
-            weight: [O, C_in taps], of the layer.
-            missing: [C_in taps] bool.
-        """
-        if self.held_out is None:
-            return affine_reconstruction(*self.fitted, missing, ridge=LEAST_RIDGE)
-        mean, covariance = self.held_out
-        found = [affine_reconstruction(*self.fitted, missing, ridge=ridge) for ridge in COARSE_RIDGES]
-        return min(found, key=lambda one: held_out_error(weight[..., None], one, mean, covariance))
+READ_IMAGES = 4
+# distortion of logits that are no numbers
+LARGEST_DISTORTION = 1e6
 
 
 class Distortion:
     """Measures the distortion of a dense network's logits for given missing inputs of its layers, on a few images.
 
-    A missing input of a layer is replaced by its best affine prediction from the inputs that remain, as the ``ridge``
-    repair does it, or, with moments of the layer's patches, by the least squares over patches that ``patch``
-    repair uses; nothing is removed, no weight changes for longer than a call. Patches are fitted on other images than
-    those on which the distortion is measured: on the same ones a wide layer before the head would look free, because
-    few images are fitted by its many weights. The **distortion** is the logits' mean
-    squared distance from the dense network's, relative to their variance over the images: 0 where nothing changes, 1
-    where the logits hold no more than their mean, more where they mislead. Unlike a divergence between the predicted
-    classes it does not vanish for a network that is sure of every calibration image.
+    Layers that lose inputs are refitted as repair would do it
+    (:class:`~tp_twoaxis.importance.layer_refits.LayerRefits`); nothing is removed, no weight changes for longer than a
+    call. They are fitted on other images than those on which the distortion is measured: on the same ones a wide layer
+    before the head would look free, because few images are fitted by its many weights. The **distortion** is the
+    logits' mean squared distance from the dense network's, relative to their variance over the images: 0 where nothing
+    changes, 1 where the logits hold no more than their mean, more where they mislead. Unlike a divergence between the
+    predicted classes it does not vanish for a network that is sure of every calibration image.
+
+    What runs before the first changed layer is replayed, not computed
+    (:class:`~tp_twoaxis.runtime.replay.PrefixReplay`). For every set of layers this is compared with a whole pass once,
+    on an image; where they differ, because the network holds a state for example, whole passes are made.
 
     Copies of an object share the network, the images and all that was measured.
+
+    Attributes:
+        images: to measure on, in random order, [n, ...].
+        refits: changes of the network's layers, fitted on other images.
+        known: what those who measure remember, for all copies.
 
     Args:
         model: dense; copied.
         stats: its statistics by ``calibrate(consumers=True)``.
         loader: yields ``(images, labels)`` or images; labels are not used.
-        images: measure on so many, and fit on up to three times as many others; of fewer, two fifths are measured on.
+        images: measure on so many at most, and fit on up to three times as many others; of fewer, two fifths are for
+            measuring.
         max_images: read no more than that.
         progress: show progress bars on stderr.
 
@@ -96,8 +71,8 @@ class Distortion:
         >>> loader = [torch.randn(32, 3, 8, 8)]
         >>> stats = calibrate(net, loader, target=None, consumers=True, progress=False)
         >>> distortion = Distortion(net, stats, loader, progress=False)
-        >>> distortion({"3": torch.zeros(288, dtype=torch.bool)})
-        0.0
+        >>> distortion({"3": torch.arange(288) < 36}) > 0.0
+        True
     """
 
     def __init__(
@@ -106,174 +81,139 @@ class Distortion:
         stats: CalibrationStatistics,
         loader: Iterable[Any],
         *,
-        images: int = 512,
+        images: int = 128,
         max_images: int | None = None,
         progress: bool = True,
     ) -> None:
         self.network = copy.deepcopy(unwrap(model)).requires_grad_(False)
         self.network.zero_grad(set_to_none=True)
         self.layers = dict(self.network.named_modules())
-        self.stats = stats
-        self.progress = progress
         parameter = next(self.network.parameters())
-        limit = FITTED_IMAGES * images if max_images is None else min(FITTED_IMAGES * images, max_images)
+        limit = READ_IMAGES * images if max_images is None else min(READ_IMAGES * images, max_images)
         with image_batches(
             loader, max_images=limit, labels=False, description="anticipate", progress=progress
         ) as batches:
             parts = [batch.images.to(parameter.device, parameter.dtype) for batch in batches]
         read = torch.cat(parts) if parts else torch.zeros(0, 1)
         measured = spread(len(read), min(images, max(2, len(read) * 2 // 5)))
-        self._batches = list(torch.split(read[measured], BATCH)) if parts else []
-        self._fit_batches = list(torch.split(read[~measured], BATCH)) if len(read) > 2 else self._batches
-        self.example = self._batches[0][:1] if parts else torch.zeros(0)
-        self._dense = self._logits() if parts else torch.zeros(0)
-        self._power = float(self._dense.var(0, correction=0).sum()) if parts else 0.0
-        if not self._power > 0.0:
+        # in random order, so that the first of them are like all
+        order = torch.randperm(int(measured.sum()), generator=torch.Generator().manual_seed(0))
+        self.images = read[measured][order.to(read.device)]
+        self.example = self.images[:1]
+        self.refits = LayerRefits(
+            self.network, stats, list(torch.split(read[~measured] if len(read) > 2 else read, BATCH))
+        )
+        self._dense = torch.zeros(0)
+        self._replayable: dict[frozenset[str], bool] = {}
+        self._bar = tqdm(desc="anticipate", unit="pass", disable=not progress, leave=False)
+        self.known: dict[Any, Any] = {}
+        if not (parts and self.power(min(len(self.images), BATCH)) > 0.0):
             raise TwoAxisError(
                 f"anticipating: expected images that the network tells apart, got {len(self._dense)} with the same "
                 "logits; give more images"
             )
-        self._bar = tqdm(desc="anticipate", unit="pass", disable=not progress, leave=False)
-        self._cache: dict[Any, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distortion:
         return self
 
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return what was computed under a key, once for all copies; it must not be changed."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
+    @cached_property
+    def macs(self) -> MacsCount:
+        """MACs of the dense network."""
+        return count_macs(self.network, self.example)
 
-    @torch.no_grad()
-    def patches(self, names: Iterable[str]) -> dict[str, Patches]:
-        """Gather moments of the patches of some layers, in one pass over the images that are fitted.
+    @cached_property
+    def _calls(self) -> list[str]:
+        """Layers in the order in which they are called first."""
+        names: dict[str, None] = {}
+        with forward_pass(self.network, [self.example], what="anticipate") as run:
+            for name, layer in self.layers.items():
+                run.hook(layer, lambda *_, name=name: names.setdefault(name), before=True)
+            for _ in run:
+                pass
+        return list(names)
 
-        Layers whose patches are too large, or whose channels do not all mix, are left out.
-        """
-        # of every four images one is held out to choose ridges
-        moments: dict[str, tuple[CoMoments, CoMoments]] = {}
-        count = sum(map(len, self._fit_batches))
-        seen: dict[str, int] = {}
+    def _first(self, layers: Iterable[str]) -> int:
+        """Place of the first of some layers in the order of calls."""
+        called = [self._calls.index(name) for name in layers if name in self._calls]
+        return min(called, default=0)
 
-        def hook(name: str) -> Callable[..., None]:
-            def take(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-                x = kernel_input(layer, inputs, named)
-                if name not in moments:
-                    width, device = patch_size(layer), float64_device(x.device)
-                    moments[name] = CoMoments(width, device=device), CoMoments(width, device=device)
-                first = seen.get(name, 0)
-                seen[name] = first + len(x)
-                available = flatten_positions(output, layer, len(x), name).shape[1]
-                positions = positions_of(layer, available, count, range(first, seen[name])).to(x.device)
-                held_out = (torch.arange(first, seen[name]) % 4 == 3).to(x.device)
-                rows = patch_rows(x, layer, positions)
-                for own, chosen in zip(moments[name], (rows[~held_out], rows[held_out]), strict=True):
-                    own.update(chosen.flatten(0, 2))
+    def repeated_share(self, layers: Iterable[str]) -> float:
+        """Share of the network's MACs that is computed for each trial that changes these layers, in [0, 1]."""
+        before = self._calls[: self._first(layers)]
+        # modules around others, which may hold the layers, count as repeated
+        innermost = [name for name in before if not any(True for _ in self.layers[name].children())]
+        replayed = sum(self.macs.by_module.get(name, 0) for name in innermost)
+        return 1.0 - replayed / max(self.macs.total, 1)
 
-            return take
-
-        wanted = [name for name in names if _has_patches(self.layers[name])]
-        if not wanted:
-            return {}
-        with ExitStack() as stack:
-            for name in wanted:
-                stack.callback(self.layers[name].register_forward_hook(hook(name), with_kwargs=True).remove)
-            self._logits(self._fit_batches)
-        return {
-            name: Patches(_described(fitted), _described(held_out) if held_out.count else None)
-            for name, (fitted, held_out) in moments.items()
-        }
-
-    @torch.no_grad()
-    def __call__(self, missing: dict[str, Tensor], patches: Mapping[str, Patches] | None = None) -> float:
-        """Measure.
+    def __call__(self, missing: Mapping[str, Tensor]) -> float:
+        """Measure on all images.
 
         Args:
-            missing: layer name -> [C_in] bool, inputs that it has to do without.
-            patches: layer name -> moments of its patches; the other layers are refitted by channels.
+            missing: layer name -> [C_in] bool, inputs that it has to do without; at least one.
         """
+        changes = {name: self.refits.change(name, inputs) for name, inputs in missing.items()}
+        count = len(self.images)
+        return float(self.measure({"": changes}, range(count))[""].mean()) / self.power(count)
+
+    @torch.no_grad()
+    def measure(self, trials: Mapping[Key, Mapping[str, LayerChange]], images: range) -> dict[Key, Tensor]:
+        """Measure several trials on some of the images.
+
+        Args:
+            trials: any key -> layer name -> how it is changed. Those that change the same layers share a record, and
+                the first of them is the one by which the replay is checked.
+            images: consecutive numbers, of :attr:`images`.
+
+        Returns:
+            For each key the squared distance of each image's logits, [len(images)] float64, finite; their mean over
+            :meth:`power` is the distortion.
+        """
+        largest = LARGEST_DISTORTION * self.power(images.stop)
+        found: dict[Key, list[Tensor]] = {key: [] for key in trials}
+        ordered = sorted(trials, key=lambda key: (self._first(trials[key]), sorted(trials[key])))
+        for start in range(images.start, images.stop, BATCH):
+            part = slice(start, min(start + BATCH, images.stop))
+            with forward_pass(self.network, [self.images[part]], what="anticipate") as run:
+                (batch,) = run.batches
+                replay = PrefixReplay(self.network, partial(run, batch))
+                for names, keys in groupby(ordered, key=lambda key: frozenset(trials[key])):
+                    ready = self._replayable.get(names, True) and replay.advance(self.layers[name] for name in names)
+                    for key in keys:
+                        logits = self._logits(run, batch, trials[key].values(), replay if ready else None)
+                        if ready and names not in self._replayable:
+                            ready = self._replayable[names] = self._is_right(run, batch, trials[key].values(), logits)
+                            if not ready:
+                                logits = self._logits(run, batch, trials[key].values(), None)
+                        found[key].append((logits - self._dense[part]).square().sum(1))
+        return {key: torch.cat(parts).nan_to_num(nan=largest).clamp_max(largest).cpu() for key, parts in found.items()}
+
+    def _logits(
+        self, run: ForwardPass, batch: Batch, changes: Iterable[LayerChange], replay: PrefixReplay | None
+    ) -> Tensor:
         with ExitStack() as stack:
-            for name, inputs in missing.items():
-                if patches is not None and name in patches and bool(inputs.any()):
-                    stack.callback(self._refit(name, inputs, patches[name]))
-                elif bool(inputs.any()):
-                    hook = self._predict(name, inputs)
-                    stack.callback(self.layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            logits = self._logits()
-        self._bar.update()
-        return float((logits - self._dense).square().sum(1).mean()) / self._power
+            for change in changes:
+                stack.enter_context(change.applied())
+            if replay is not None:
+                stack.enter_context(replay.replaying())
+            self._bar.update()
+            return run.logits(batch).double()
 
-    def _logits(self, batches: list[Tensor] | None = None) -> Tensor:
-        batches = self._batches if batches is None else batches
-        with forward_pass(self.network, batches, what="anticipate") as run:
-            return torch.cat([run.logits(batch).double() for batch in run.batches])
+    def _is_right(self, run: ForwardPass, batch: Batch, changes: Iterable[LayerChange], logits: Tensor) -> bool:
+        """Compare logits that began with a replay with those of a whole pass, on the first image."""
+        whole = self._logits(run, batch._replace(inputs=batch.inputs[:1]), changes, None)
+        dense = self._dense[:1].square().sum()
+        rounding = 1000 * torch.finfo(run.dtype).eps
+        return bool((whole - logits[:1]).square().sum() <= rounding**2 * (whole.square().sum() + dense))
 
-    def _refit(self, name: str, missing: Tensor, patches: Patches) -> Callable[[], None]:
-        """Write the best weights without some inputs into a layer; returns what puts its own back."""
-        layer = self.layers[name]
-        old = layer.weight, layer.bias
-        weight = weight_blocks(layer)[0].double().cpu()  # [O, C_in, taps]
-        gone = missing.cpu().repeat_interleave(weight.shape[2])
-        flat = weight.flatten(1)
-        reconstruction = patches.reconstruct(flat, gone)
-        new = torch.zeros_like(flat)
-        absorbed, shift = absorb_into_weight(
-            flat[..., None], reconstruction
-        )  # every number of a patch is an input of one tap
-        new[:, reconstruction.kept] = absorbed[..., 0]
-        write_weight(layer, new)
-        add_bias(layer, shift, None)
-
-        def restore() -> None:
-            layer.weight, layer.bias = old
-
-        return restore
-
-    def _predict(self, name: str, missing: Tensor) -> Callable[..., Any]:
-        """Make a hook that replaces missing inputs by their prediction; where none was recorded, by zeros."""
-        # the package that repairs is built on importances
-        layer = self.layers[name]
-        entry = self.stats.layers.get(name)
-        parameter = next(layer.parameters())
-        kept = (~missing).nonzero()[:, 0].to(parameter.device)
-        gone = missing.nonzero()[:, 0].to(parameter.device)
-        weights, shift = None, None
-        if entry is not None and entry.inputs is not None:
-            reconstruction = affine_reconstruction(
-                entry.input_mean, entry.input_covariance, missing, ridge=ridge_for(entry.num_input_rows, len(missing))
-            )
-            weights, shift = reconstruction.weights.to(parameter), reconstruction.shift.to(parameter)
-        axis = channel_axis(layer)
-        read = 3 if isinstance(layer, nn.MultiheadAttention) else 1  # query, key, value
-
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            changed = [completed(x) for x in inputs[:read]]
-            return (*changed, *inputs[read:]), named
-
-        def completed(x: Tensor) -> Tensor:
-            x = x.movedim(axis, -1)
-            known = x.index_select(-1, kept)
-            predicted = known.new_zeros(*known.shape[:-1], len(gone))
-            if weights is not None and shift is not None:
-                predicted = known @ weights + shift
-            return x.index_copy(-1, gone, predicted).movedim(-1, axis)
-
-        return hook
-
-
-def _described(moments: CoMoments) -> tuple[Tensor, Tensor]:
-    return moments.mean.cpu(), moments.symmetrize().covariance.cpu()
-
-
-def _has_patches(layer: nn.Module) -> bool:
-    """Whether a layer mixes all its channels and its patch is small enough."""
-    return (
-        isinstance(layer, (_ConvNd, nn.Linear))
-        and cannot_refit(layer) is None
-        and blocks_of(layer) == 1
-        and fits(layer)
-    )
+    @torch.no_grad()
+    def power(self, count: int) -> float:
+        """Variance of the dense network's logits over the first ``count`` images, summed over classes."""
+        if len(self._dense) < count:
+            batches = list(torch.split(self.images[len(self._dense) : count], BATCH))
+            with forward_pass(self.network, batches, what="anticipate") as run:
+                logits = [run.logits(batch).double() for batch in run.batches]
+            self._dense = torch.cat([self._dense, *logits] if len(self._dense) else logits)
+        return float(self._dense[:count].var(0, correction=0).sum())
 
 
 def spread(total: int, chosen: int) -> Tensor:

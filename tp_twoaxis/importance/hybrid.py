@@ -87,6 +87,12 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
         ours = (getattr(part, "stats", None) for part in (self.ranking, self.allocation))
         return next((stats for stats in ours if stats is not None), None)
 
+    def prepare_groups(self, groups: list[Any]) -> None:
+        """Let each part see all groups that will be ranked, where it wants to."""
+        for part in (self.allocation, self.ranking):
+            if hasattr(part, "prepare_groups"):
+                part.prepare_groups(groups)
+
     @property
     def is_ready(self) -> bool:
         """Whether both parts can rank as they are."""

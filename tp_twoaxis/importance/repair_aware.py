@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.dependency.groups import Member, group_consumers, members, model_of, root_layer, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name
 from tp_twoaxis.importance.constant_channels import rank_first
-from tp_twoaxis.importance.distortion import Distortion, Patches
+from tp_twoaxis.importance.curve_measurement import RemovalOrder, measure_curves
+from tp_twoaxis.importance.distortion import Distortion
+from tp_twoaxis.importance.distortion_curves import DistortionCurve, DistortionCurves
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.reconstruction.greedy import Reading, greedy_reconstruction
+from tp_twoaxis.reconstruction.patch_removal import Patches
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, in_channels_of, out_channels_of
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Cost = Literal["macs", "channels"]
 RECONSTRUCTION = "reconstruction"
-# rise of the scores over a group, beside their mean, where all slopes agree: the order stays that of the ranking
-TIE = 1e-3
 
 
 class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -34,11 +32,11 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
 
     For each group, the channels are put in order by a score of the local axis (or by the consumers' reconstruction
     losses, ``"reconstruction"``). Then the dense network is run on a few images, without labels, while the first
-    eighth, two eighths, ... of that order are missing and each consumer is fitted to those that remain, as ``patch``
-    repair would fit it (where patches are too large, as ``ridge`` would): a curve of the logits' distortion. The
-    importance is the curve's slope, made monotone by its lower convex hull, over the MACs that a channel frees. So a
-    global threshold takes the next channel where it costs least for each MAC saved, as far as groups do not depend on
-    each other.
+    quarter, two quarters, ... of that order are missing and each consumer is fitted to those that remain, as ``patch``
+    repair would fit it (where patches have more than 2,048 numbers, as ``ridge`` would): a curve of the logits'
+    distortion, kept in :attr:`curves`. The importance is the curve's slope, made monotone by its lower convex hull,
+    over the MACs that a channel frees. So a global threshold takes the next channel where it costs least for each MAC
+    saved, as far as groups do not depend on each other.
 
     That is a normalisation between layers that is measured instead of chosen. Others were tried on two CIFAR-10
     ResNet-20s (conv shortcuts / option A) with half the MACs and ``sequential`` repair, accuracy in % on 2,000 training
@@ -63,10 +61,16 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
     The table has order and curves from reconstruction at channel level. With those from whole patches, which it takes,
     ``sequential`` keeps as much on test images: 86.3 / 86.3 % at half the MACs against 86.0 / 86.4, 80.0 / 80.6 against
     79.4 / 80.9 at 35 % (``benchmarks/results/cifar10_repair``, two seeds). They were chosen on held-out training
-    images, where they were 0.3 to 0.8 points better, and more than that on one of the networks with ``joint``.
+    images, where they were 0.3 to 0.8 points better, and more than that on one of the networks with ``joint``. All of
+    these curves had eight points, each over up to 512 images.
 
-    Cost: ``levels`` passes over ``images`` for each group and one for the patches, once for all shares. It pays where
-    forward passes are cheap; for large networks on a CPU take fewer of both, or ``hull``.
+    Cost, once for all shares: a pass over the images that are fitted, for the patches of all layers; for each group
+    and each of ``levels`` points, the part of the network from the group's first consumer on, over 32 images, or 16
+    where ``passes`` allow no more; and linear algebra, cubic in a layer's width.
+    :func:`~tp_twoaxis.prune_to_flops` has the curves of all groups measured together: then more images, 128 at most,
+    are added only while two halves of them disagree about the groups' widths, up to ``passes`` in all
+    (:func:`~tp_twoaxis.importance.curve_measurement.measure_curves`). Groups that are ranked one by one take all
+    ``images``.
 
     Args:
         stats: from ``calibrate(consumers=True)``.
@@ -76,9 +80,10 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         loader: yields ``(images, labels)`` or images; labels are not used. None: those of ``prune_to_flops``.
         model: the dense model; copied. Default that of the first group that is ranked.
         cost: what a channel's slope is divided by: ``"macs"``, or ``"channels"`` for pruners that count channels.
-        levels: points of each curve; each takes one pass over the images.
-        images: how many to measure on.
-        max_images: no more than that either.
+        levels: points of each curve.
+        images: how many to measure on at most; up to three times as many others are read for the fits.
+        passes: bound on the cost of the curves, in passes of one image through the whole network.
+        max_images: read no more than that.
         progress: show progress bars on stderr.
 
     Raises:
@@ -109,14 +114,17 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         loader: Iterable[Any] | None = None,
         model: nn.Module | None = None,
         cost: Cost = "macs",
-        levels: int = 8,
-        images: int = 512,
+        levels: int = 4,
+        images: int = 128,
+        passes: float = 2000,
         max_images: int | None = None,
         progress: bool = True,
     ) -> None:
         check_name("cost", cost, get_args(Cost))
-        if levels < 1 or images < 2:
-            raise TwoAxisError(f"anticipating: expected levels >= 1 and images >= 2, got {levels} and {images}")
+        if levels < 1 or images < 2 or not passes > 0:
+            raise TwoAxisError(
+                f"anticipating: expected levels >= 1, images >= 2 and passes > 0, got {levels}, {images} and {passes}"
+            )
         if not stats.consumers:
             raise TwoAxisError(
                 "anticipating: expected statistics of what layers read, got some without; gather them with "
@@ -128,6 +136,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         self.cost = cost
         self.levels = levels
         self.images = images
+        self.passes = passes
         self.max_images = max_images
         self.progress = progress
         # a producer's score also checks that the statistics are of the model as it is
@@ -176,6 +185,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
             cost=self.cost,
             levels=self.levels,
             images=self.images,
+            passes=self.passes,
             max_images=state.max_images,
             progress=state.progress,
         )
@@ -190,73 +200,98 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         Returns:
             [len(group[0].idxs)] float32 on the CPU, finite, not negative; None for a group without consumers.
         """
-        try:
-            ranks = self._ranked(group)
-        except StaleStatisticsError as error:
-            raise StaleStatisticsError(
-                f"{str(error).partition(';')[0]}; remove channels in steps with prune_to_flops(steps=...), or call "
-                "calibrate(consumers=True) again and make another importance"
-            ) from error
-        consumers = [*group_consumers(group), *_attention(group)]
+        ranks, consumers = self._ranks(group), _consumers(group)
         if ranks is None or not consumers:
             return None
         self._measure_on(model_of(group))
-        names = {module: name for name, module in model_of(group).named_modules()}
-        measure = partial(self._measure, group, consumers, names, ranks)
-        order, counts, distortions = self._distortion.once(self._key(group, names), measure)
-        scores = torch.empty(len(order), dtype=torch.float64)
-        scores[order] = slopes_of(counts, distortions, len(order)) / self._price(group, names)
+        key = self._key(group)
+        if key not in self._distortion.known:
+            self._measure([(group, ranks)])
+        order, curve = self._distortion.known[key]
+        scores = torch.empty(order.size, dtype=torch.float64)
+        scores[order.order] = curve.slopes() / self._cost(order.macs)
         constant = self.constant_channels(group)
         return (rank_first(scores, constant) if bool(constant.any()) else scores).float()
+
+    def prepare_groups(self, groups: list[Any]) -> None:
+        """Measure the curves of groups that will be ranked together, which takes fewer images than one by one.
+
+        Args:
+            groups: of ``torch_pruning``, full or partial, all of one model.
+        """
+        wanted = []
+        for group in groups:
+            ranks = self._ranks(group)
+            if ranks is not None and _consumers(group):
+                distortion = self._measure_on(model_of(group))
+                if self._key(group) not in distortion.known:
+                    wanted.append((group, ranks))
+        if wanted:
+            self._measure(wanted)
 
     def constant_channels(self, group: Any) -> Tensor:
         """Find the root channels that are constant in all layers that write them, [len(group[0].idxs)] bool."""
         return self._ranked.constant_channels(group)
 
-    def curve(self, group: Any) -> tuple[list[int], list[float]]:
-        """Return what was measured for a group: numbers of missing channels, and the logits' distortion at each.
+    @property
+    def curves(self) -> DistortionCurves:
+        """What was measured so far: a curve for each group, in the order of their ranking."""
+        known = {} if self._measured_on is None else self._measured_on.known
+        return DistortionCurves([curve for _, curve in known.values()])
+
+    def curve(self, group: Any) -> DistortionCurve:
+        """Return what was measured for a group.
 
         Raises:
             TwoAxisError: the group was not ranked yet.
         """
-        names = {module: name for name, module in model_of(group).named_modules()}
-        key = self._key(group, names)
-
-        def missing() -> Any:
+        key = self._key(group)
+        if self._measured_on is None or key not in self._measured_on.known:
             raise TwoAxisError(f"{key[0]}: expected a group that was ranked before, got a new one; call it first")
+        found: DistortionCurve = self._measured_on.known[key][1]
+        return found
 
-        _, counts, distortions = missing() if self._measured_on is None else self._distortion.once(key, missing)
-        return list(counts), list(distortions)
+    def _ranks(self, group: Any) -> Tensor | None:
+        """Rank by the score that orders the group, or would if it could be reconstructed; also checks the model."""
+        try:
+            return self._ranked(group)
+        except StaleStatisticsError as error:
+            raise StaleStatisticsError(
+                f"{str(error).partition(';')[0]}; remove channels in steps with prune_to_flops(steps=...), or call "
+                "calibrate(consumers=True) again and make another importance"
+            ) from error
 
-    def _key(self, group: Any, names: dict[nn.Module, str]) -> tuple[Any, ...]:
+    def _key(self, group: Any) -> tuple[Any, ...]:
         """Key of a group's measurement: its root layer first."""
+        names = {module: name for name, module in model_of(group).named_modules()}
         return names[root_layer(group)], tuple(group[0].idxs), self.ranking, self.levels
 
-    def _measure(
-        self, group: Any, consumers: list[Member], names: dict[nn.Module, str], ranks: Tensor
-    ) -> tuple[Tensor, list[int], list[float]]:
-        """Return a group's channels [size] in order of leaving, and its curve: how many are missing, the distortion."""
-        size = root_size(group)
+    def _measure(self, groups: list[tuple[Any, Tensor]]) -> None:
+        """Put each group's channels in order, and measure the curves of all."""
+        distortion = self._distortion
+        names = {module: name for name, module in model_of(groups[0][0]).named_modules()}
+        distortion.refits.patches(names[m.module] for group, _ in groups for m in _consumers(group))
+        orders = [self._order(group, names, ranks) for group, ranks in groups]
+        curves = measure_curves(orders, distortion, levels=self.levels, passes=self.passes)
+        distortion.refits.forget()
+        for (group, _), order, curve in zip(groups, orders, curves, strict=True):
+            distortion.known[self._key(group)] = order, curve
+
+    def _order(self, group: Any, names: dict[nn.Module, str], ranks: Tensor) -> RemovalOrder:
+        consumers = _consumers(group)
         order = ranks.double().argsort(stable=True)
-        patches = self._distortion.patches(names[member.module] for member in consumers)
         mixing = [m for m in consumers if not isinstance(m.module, nn.MultiheadAttention)]
         if self.ranking == RECONSTRUCTION and mixing:
-            order, _ = greedy_reconstruction([self._reading(member, names, patches) for member in mixing], size)
-        counts = sorted({0, *(round(level * size / self.levels) for level in range(1, self.levels)), max(size - 1, 0)})
-        distortions = []
-        for count in counts:
-            gone = torch.zeros(size, dtype=torch.bool)
-            gone[order[:count]] = True
-            missing: dict[str, Tensor] = {}
-            for member in consumers:
-                inputs = torch.zeros(in_channels_of(member.module), dtype=torch.bool)
-                inputs[member.channels[gone[member.roots]]] = True
-                name = names[member.module]
-                missing[name] = inputs | missing.get(name, torch.zeros_like(inputs))
-            distortions.append(self._distortion(missing, patches) if count else 0.0)
-        return order, counts, distortions
+            patches = self._distortion.refits.patches(names[m.module] for m in mixing)
+            order, _ = greedy_reconstruction([self._reading(m, names, patches) for m in mixing], root_size(group))
+        inputs: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        for member in consumers:
+            part = member.channels, member.roots, in_channels_of(member.module)
+            inputs.setdefault(names[member.module], []).append(part)
+        macs = self._macs_of_a_channel(group, names)
+        return RemovalOrder(names[root_layer(group)], order, inputs, macs, self._cost(macs))
 
-    def _reading(self, member: Member, names: dict[nn.Module, str], patches: dict[str, Patches]) -> Reading:
+    def _reading(self, member: Member, names: dict[nn.Module, str], patches: Mapping[str, Patches]) -> Reading:
         name = names[member.module]
         entry = self.stats[name]
         power = float(entry.variance.sum())
@@ -278,63 +313,23 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
             taps = apart
         return Reading(entry.input_covariance, taps.reshape(-1, inputs), member.channels, member.roots, power)
 
-    def _price(self, group: Any, names: dict[nn.Module, str]) -> float:
-        """Share of the dense network's MACs that goes with a root channel, on average; 1 where channels count."""
-        if self.cost == "channels":
-            return 1.0
-        macs, total = self._macs
+    def _macs_of_a_channel(self, group: Any, names: dict[nn.Module, str]) -> float:
+        """Share of the dense network's MACs that goes with a root channel, on average."""
+        counted = self._distortion.macs
         freed = 0.0
         for member in members(group):
-            share = macs.get(names.get(member.module, ""), 0) / total
+            share = counted.by_module.get(names.get(member.module, ""), 0) / max(counted.total, 1)
             if share and isinstance(member.module, CHANNEL_LAYERS):
                 width = out_channels_of(member.module) if member.is_producer else in_channels_of(member.module)
                 freed += share * len(member.channels) / width
-        return max(freed / root_size(group), 1e-12)
+        return freed / root_size(group)
 
-    @cached_property
-    def _macs(self) -> tuple[dict[str, float], float]:
-        def count() -> tuple[dict[str, float], float]:
-            counted = count_macs(self._distortion.network, self._distortion.example)
-            return dict(counted.by_module), float(max(counted.total, 1))
-
-        macs: tuple[dict[str, float], float] = self._distortion.once("macs", count)
-        return macs
+    def _cost(self, macs: float) -> float:
+        """What a channel's distortion is divided by."""
+        return 1.0 if self.cost == "channels" else max(macs, 1e-12)
 
 
-def slopes_of(counts: list[int], values: list[float], size: int) -> Tensor:
-    """Slope of a curve at each of its steps, never falling.
-
-    The curve is made non-decreasing, then convex from below; its slopes hold at the middle of their segments and are
-    interpolated in between.
-
-    Args:
-        counts: where the curve was measured, ascending from 0.
-        values: what was measured there.
-        size: steps; those beyond the last count have its slope.
-
-    Returns:
-        [size] float64, ascending, also where all slopes agree (a thousandth of their mean over the whole group).
-
-    Example:
-        >>> slopes_of([0, 2, 4], [0.0, 2.0, 6.0], 4).round(decimals=2).tolist()
-        [1.0, 1.25, 1.75, 2.0]
-    """
-    x, y = np.asarray(counts, dtype=np.float64), np.maximum.accumulate(np.asarray(values, dtype=np.float64))
-    hull = [0]
-    for i in range(1, len(x)):
-        while len(hull) > 1:
-            a, b = hull[-2:]
-            if (y[b] - y[a]) * (x[i] - x[b]) < (y[i] - y[b]) * (x[b] - x[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    if len(hull) < 2:
-        return torch.zeros(size, dtype=torch.float64)
-    x, y = x[hull], y[hull]
-    slopes = np.interp(np.arange(size) + 0.5, (x[1:] + x[:-1]) / 2, np.diff(y) / np.diff(x))
-    return torch.from_numpy(slopes + TIE * slopes.mean() * np.arange(size) / size)
-
-
-def _attention(group: Any) -> list[Member]:
-    """Find attention that reads a group's channels inside its own module."""
-    return [m for m in members(group) if m.is_consumer and isinstance(m.module, nn.MultiheadAttention)]
+def _consumers(group: Any) -> list[Member]:
+    """Find the layers that read a group's channels, attention that reads them inside its own module included."""
+    attention = [m for m in members(group) if m.is_consumer and isinstance(m.module, nn.MultiheadAttention)]
+    return [*group_consumers(group), *attention]

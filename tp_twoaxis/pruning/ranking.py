@@ -20,7 +20,8 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
 
     Where a group shares its root layer with another, an importance ranks the layer's channels of both, as with
     Torch-Pruning's pruners, unless it has an attribute ``own_channels_only`` that is true. One with a method
-    ``constant_channels(group) -> [size] bool`` names those that leave before all others.
+    ``constant_channels(group) -> [size] bool`` names those that leave before all others; a method
+    ``prepare_groups(groups)`` is called with all groups before the first is ranked.
 
     Returns:
         The ranked groups, and a note on each declined one.
@@ -29,8 +30,10 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
         TwoAxisError: the importance raised, or gave something else than one finite number a root channel.
     """
     scored, notes = [], []
-    for group in groups:
-        ranked = group.own if getattr(importance, "own_channels_only", False) else group.scored
+    seen = [group.own if getattr(importance, "own_channels_only", False) else group.scored for group in groups]
+    if hasattr(importance, "prepare_groups"):
+        importance.prepare_groups(seen)
+    for group, ranked in zip(groups, seen, strict=True):
         try:
             scores = importance(ranked)
         except TwoAxisError:

@@ -68,14 +68,17 @@ def select_positions(view: Tensor, positions: Tensor) -> Tensor:
     return view.index_select(1, positions) if positions.ndim == 1 else select_rows(view, positions)
 
 
-def positions_of(layer: nn.Module, available: int, images: int, drawn: range) -> Tensor:
+def positions_of(
+    layer: nn.Module, available: int, images: int, drawn: range, rows_per_number: int = ROWS_PER_NUMBER
+) -> Tensor:
     """Choose output positions for a fit: all, or one at random from each of equally long stretches of every image.
 
     Args:
-        layer: decides how many are needed: rows of all images together, see :data:`ROWS_PER_NUMBER`.
+        layer: decides how many are needed, with bounds :data:`FEWEST_ROWS` and :data:`MOST_ROWS`.
         available: output positions of an image.
         images: that the fit has in all.
         drawn: numbers of the images to choose positions for; the same image number always has the same positions.
+        rows_per_number: rows of all images together, a number of the patch.
 
     Returns:
         [available] or [len(drawn), p] int64.
@@ -86,7 +89,7 @@ def positions_of(layer: nn.Module, available: int, images: int, drawn: range) ->
         >>> positions_of(nn.Conv2d(64, 4, 3), 64, 512, range(3)).shape
         torch.Size([64])
     """
-    needed = min(max(ROWS_PER_NUMBER * patch_size(layer), FEWEST_ROWS), MOST_ROWS)
+    needed = min(max(rows_per_number * patch_size(layer), FEWEST_ROWS), MOST_ROWS)
     wanted = min(available, max(1, -(-needed // images)))
     if wanted == available:
         return torch.arange(available)

@@ -90,8 +90,8 @@ def repair_network(
             none, :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
         guard: hold images out and judge every change on them; without, all images are fitted and every fit is kept.
         measure: also measure the layers' errors, on images that no fit has used.
-        max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; what is too much for the first layers
-            joins behind them, where activations are smaller.
+        max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
+            first layers join behind them, where activations are smaller.
         progress: show progress bars on stderr.
 
     Returns:
