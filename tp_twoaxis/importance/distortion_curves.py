@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
@@ -234,6 +233,8 @@ def interpolated(removed: tuple[int, ...], values: tuple[float, ...]) -> Floats:
     found = np.empty_like(steps)
     exponent = 1.0
     if len(logs) > 1:
+        from scipy.interpolate import PchipInterpolator
+
         curve = PchipInterpolator(logs, heights)
         exponent = max(exponent, float(curve(logs[0], 1)))
         found[~first] = np.exp(curve(np.log(steps[~first])))
