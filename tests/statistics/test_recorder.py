@@ -96,7 +96,7 @@ def test_rows_are_what_the_layer_wrote_before_anything_in_place():
     records = record(net, images(), positions="all")
     expected = reference.flat(reference.emitted(net, images(), {"0": net[0]})["0"])
     assert expected.min() < 0
-    np.testing.assert_allclose(records["0"].rows.mean, expected.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(records["0"].rows.mean, expected.mean(0), rtol=1e-6, atol=1e-7)
 
 
 # which rows

@@ -263,7 +263,7 @@ class Distortion:
 
 
 def _described(moments: CoMoments) -> tuple[Tensor, Tensor]:
-    return moments.mean.cpu(), moments.symmetrize().covariance.cpu()
+    return moments.mean.cpu(), moments.covariance.cpu()
 
 
 def _has_patches(layer: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
 from tp_twoaxis.statistics.moments import CoMoments, float64_device
+from tp_twoaxis.statistics.pooling import pooled_means
+from tp_twoaxis.statistics.row_queue import RowQueue, SideStream
 from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select_rows
 
 Positions = Literal["auto", "all"] | int
@@ -26,8 +28,6 @@ MINIMUM_ROWS = 2**14
 FEWEST_POSITIONS = 8
 # pooled rows are few and wide: they wait until this many make one matrix product worth its overhead
 PENDING_IMAGES = 512
-# a channel's mean over this many standard deviations of its pooled values: float32 then costs 5 of their 24 bits
-FAR = 16
 # the moments of an input as wide as this take 512 MiB; a flattened map of VGG-16 (25,088 numbers) would take 4.7 GiB
 WIDEST_INPUT = 2**13
 
@@ -41,14 +41,29 @@ class LayerRecord:
         cross: moments of pooled outputs with the task variables, or None without them.
         inputs: moments of the rows that the layer reads, C_in wide, or None when they are not recorded.
         dtype: of what the layer writes.
+        product: of the products that rows are multiplied in.
     """
 
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self.rows = CoMoments(width, device=device)
-        self.pooled = CoMoments(width, device=device)
+        self.product = torch.float64 if dtype == torch.float64 else torch.float32
+        self.rows = CoMoments(width, device=device, product=self.product)
+        self.pooled = CoMoments(width, device=device, product=self.product)
         self.cross: CoMoments | None = None
         self.inputs: CoMoments | None = None
+
+    def add_cross(self, columns: int) -> CoMoments:
+        """Moments of pooled outputs with this many task variables; the same ones every time."""
+        if self.cross is None:
+            device, width = self.pooled.mean.device, len(self.pooled.mean)
+            self.cross = CoMoments(width, columns, device=device, product=self.product)
+        return self.cross
+
+    def add_inputs(self, width: int) -> CoMoments:
+        """Moments of what the layer reads, so wide; the same ones every time."""
+        if self.inputs is None:
+            self.inputs = CoMoments(width, device=self.rows.mean.device, product=self.product)
+        return self.inputs
 
 
 class Recorder:
@@ -108,6 +123,8 @@ class Recorder:
         self._batch_size = 0
         self._ran: set[str] | None = None
         self._pooled: dict[str, tuple[Tensor, int]] = {}
+        self._queues: dict[int, RowQueue] = {}
+        self._sides: dict[torch.device, SideStream] = {}
         self._pending: dict[str, list[Tensor]] = {}
         self._pending_task: list[Tensor] = []
         self._pending_images = 0
@@ -136,6 +153,10 @@ class Recorder:
         self._handles = []
         if kind is None:
             self._flush()
+            for queue in self._queues.values():
+                queue.flush()
+        for side in self._sides.values():
+            side.join()
 
     def begin(self, *images: Tensor) -> None:
         """Announce a batch.
@@ -174,13 +195,12 @@ class Recorder:
     def _flush(self) -> None:
         task = torch.cat(self._pending_task) if self._pending_task else None
         for name, parts in self._pending.items():
-            pooled = torch.cat(parts)
             record = self.records[name]
-            record.pooled.update(pooled)
-            if task is not None:
-                if record.cross is None:
-                    record.cross = CoMoments(pooled.shape[1], task.shape[1], device=record.pooled.mean.device)
-                record.cross.update(pooled, task)
+            with self._side(record.pooled).after(*parts, *self._pending_task):
+                pooled = torch.cat(parts)
+                record.pooled.update(pooled)
+                if task is not None:
+                    record.add_cross(task.shape[1]).update(pooled, task)
         self._pending, self._pending_task, self._pending_images = {}, [], 0
 
     def _record(self, name: str, values: Tensor) -> LayerRecord:
@@ -215,15 +235,12 @@ class Recorder:
         width = view.shape[-1]
         if width > WIDEST_INPUT:
             return
-        record = self.records[name]
-        if record.inputs is None:
-            record.inputs = CoMoments(width, device=record.rows.mean.device)
-        self._update(record.inputs, view)
+        self._update(self.records[name].add_inputs(width), view)
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = self._layout(name, layer).rows(y, layer, self._batch_size, name)
         count = view.shape[1]
-        pooled = _pool(view)
+        pooled = pooled_means(view)
         if name in self._pooled:  # called again in this batch: average over the positions of all calls
             before, seen = self._pooled[name]
             pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
@@ -241,15 +258,25 @@ class Recorder:
     def _update(self, moments: CoMoments, view: Tensor) -> None:
         """Take in the rows [n, P, C], or those that stand for them."""
         available, channels = view.shape[1:]
+        if id(moments) not in self._queues:
+            self._queues[id(moments)] = RowQueue(moments, self._side(moments))
+        queue = self._queues[id(moments)]
         wanted = self._wanted(channels)
         if wanted is None or wanted >= available:
-            moments.update(view)
+            queue.add(view, owned=False)
             return
         if self._keys is None:
             self._keys = image_keys(*self._images)
         if (available, wanted) not in self._sampled:
-            self._sampled[available, wanted] = sampled_positions(self._keys, available, wanted).to(view.device)
-        moments.update(select_rows(view, self._sampled[available, wanted]), weight=available / wanted)
+            positions = sampled_positions(self._keys, available, wanted)
+            self._sampled[available, wanted] = positions.to(view.device, non_blocking=True)
+        queue.add(select_rows(view, self._sampled[available, wanted]), available / wanted, owned=True)
+
+    def _side(self, moments: CoMoments) -> SideStream:
+        device = moments.mean.device
+        if device not in self._sides:
+            self._sides[device] = SideStream(device)
+        return self._sides[device]
 
     def _wanted(self, channels: int) -> int | None:
         if isinstance(self.positions, int):
@@ -267,16 +294,3 @@ def _runs_in_some(names: list[str]) -> str:
         f"{listing(names)}: expected a layer to run in every batch or in none, got both, so its statistics "
         "would be of fewer images than the others'; leave it out with layers=[...]"
     )
-
-
-def _pool(view: Tensor) -> Tensor:
-    """Average [n, P, C] over positions; float32 at least, float64 where images differ too little from their mean."""
-    if view.dtype == torch.float64 or view.device.type == "cuda":
-        return view.mean(1, dtype=torch.float64)
-    pooled = view.mean(1, dtype=torch.float32)
-    # a sum in float64 takes a CPU five times as long, so only channels whose spread float32 would blur get one
-    far = pooled.abs().mean(0) > FAR * pooled.std(0, correction=0)
-    if view.device.type == "cpu" and bool(far.any()):
-        pooled = pooled.double()
-        pooled[:, far] = view[:, :, far].mean(1, dtype=torch.float64)
-    return pooled
