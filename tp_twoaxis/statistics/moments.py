@@ -54,7 +54,7 @@ class CoMoments:
         other_width: E, numbers in the paired row, or None for the rows themselves; 0 keeps count and mean alone.
         device: where the accumulators live; needs float64.
         product: dtype of the product of a block, float64 or, twice as fast, float32: it costs a covariance about
-            1e-7 of the two spreads, however far from zero the means are, and spreads below 1e-19 count as none. Where
+            1e-6 of the two spreads, however far from zero the means are, and spreads below 1e-19 count as none. Where
             torch is set to multiply float32 with less than its precision, the product is of float64 all the same.
 
     Attributes:
