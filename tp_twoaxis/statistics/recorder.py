@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.runtime.layers import in_channels_of, out_channels_of
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
+from tp_twoaxis.statistics.memory import LayerSize
 from tp_twoaxis.statistics.moments import CoMoments, float64_device
 from tp_twoaxis.statistics.pooling import pooled_means
 from tp_twoaxis.statistics.row_queue import RowQueue, SideStream
@@ -51,6 +53,13 @@ class LayerRecord:
         self.pooled = CoMoments(width, device=device, product=self.product)
         self.cross: CoMoments | None = None
         self.inputs: CoMoments | None = None
+
+    def to(self, device: torch.device | str) -> LayerRecord:
+        """Move all moments; returns self."""
+        for moments in (self.rows, self.pooled, self.cross, self.inputs):
+            if moments is not None:
+                moments.to(device)
+        return self
 
     def add_cross(self, columns: int) -> CoMoments:
         """Moments of pooled outputs with this many task variables; the same ones every time."""
@@ -157,6 +166,16 @@ class Recorder:
                 queue.flush()
         for side in self._sides.values():
             side.join()
+
+    def sizes(self) -> dict[str, LayerSize]:
+        """What decides the memory of each layer's statistics."""
+        sizes = {}
+        for name, layer in self.layers.items():
+            width, read = out_channels_of(layer), in_channels_of(layer)
+            if not self.consumers or isinstance(layer, nn.MultiheadAttention) or read > WIDEST_INPUT:
+                read = 0
+            sizes[name] = LayerSize(width, read, self._wanted(width) or 0, self._wanted(read) or 0)
+        return sizes
 
     def begin(self, *images: Tensor) -> None:
         """Announce a batch.
