@@ -22,9 +22,12 @@ from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select
 
 Positions = Literal["auto", "all"] | int
 
-# rows a layer needs over the whole set: this many a channel, and never fewer than the second number; with them
-# sampling moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py)
-ROWS_PER_CHANNEL = 32
+# rows a layer needs over the whole set: this many a channel, and never fewer than the last number. With them sampling
+# moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py). In MobileNetV1's
+# layers of 768 channels 8 rows a channel rank by capture, overlap and hull as all positions do to 0.987 and more, 17 to
+# 0.996. What a layer reads is regressed on too, for which there are more
+ROWS_PER_CHANNEL = 8
+INPUT_ROWS_PER_CHANNEL = 32
 MINIMUM_ROWS = 2**14
 # of many images each gives at least so many: fewer would save nothing beside the forward pass
 FEWEST_POSITIONS = 8
@@ -87,15 +90,15 @@ class Recorder:
     Args:
         layers: name -> layer, from :func:`~tp_twoaxis.runtime.layers.channel_layers`.
         positions: ``"all"``; a number of positions an image; or ``"auto"``: as many as give
-            ``max(32 C, 16384)`` rows over the whole set, a power of two and at least 8. Of each of equally long
+            ``max(8 C, 16384)`` rows over the whole set, a power of two and at least 8. Of each of equally long
             stretches of an image one position is drawn by a hash of the image
             (:mod:`~tp_twoaxis.statistics.sampling`): over images every position is seen, and the rows do not depend on
             batch size, order or rank. A row stands for as many as its image has positions for each that is sampled.
             Pooled values always use every position.
         expected_images: images in the whole set, over all ranks; ``"auto"`` without it means ``"all"``.
         consumers: also record what the layers read. Rows are positions of the input as the layer is given it,
-            without the zeros that its padding adds, sampled by the same rule as outputs with C_in in the place
-            of C. Left out are ``nn.MultiheadAttention``, whose projections run as functions so that the value
+            without the zeros that its padding adds, sampled by the same rule as outputs with ``32 C_in`` in the place
+            of ``8 C``. Left out are ``nn.MultiheadAttention``, whose projections run as functions so that the value
             channels cannot be seen, and inputs of more than 8,192 numbers.
         layouts: name -> where the layer has its images, of every layer that runs
             (:func:`~tp_twoaxis.statistics.layouts.find_layouts`); default where layers of its kind usually have them.
@@ -174,7 +177,7 @@ class Recorder:
             width, read = out_channels_of(layer), in_channels_of(layer)
             if not self.consumers or isinstance(layer, nn.MultiheadAttention) or read > WIDEST_INPUT:
                 read = 0
-            sizes[name] = LayerSize(width, read, self._wanted(width) or 0, self._wanted(read) or 0)
+            sizes[name] = LayerSize(width, read, self._wanted(width) or 0, self._wanted_inputs(read) or 0)
         return sizes
 
     def begin(self, *images: Tensor) -> None:
@@ -254,7 +257,7 @@ class Recorder:
         width = view.shape[-1]
         if width > WIDEST_INPUT:
             return
-        self._update(self.records[name].add_inputs(width), view)
+        self._update(self.records[name].add_inputs(width), view, self._wanted_inputs(width))
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = self._layout(name, layer).rows(y, layer, self._batch_size, name)
@@ -265,7 +268,7 @@ class Recorder:
             pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
             count += seen
         self._pooled[name] = (pooled, count)
-        self._update(self._record(name, view).rows, view)
+        self._update(self._record(name, view).rows, view, self._wanted(view.shape[2]))
 
     def _layout(self, name: str, layer: nn.Module) -> BatchLayout:
         if self.layouts is None:
@@ -274,13 +277,12 @@ class Recorder:
             raise TwoAxisError(_runs_in_some([name]))
         return self.layouts[name]
 
-    def _update(self, moments: CoMoments, view: Tensor) -> None:
-        """Take in the rows [n, P, C], or those that stand for them."""
-        available, channels = view.shape[1:]
+    def _update(self, moments: CoMoments, view: Tensor, wanted: int | None) -> None:
+        """Take in the rows [n, P, C], or those at so many positions that stand for them."""
+        available = view.shape[1]
         if id(moments) not in self._queues:
             self._queues[id(moments)] = RowQueue(moments, self._side(moments))
         queue = self._queues[id(moments)]
-        wanted = self._wanted(channels)
         if wanted is None or wanted >= available:
             queue.add(view, owned=False)
             return
@@ -297,12 +299,15 @@ class Recorder:
             self._sides[device] = SideStream(device)
         return self._sides[device]
 
-    def _wanted(self, channels: int) -> int | None:
+    def _wanted_inputs(self, channels: int) -> int | None:
+        return self._wanted(channels, INPUT_ROWS_PER_CHANNEL)
+
+    def _wanted(self, channels: int, per_channel: int | None = None) -> int | None:
         if isinstance(self.positions, int):
             return self.positions
         if self.positions == "all" or self.expected_images is None:
             return None
-        rows = max(ROWS_PER_CHANNEL * channels, MINIMUM_ROWS)
+        rows = max((per_channel or ROWS_PER_CHANNEL) * channels, MINIMUM_ROWS)
         # a power of two: shards of slightly unequal length still agree on the number
         exponent = round(math.log2(rows / max(self.expected_images, 1)))
         return max(1 << max(exponent, 0), FEWEST_POSITIONS)
