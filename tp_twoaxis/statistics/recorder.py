@@ -23,8 +23,8 @@ from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select
 Positions = Literal["auto", "all"] | int
 
 # rows a layer needs over the whole set: this many a channel, and never fewer than the last number. With them sampling
-# moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py). In the layers of
-# MobileNetV1 that have 768 channels, 8 rows a channel rank by capture, overlap and hull as all positions do to 0.987 and
+# moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py). In layers of
+# MobileNetV1 with 768 channels, 8 rows a channel rank by capture, overlap and hull as all positions do, to 0.987 and
 # more. What a layer reads is regressed on too, for which there are more
 ROWS_PER_CHANNEL = 8
 INPUT_ROWS_PER_CHANNEL = 32
