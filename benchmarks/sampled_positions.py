@@ -54,8 +54,7 @@ BATCH, TIMED, ROUNDS = 128, 1024, 7
 def fixed_positions(fewest: int) -> Iterator[None]:
     """Sample the same positions of every image, each row with weight 1, as versions before this rule did."""
 
-    def update(self: Recorder, moments: CoMoments, view: Tensor) -> None:
-        count = self._wanted(view.shape[2])
+    def update(self: Recorder, moments: CoMoments, view: Tensor, count: int | None) -> None:
         if count is None or count >= view.shape[1]:
             moments.update(view)
             return

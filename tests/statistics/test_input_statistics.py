@@ -23,9 +23,10 @@ def test_moments_are_those_of_the_rows_that_are_read(stats, name):
     read = InputStatistics(stats[name])
     assert (read.num_channels, read.num_rows) == (rows.shape[1], len(rows))
     np.testing.assert_allclose(read.mean, rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(read.covariance, reference.covariance(rows), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(read.variance, rows.var(0), rtol=1e-6)
-    np.testing.assert_allclose(read.correlation, reference.correlation(rows), rtol=1e-6, atol=1e-7)
+    spread = rows.var(0)
+    assert reference.relative_error(read.covariance, reference.covariance(rows), spread, spread) < 3e-6
+    np.testing.assert_allclose(read.variance, spread, rtol=3e-6)
+    np.testing.assert_allclose(read.correlation, reference.correlation(rows), atol=3e-6)
 
 
 # norm-local looks at weights, which inputs have none of

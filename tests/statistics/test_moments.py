@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.statistics import moments as module
-from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.moments import STRIP, CoMoments
 
 
 def draw(n=200, width=6, seed=0, dtype=torch.float64):
@@ -154,7 +154,7 @@ def test_rows_with_gradients_leave_no_graph():
     rows = draw().requires_grad_()
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            moments = of(rows, rows).merge(of(rows)).symmetrize()
+            moments = of(rows, rows).merge(of(rows))
         assert not moments.scatter.requires_grad
         assert not moments.mean.requires_grad
 
@@ -174,15 +174,49 @@ def test_empty_parts_are_neutral():
         assert error(merged, x) < 1e-12
 
 
-def test_mirror_makes_the_scatter_symmetric_to_the_last_bit():
-    moments = of(*draw(1000, 40).split(77))
-    upper = moments.scatter.triu()
-    assert moments.symmetrize() is moments
-    assert torch.equal(moments.scatter, moments.scatter.T)
-    assert torch.equal(moments.scatter.triu(), upper)
-    paired = of(draw(), other=[draw()])
-    before = paired.scatter.clone()
-    assert torch.equal(paired.symmetrize().scatter, before)
+@pytest.mark.parametrize("width", [40, STRIP + 3, 2 * STRIP])
+@pytest.mark.parametrize("product", [torch.float32, torch.float64])
+def test_the_scatter_is_symmetric_to_the_last_bit(width, product):
+    moments = CoMoments(width, product=product)
+    for part in draw(300, width).split(77):
+        moments.update(part)
+    x = draw(300, width)
+    other = of(x[:9])
+    for merged in (moments, moments.merge(other)):
+        assert torch.equal(merged.scatter, merged.scatter.T)
+    assert error(moments, torch.cat([draw(300, width), x[:9]])) < (1e-12 if product == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e4, -1e7])
+@pytest.mark.parametrize("sizes", [[200], [1, 199], [50, 50, 100]])
+def test_float32_products_keep_their_digits_far_from_zero(mean, sizes):
+    x = draw() + mean * torch.linspace(1, 2, 6)
+    rows, moments = x.float(), CoMoments(6, product=torch.float32)
+    for part in rows.split(sizes):
+        moments.update(part)
+    assert error(moments, rows) < 5e-6
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_lower_precision_of_products_is_not_used(precision, monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    rows = draw(2000, 64).float()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        moments = CoMoments(64, product=torch.float32)
+        moments.update(rows)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error(moments, rows) < 1e-12
+
+    def unclear():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", unclear)
+    moments = CoMoments(64, product=torch.float32)
+    moments.update(rows)
+    assert error(moments, rows) < 1e-12
 
 
 def test_from_parts_rebuilds():

@@ -12,7 +12,6 @@ def test_moments_survive_packing(width, other_width, length):
     moments = CoMoments(width, other_width)
     rows = torch.randn(20, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moments.update(rows, None if other_width is None else rows[:, :other_width], weight=3.0)
-    moments.symmetrize()
     numbers = packed(moments.scatter, paired=moments.paired)
     assert len(numbers) == packed_length(moments) == length
     assert torch.equal(unpacked(numbers, width, other_width), moments.scatter)

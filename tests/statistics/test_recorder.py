@@ -96,7 +96,7 @@ def test_rows_are_what_the_layer_wrote_before_anything_in_place():
     records = record(net, images(), positions="all")
     expected = reference.flat(reference.emitted(net, images(), {"0": net[0]})["0"])
     assert expected.min() < 0
-    np.testing.assert_allclose(records["0"].rows.mean, expected.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(records["0"].rows.mean, expected.mean(0), rtol=1e-6, atol=1e-7)
 
 
 # which rows
@@ -208,14 +208,16 @@ def test_the_same_positions_whatever_the_batch_size(batch_size):
 
 @pytest.mark.parametrize(
     ("channels", "expected_images", "positions"),
-    # max(32 C, 16384) rows over all images, a power of two, and at least 8 of each
+    # max(8 C, 16384) rows over all images, a power of two, and at least 8 of each
     [
         (16, 24, None),
         (16, 1024, 16),
         (16, 1000, 16),
         (16, 5000, 8),
         (16, 10**6, 8),
-        (2048, 1024, None),
+        (2048, 1024, 16),
+        (4096, 1024, 32),
+        (4096, 512, None),
         (16, None, None),
     ],
 )

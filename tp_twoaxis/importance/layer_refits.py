@@ -183,7 +183,7 @@ class LayerRefits:
 
 
 def _described(moments: CoMoments) -> tuple[Tensor, Tensor]:
-    return moments.mean.cpu(), moments.symmetrize().covariance.cpu()
+    return moments.mean.cpu(), moments.covariance.cpu()
 
 
 def _has_patches(layer: nn.Module) -> bool:

@@ -247,7 +247,7 @@ class AdjacentMoments:
     @property
     def finite(self) -> bool:
         """Whether all numbers so far are finite."""
-        return self._inputs.finite and bool(torch.isfinite(self._outputs.scatter).all())
+        return self._inputs.finite and self._outputs.finite
 
     def update(self, read: Tensor, written: Tensor) -> None:
         """Take in one call of the layer."""

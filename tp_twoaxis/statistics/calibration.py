@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import TwoAxisError, check_name, listing
-from tp_twoaxis.runtime.batches import expected_images, mixed_labels, split_shards
+from tp_twoaxis.runtime.batches import Batch, expected_images, mixed_labels, split_shards
 from tp_twoaxis.runtime.distributed import world_size
-from tp_twoaxis.runtime.forward import NoImagesError, find_logits, forward_pass
+from tp_twoaxis.runtime.forward import ForwardPass, NoImagesError, find_logits, forward_pass
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.gradients import OutputSaliency
 from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
+from tp_twoaxis.statistics.memory import GIB, MemoryPlan
 from tp_twoaxis.statistics.moments import CoMoments
-from tp_twoaxis.statistics.recorder import Positions, Recorder
+from tp_twoaxis.statistics.passes import Survey
+from tp_twoaxis.statistics.recorder import PENDING_IMAGES, LayerRecord, Positions, Recorder
 from tp_twoaxis.statistics.store import CalibrationStatistics
-from tp_twoaxis.statistics.targets import LABEL_FREE, TARGETS, task_variables
+from tp_twoaxis.statistics.targets import LABEL_FREE, TARGETS, count_columns, task_variables
 
 
 def calibrate(
@@ -37,6 +40,7 @@ def calibrate(
     positions: Positions = "auto",
     gradients: bool = False,
     consumers: bool = False,
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass; without gradients by default.
@@ -45,7 +49,8 @@ def calibrate(
     (:func:`~tp_twoaxis.statistics.layouts.find_layouts`).
     The model runs in eval mode and comes back exactly as it was: modes, hooks, gradients and device; so does
     torch's random state. Wrappers (DataParallel, DistributedDataParallel, ``torch.compile``) are looked
-    through. Memory does not grow with the number of images.
+    through. Memory does not grow with the number of images: beside the model it is that of the statistics, ``[C, C]``
+    twice a layer, and of one batch's rows; what does not fit is refused before the pass.
 
     Under ``torchrun`` give every rank its shard of the images, which may be none, and call
     ``statistics.all_reduce()`` afterwards. The result is that of one process on all images; with
@@ -75,15 +80,19 @@ def calibrate(
             ``LayerStatistics.input_mean`` and ``input_covariance``, of input positions without padding. They
             need one more product of rows a layer; ``nn.MultiheadAttention`` and inputs of more than 8,192 numbers
             are left out.
+        max_memory: GiB that statistics may take on the model's device while they are gathered; where all layers need
+            more, they are gathered in several passes, for which the loader must give the same images in the same
+            order every time. Layers that are done wait in the CPU's memory, and are not counted. Default: all in one.
         progress: show a progress bar on stderr.
 
     Returns:
         Statistics by layer name.
 
     Raises:
-        TwoAxisError: no images came, and there is one process; images are not finite floats; labels are missing for a
-            target or for gradients that need them, or out of range; a layer does not exist, gives non-finite values,
-            or has the images of a batch in no dimension; the model or the loader raised.
+        TwoAxisError: memory does not suffice, or a loader gives other images in a second pass; no images came, and
+            there is one process; images are not finite floats; labels are missing for a target or for gradients that
+            need them, or out of range; a layer does not exist, gives non-finite values, or has the images of a batch
+            in no dimension; the model or the loader raised.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -92,7 +101,9 @@ def calibrate(
         >>> stats["0"].covariance.shape, stats.num_images, stats.target
         (torch.Size([8, 8]), 48, 'margin')
     """
-    request = CalibrationRequest(target, layers, device, max_images, positions, gradients, consumers, progress)
+    request = CalibrationRequest(
+        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory
+    )
     try:
         return gather(model, loader, request)[0]
     except NoImagesError:
@@ -117,12 +128,15 @@ class CalibrationRequest:
     gradients: bool
     consumers: bool
     progress: bool
+    max_memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_name("target", self.target, TARGETS, more=" or None")
         if self.max_images is not None and not (isinstance(self.max_images, int) and self.max_images > 0):
             raise TwoAxisError(f"max_images: expected a positive whole number or None, got {self.max_images!r}")
+        if self.max_memory is not None and not self.max_memory > 0:
+            raise TwoAxisError(f"max_memory: expected a positive number of GiB or None, got {self.max_memory!r}")
 
 
 @torch.inference_mode(mode=False)  # the statistics can then be merged outside of the caller's inference mode too
@@ -146,95 +160,138 @@ def gather(
     recorded = channel_layers(network, request.layers)
     if not recorded:
         raise TwoAxisError(f"{type(network).__name__} has no convolution, linear or attention layer to calibrate")
-    target, columns = request.target, dict[str, tuple[int, int]]()
     parts: dict[int, _Part] = {}
-    with (
-        forward_pass(
+    survey: Survey | None = None
+    number = 0
+    while survey is None or number < len(survey.passes):
+        with forward_pass(
             network,
             loader,
-            what="calibrate",
+            what="calibrate" if survey is None else f"calibrate, pass {number + 1} of {len(survey.passes)}",
             max_images=request.max_images,
-            labels=target is not None or request.gradients,
+            labels=request.target is not None or request.gradients,
             gradients=request.gradients,
             device=request.device,
             progress=request.progress,
-        ) as run,
-        ExitStack() as recorders,
-    ):
-        first = next(run.batches)
-        # positions are chosen for the whole set, so that the parts merge into what one pass would give
-        expected = expected_images(loader, len(first.inputs), request.max_images)
-        layouts = find_layouts(run, recorded, first)
-        for shard, batch in split_shards(chain([first], run.batches), shards, seed):
-            if shard not in parts:
-                parts[shard] = _Part.start(recorded, request, expected, layouts, recorders)
-            part, index, images = parts[shard], batch.number, len(batch.inputs)
-            part.begin(batch.inputs)
-            output = run(batch)
-            values = None
-            if target is not None:
-                variables = _variables(_class_logits(output, network), batch.labels, target, index, images)
-                columns = columns or _columns(variables)
-                if list(variables) != list(columns):
-                    raise TwoAxisError(mixed_labels(index, batch.labels))
-                values = torch.cat(list(variables.values()), dim=1)
-            if part.saliency is not None:
-                _backward(part.saliency, _class_logits(output, network), batch.labels, index)
-            part.finish(values, images)
+        ) as run:
+            first = next(run.batches)
+            if survey is None:
+                survey = _survey(run, recorded, first, loader, request, shards)
+            survey.check_batch(first, number)
+            _gather_pass(run, first, survey, survey.passes[number], parts, request, (shards, seed))
+        survey.check_count(run.images, number)
+        number += 1
     if len(parts) < shards:
         raise TwoAxisError(
             f"shards: expected at least one image for each of {shards} shards, got "
-            f"{sum(part.images for part in parts.values())} images; give more images or fewer shards"
+            f"{run.images} images; give more images or fewer shards"
         )
-    if not parts[0].recorder.records:
+    if not parts[0].records:
         raise TwoAxisError(
             f"none of the layers {listing(recorded)} ran in the forward pass; "
             "the model calls their weights as functions, or runs code that was traced before: pass the eager model"
         )
-    resolved = target if target in columns else ("predicted_margin" if target else None)
-    return [
-        CalibrationStatistics.from_records(
-            recorded,
-            part.recorder.records,
-            part.task,
-            columns,
-            None if part.saliency is None else part.saliency.records,
-            target=resolved,
-            num_images=part.images,
-            explicit=request.layers is not None,
+    return [_statistics(part, recorded, request) for _, part in sorted(parts.items())]
+
+
+def _survey(
+    run: ForwardPass,
+    layers: dict[str, nn.Module],
+    first: Batch,
+    loader: Iterable[Any],
+    request: CalibrationRequest,
+    shards: int,
+) -> Survey:
+    """Find out where layers have their images, and how many passes there must be."""
+    outputs: list[Any] = []
+    handle = run.network.register_forward_hook(lambda network, inputs, output: outputs.append(output))
+    try:
+        layouts = find_layouts(run, layers, first)
+    finally:
+        handle.remove()
+    columns = 0
+    if request.target is not None:
+        with contextlib.suppress(TwoAxisError):  # the pass itself says what is wrong with the logits of its batch
+            columns = count_columns(find_logits(outputs[-1], run.network).shape[-1], first.labels is not None)
+    # positions are chosen for the whole set, so that the parts merge into what one pass would give
+    expected = expected_images(loader, len(first.inputs), request.max_images)
+    running = {name: layer for name, layer in layers.items() if name in layouts}
+    sizes = _recorder(running, layouts, expected, request).sizes()
+    plan = MemoryPlan.of(sizes, batch=len(first.inputs), columns=columns, pooled_images=PENDING_IMAGES, shards=shards)
+    if request.max_memory is None:
+        plan.check_free(run.device)
+        passes = [list(running)]
+    else:
+        passes = plan.passes(int(request.max_memory * GIB))
+    if len(passes) > 1 and isinstance(loader, Iterator):
+        raise TwoAxisError(
+            f"max_memory: expected a loader that can be read {len(passes)} times, got a {type(loader).__name__}, which "
+            f"is used up by the first; pass a DataLoader or a list, or max_memory={plan.total() / GIB + 1e-3:.3f}"
         )
-        for _, part in sorted(parts.items())
-    ]
+    # one that did not run takes no memory, and is watched: if it runs later, the pass says so
+    passes[0] += [name for name in layers if name not in running]
+    return Survey(layouts, expected, [{name: layers[name] for name in names} for names in passes], first)
+
+
+def _recorder(
+    layers: dict[str, nn.Module], layouts: dict[str, BatchLayout], expected: int | None, request: CalibrationRequest
+) -> Recorder:
+    return Recorder(
+        layers, positions=request.positions, expected_images=expected, consumers=request.consumers, layouts=layouts
+    )
+
+
+def _gather_pass(
+    run: ForwardPass,
+    first: Batch,
+    survey: Survey,
+    layers: dict[str, nn.Module],
+    parts: dict[int, _Part],
+    request: CalibrationRequest,
+    split: tuple[int, int],
+) -> None:
+    """Gather some layers' statistics from all images into the parts."""
+    with ExitStack() as stack:
+        begun: set[int] = set()
+        for shard, batch in split_shards(chain([first], run.batches), *split):
+            part = parts.setdefault(shard, _Part())
+            if shard not in begun:
+                begun.add(shard)
+                part.start(_recorder(layers, survey.layouts, survey.expected, request), request.gradients, stack)
+            part.begin(batch.inputs)
+            output = run(batch)
+            values = None
+            if request.target is not None:
+                logits = _class_logits(output, run.network)
+                variables = _variables(logits, batch.labels, request.target, batch.number, len(batch.inputs))
+                survey.columns = survey.columns or _columns(variables)
+                if list(variables) != list(survey.columns):
+                    raise TwoAxisError(mixed_labels(batch.number, batch.labels))
+                values = torch.cat(list(variables.values()), dim=1)
+            if part.saliency is not None:
+                _backward(part.saliency, _class_logits(output, run.network), batch.labels, batch.number)
+            part.finish(values, len(batch.inputs))
+    for shard in begun:
+        parts[shard].keep(survey.columns)
 
 
 @dataclass
 class _Part:
     """What one shard has gathered."""
 
-    recorder: Recorder
-    saliency: OutputSaliency | None
+    recorder: Recorder = field(default_factory=lambda: Recorder({}))
+    saliency: OutputSaliency | None = None
     task: CoMoments | None = None
     images: int = 0
+    columns: dict[str, tuple[int, int]] = field(default_factory=dict)
+    records: dict[str, LayerRecord] = field(default_factory=dict)
+    saliencies: dict[str, CoMoments] = field(default_factory=dict)
 
-    @classmethod
-    def start(
-        cls,
-        layers: dict[str, nn.Module],
-        request: CalibrationRequest,
-        expected: int | None,
-        layouts: dict[str, BatchLayout],
-        stack: ExitStack,
-    ) -> _Part:
-        recorder = Recorder(
-            layers,
-            positions=request.positions,
-            expected_images=expected,
-            consumers=request.consumers,
-            layouts=layouts,
-        )
-        stack.enter_context(recorder)
+    def start(self, recorder: Recorder, gradients: bool, stack: ExitStack) -> None:
+        """Begin a pass."""
+        self.recorder, self.task, self.images = stack.enter_context(recorder), None, 0
         # after the recorder, whose hooks then see the outputs first
-        return cls(recorder, stack.enter_context(OutputSaliency(layers, layouts)) if request.gradients else None)
+        self.saliency = stack.enter_context(OutputSaliency(recorder.layers, recorder.layouts)) if gradients else None
 
     def begin(self, inputs: Inputs) -> None:
         self.recorder.begin(*inputs.tensors)
@@ -248,6 +305,27 @@ class _Part:
             self.task.update(task)
         self.recorder.finish(task)
         self.images += images
+
+    def keep(self, columns: dict[str, tuple[int, int]]) -> None:
+        """Close a pass; the memory of its statistics on the device is free again."""
+        self.columns = columns
+        self.records |= {name: record.to("cpu") for name, record in self.recorder.records.items()}
+        if self.saliency is not None:
+            self.saliencies |= self.saliency.records
+
+
+def _statistics(part: _Part, layers: dict[str, nn.Module], request: CalibrationRequest) -> CalibrationStatistics:
+    target = request.target
+    return CalibrationStatistics.from_records(
+        layers,
+        part.records,
+        part.task,
+        part.columns,
+        part.saliencies if request.gradients else None,
+        target=target if target in part.columns else ("predicted_margin" if target else None),
+        num_images=part.images,
+        explicit=request.layers is not None,
+    )
 
 
 def _class_logits(output: Any, network: nn.Module) -> Tensor:

@@ -12,22 +12,27 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.runtime.layers import in_channels_of, out_channels_of
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
+from tp_twoaxis.statistics.memory import LayerSize
 from tp_twoaxis.statistics.moments import CoMoments, float64_device
+from tp_twoaxis.statistics.pooling import pooled_means
+from tp_twoaxis.statistics.row_queue import RowQueue, SideStream
 from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select_rows
 
 Positions = Literal["auto", "all"] | int
 
-# rows a layer needs over the whole set: this many a channel, and never fewer than the second number; with them
-# sampling moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py)
-ROWS_PER_CHANNEL = 32
+# rows a layer needs over the whole set: this many a channel, and never fewer than the last number. With them sampling
+# moves ranks by capture and hull less than drawing other images does (benchmarks/sampled_positions.py). In layers of
+# MobileNetV1 with 768 channels, 8 rows a channel rank by capture, overlap and hull as all positions do, to 0.987 and
+# more. What a layer reads is regressed on too, for which there are more
+ROWS_PER_CHANNEL = 8
+INPUT_ROWS_PER_CHANNEL = 32
 MINIMUM_ROWS = 2**14
 # of many images each gives at least so many: fewer would save nothing beside the forward pass
 FEWEST_POSITIONS = 8
 # pooled rows are few and wide: they wait until this many make one matrix product worth its overhead
 PENDING_IMAGES = 512
-# a channel's mean over this many standard deviations of its pooled values: float32 then costs 5 of their 24 bits
-FAR = 16
 # the moments of an input as wide as this take 512 MiB; a flattened map of VGG-16 (25,088 numbers) would take 4.7 GiB
 WIDEST_INPUT = 2**13
 
@@ -41,14 +46,36 @@ class LayerRecord:
         cross: moments of pooled outputs with the task variables, or None without them.
         inputs: moments of the rows that the layer reads, C_in wide, or None when they are not recorded.
         dtype: of what the layer writes.
+        product: of the products that rows are multiplied in.
     """
 
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self.rows = CoMoments(width, device=device)
-        self.pooled = CoMoments(width, device=device)
+        self.product = torch.float64 if dtype == torch.float64 else torch.float32
+        self.rows = CoMoments(width, device=device, product=self.product)
+        self.pooled = CoMoments(width, device=device, product=self.product)
         self.cross: CoMoments | None = None
         self.inputs: CoMoments | None = None
+
+    def to(self, device: torch.device | str) -> LayerRecord:
+        """Move all moments; returns self."""
+        for moments in (self.rows, self.pooled, self.cross, self.inputs):
+            if moments is not None:
+                moments.to(device)
+        return self
+
+    def add_cross(self, columns: int) -> CoMoments:
+        """Moments of pooled outputs with this many task variables; the same ones every time."""
+        if self.cross is None:
+            device, width = self.pooled.mean.device, len(self.pooled.mean)
+            self.cross = CoMoments(width, columns, device=device, product=self.product)
+        return self.cross
+
+    def add_inputs(self, width: int) -> CoMoments:
+        """Moments of what the layer reads, so wide; the same ones every time."""
+        if self.inputs is None:
+            self.inputs = CoMoments(width, device=self.rows.mean.device, product=self.product)
+        return self.inputs
 
 
 class Recorder:
@@ -63,15 +90,15 @@ class Recorder:
     Args:
         layers: name -> layer, from :func:`~tp_twoaxis.runtime.layers.channel_layers`.
         positions: ``"all"``; a number of positions an image; or ``"auto"``: as many as give
-            ``max(32 C, 16384)`` rows over the whole set, a power of two and at least 8. Of each of equally long
+            ``max(8 C, 16384)`` rows over the whole set, a power of two and at least 8. Of each of equally long
             stretches of an image one position is drawn by a hash of the image
             (:mod:`~tp_twoaxis.statistics.sampling`): over images every position is seen, and the rows do not depend on
             batch size, order or rank. A row stands for as many as its image has positions for each that is sampled.
             Pooled values always use every position.
         expected_images: images in the whole set, over all ranks; ``"auto"`` without it means ``"all"``.
         consumers: also record what the layers read. Rows are positions of the input as the layer is given it,
-            without the zeros that its padding adds, sampled by the same rule as outputs with C_in in the place
-            of C. Left out are ``nn.MultiheadAttention``, whose projections run as functions so that the value
+            without the zeros that its padding adds, sampled by the same rule as outputs with ``32 C_in`` in the place
+            of ``8 C``. Left out are ``nn.MultiheadAttention``, whose projections run as functions so that the value
             channels cannot be seen, and inputs of more than 8,192 numbers.
         layouts: name -> where the layer has its images, of every layer that runs
             (:func:`~tp_twoaxis.statistics.layouts.find_layouts`); default where layers of its kind usually have them.
@@ -108,6 +135,8 @@ class Recorder:
         self._batch_size = 0
         self._ran: set[str] | None = None
         self._pooled: dict[str, tuple[Tensor, int]] = {}
+        self._queues: dict[int, RowQueue] = {}
+        self._sides: dict[torch.device, SideStream] = {}
         self._pending: dict[str, list[Tensor]] = {}
         self._pending_task: list[Tensor] = []
         self._pending_images = 0
@@ -136,6 +165,20 @@ class Recorder:
         self._handles = []
         if kind is None:
             self._flush()
+            for queue in self._queues.values():
+                queue.flush()
+        for side in self._sides.values():
+            side.join()
+
+    def sizes(self) -> dict[str, LayerSize]:
+        """What decides the memory of each layer's statistics."""
+        sizes = {}
+        for name, layer in self.layers.items():
+            width, read = out_channels_of(layer), in_channels_of(layer)
+            if not self.consumers or isinstance(layer, nn.MultiheadAttention) or read > WIDEST_INPUT:
+                read = 0
+            sizes[name] = LayerSize(width, read, self._wanted(width) or 0, self._wanted_inputs(read) or 0)
+        return sizes
 
     def begin(self, *images: Tensor) -> None:
         """Announce a batch.
@@ -174,13 +217,12 @@ class Recorder:
     def _flush(self) -> None:
         task = torch.cat(self._pending_task) if self._pending_task else None
         for name, parts in self._pending.items():
-            pooled = torch.cat(parts)
             record = self.records[name]
-            record.pooled.update(pooled)
-            if task is not None:
-                if record.cross is None:
-                    record.cross = CoMoments(pooled.shape[1], task.shape[1], device=record.pooled.mean.device)
-                record.cross.update(pooled, task)
+            with self._side(record.pooled).after(*parts, *self._pending_task):
+                pooled = torch.cat(parts)
+                record.pooled.update(pooled)
+                if task is not None:
+                    record.add_cross(task.shape[1]).update(pooled, task)
         self._pending, self._pending_task, self._pending_images = {}, [], 0
 
     def _record(self, name: str, values: Tensor) -> LayerRecord:
@@ -215,21 +257,18 @@ class Recorder:
         width = view.shape[-1]
         if width > WIDEST_INPUT:
             return
-        record = self.records[name]
-        if record.inputs is None:
-            record.inputs = CoMoments(width, device=record.rows.mean.device)
-        self._update(record.inputs, view)
+        self._update(self.records[name].add_inputs(width), view, self._wanted_inputs(width))
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = self._layout(name, layer).rows(y, layer, self._batch_size, name)
         count = view.shape[1]
-        pooled = _pool(view)
+        pooled = pooled_means(view)
         if name in self._pooled:  # called again in this batch: average over the positions of all calls
             before, seen = self._pooled[name]
             pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
             count += seen
         self._pooled[name] = (pooled, count)
-        self._update(self._record(name, view).rows, view)
+        self._update(self._record(name, view).rows, view, self._wanted(view.shape[2]))
 
     def _layout(self, name: str, layer: nn.Module) -> BatchLayout:
         if self.layouts is None:
@@ -238,25 +277,37 @@ class Recorder:
             raise TwoAxisError(_runs_in_some([name]))
         return self.layouts[name]
 
-    def _update(self, moments: CoMoments, view: Tensor) -> None:
-        """Take in the rows [n, P, C], or those that stand for them."""
-        available, channels = view.shape[1:]
-        wanted = self._wanted(channels)
+    def _update(self, moments: CoMoments, view: Tensor, wanted: int | None) -> None:
+        """Take in the rows [n, P, C], or those at so many positions that stand for them."""
+        available = view.shape[1]
+        if id(moments) not in self._queues:
+            self._queues[id(moments)] = RowQueue(moments, self._side(moments))
+        queue = self._queues[id(moments)]
         if wanted is None or wanted >= available:
-            moments.update(view)
+            queue.add(view, owned=False)
             return
         if self._keys is None:
             self._keys = image_keys(*self._images)
         if (available, wanted) not in self._sampled:
-            self._sampled[available, wanted] = sampled_positions(self._keys, available, wanted).to(view.device)
-        moments.update(select_rows(view, self._sampled[available, wanted]), weight=available / wanted)
+            positions = sampled_positions(self._keys, available, wanted)
+            self._sampled[available, wanted] = positions.to(view.device, non_blocking=True)
+        queue.add(select_rows(view, self._sampled[available, wanted]), available / wanted, owned=True)
 
-    def _wanted(self, channels: int) -> int | None:
+    def _side(self, moments: CoMoments) -> SideStream:
+        device = moments.mean.device
+        if device not in self._sides:
+            self._sides[device] = SideStream(device)
+        return self._sides[device]
+
+    def _wanted_inputs(self, channels: int) -> int | None:
+        return self._wanted(channels, INPUT_ROWS_PER_CHANNEL)
+
+    def _wanted(self, channels: int, per_channel: int | None = None) -> int | None:
         if isinstance(self.positions, int):
             return self.positions
         if self.positions == "all" or self.expected_images is None:
             return None
-        rows = max(ROWS_PER_CHANNEL * channels, MINIMUM_ROWS)
+        rows = max((per_channel or ROWS_PER_CHANNEL) * channels, MINIMUM_ROWS)
         # a power of two: shards of slightly unequal length still agree on the number
         exponent = round(math.log2(rows / max(self.expected_images, 1)))
         return max(1 << max(exponent, 0), FEWEST_POSITIONS)
@@ -267,16 +318,3 @@ def _runs_in_some(names: list[str]) -> str:
         f"{listing(names)}: expected a layer to run in every batch or in none, got both, so its statistics "
         "would be of fewer images than the others'; leave it out with layers=[...]"
     )
-
-
-def _pool(view: Tensor) -> Tensor:
-    """Average [n, P, C] over positions; float32 at least, float64 where images differ too little from their mean."""
-    if view.dtype == torch.float64 or view.device.type == "cuda":
-        return view.mean(1, dtype=torch.float64)
-    pooled = view.mean(1, dtype=torch.float32)
-    # a sum in float64 takes a CPU five times as long, so only channels whose spread float32 would blur get one
-    far = pooled.abs().mean(0) > FAR * pooled.std(0, correction=0)
-    if view.device.type == "cpu" and bool(far.any()):
-        pooled = pooled.double()
-        pooled[:, far] = view[:, :, far].mean(1, dtype=torch.float64)
-    return pooled

@@ -33,6 +33,7 @@ def calibrate_shards(
     positions: Positions = "auto",
     gradients: bool = False,
     consumers: bool = False,
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> list[CalibrationStatistics]:
     """Calibrate in disjoint shards of equally many images, in one pass over the loader.
@@ -56,6 +57,7 @@ def calibrate_shards(
         positions: which positions enter the row covariance; ``"auto"`` decides for the set as a whole.
         gradients: also record saliencies; needs labels.
         consumers: also record what each layer reads.
+        max_memory: GiB that the statistics of all shards may take while they are gathered.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -72,7 +74,9 @@ def calibrate_shards(
     """
     if not (isinstance(shards, int) and shards >= 2):
         raise TwoAxisError(f"shards: expected a whole number of at least 2, got {shards!r}; calibrate() makes one")
-    request = CalibrationRequest(target, layers, device, max_images, positions, gradients, consumers, progress)
+    request = CalibrationRequest(
+        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory
+    )
     return gather(model, loader, request, shards=shards, seed=seed)
 
 

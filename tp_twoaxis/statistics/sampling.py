@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tp_twoaxis.statistics.moments import float64_device
+
 # of larger images every third, fifth, ... number is looked at, so that a key costs little beside a forward pass
 KEY_NUMBERS = 2**10
 _SAME_SIZE = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
@@ -60,8 +62,9 @@ def sampled_positions(keys: Tensor, available: int, wanted: int) -> Tensor:
         >>> sampled_positions(torch.tensor([7, 7, 8]), 64, 4).shape
         torch.Size([3, 4])
     """
-    stretches = torch.arange(wanted, dtype=torch.int64)
-    bits = _mix(keys.cpu()[:, None] + _mix(stretches + 1))
+    keys = keys.to(float64_device(keys.device))
+    stretches = torch.arange(wanted, dtype=torch.int64, device=keys.device)
+    bits = _mix(keys[:, None] + _mix(stretches + 1))
     within = (bits >> 11 & (2**53 - 1)).double() * 2.0**-53
     return ((stretches + within) * (available / wanted)).long().clamp_(max=available - 1)
 

@@ -89,10 +89,8 @@ class CalibrationStatistics:
         silent = [name for name in layers if name not in records]
         if explicit and silent:
             raise TwoAxisError(f"layers: {listing(silent)} did not run in the forward pass; leave them out")
-        if task is not None:
-            task.to("cpu").symmetrize()
-            if not bool(torch.isfinite(task.scatter).all()):
-                raise TwoAxisError("the model's logits are not finite on finite images; check its weights and dtype")
+        if task is not None and not task.to("cpu").finite:
+            raise TwoAxisError("the model's logits are not finite on finite images; check its weights and dtype")
         statistics = {}
         for name, layer in layers.items():
             if name not in records:
@@ -100,7 +98,7 @@ class CalibrationStatistics:
             record = records[name]
             moments = {"outputs": (record.rows, record.pooled, record.cross), "inputs": (record.inputs,)}
             for what, part in ((what, part) for what, parts in moments.items() for part in parts):
-                if part is not None and not bool(torch.isfinite(part.to("cpu").symmetrize().scatter).all()):
+                if part is not None and not part.to("cpu").finite:
                     raise TwoAxisError(
                         f"{name}: the layer's {what} are not finite on finite images; check its weights and dtype"
                     )
@@ -186,7 +184,7 @@ class CalibrationStatistics:
         """
         self.check_mergeable(other)
         for moments, others in zip(self._moments(), other._moments(), strict=True):
-            moments.merge(others).symmetrize()
+            moments.merge(others)
         self.num_images += other.num_images
         self.reduced |= other.reduced
         return self

@@ -52,6 +52,16 @@ def task_variables(logits: Tensor, labels: Tensor | None = None) -> dict[str, Te
     return variables
 
 
+def count_columns(classes: int, labelled: bool) -> int:
+    """Numbers of all task variables of an image.
+
+    Example:
+        >>> count_columns(10, True), count_columns(10, False)
+        (15, 2)
+    """
+    return len(TARGETS) - 1 + classes if labelled else len(LABEL_FREE)
+
+
 def class_indices(labels: Tensor, logits: Tensor) -> Tensor:
     """Check labels against logits [n, K]; int64 [n] on the logits' device.
 
