@@ -19,7 +19,8 @@ from tp_twoaxis.dependency.validation import verified_groups
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.history import RemovalHistory
-from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, coarse_reason, make_plan, missed_note
+from tp_twoaxis.pruning.plan import PruningPlan, coarse_reason, make_plan, missed_note
+from tp_twoaxis.pruning.portions import ScoredGroup
 from tp_twoaxis.pruning.ranking import score_groups
 from tp_twoaxis.runtime.model_state import ModelSnapshot
 from tp_twoaxis.runtime.timing import timed
