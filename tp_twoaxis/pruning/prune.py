@@ -19,9 +19,8 @@ from tp_twoaxis.dependency.flops import (
     inside,
     measure_latency,
     running_layers,
-    thop_macs,
-    tp_macs,
 )
+from tp_twoaxis.dependency.other_counters import thop_macs, tp_macs
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import (
     AnticipatingImportance,
@@ -65,7 +64,7 @@ def prune_to_flops(
     max_memory: float = 4.0,
     max_images: int | None = 5000,
     latency: bool = False,
-    other_counters: bool = True,
+    other_counters: bool = False,
     progress: bool = True,
 ) -> PruningReport:
     """Remove channels through Torch-Pruning's dependency graph until a share of the MACs is left.
@@ -105,8 +104,7 @@ def prune_to_flops(
             the network nearer to the dense one on those; see :func:`~tp_twoaxis.repair.repair_network`.
         max_memory: GiB for the activations of ``sequential`` and ``joint``, about; with fewer they use fewer images.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
-        other_counters: also report Torch-Pruning's and thop's MACs; in a sweep over small networks they take most of
-            the time.
+        other_counters: also report Torch-Pruning's and thop's MACs, before and after: four more passes.
         latency: also measure milliseconds at batch 1 and batch 64, before and after.
         progress: show progress bars on stderr.
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_twoaxis.dependency.channel_marks import output_shapes
 from tp_twoaxis.dependency.channel_masks import pruned_channels
 from tp_twoaxis.dependency.cost import CostModel, channel_count
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, count_macs, inside, running_layers
@@ -82,7 +81,6 @@ def prune_step(
     before = present.total / dense
     last = share == config.flops
     target, try_all = share, False
-    shapes = output_shapes(network, inputs)
     nearest: tuple[StepResult, ModelSnapshot] | None = None
     for attempt in range(1, TRIES + 1):
         with timed(seconds, "graph"):
@@ -119,7 +117,7 @@ def prune_step(
                 remove(graph, groups, plan.removed)
                 refresh_widths(network)
             with timed(seconds, "count"):
-                count = _count_pruned(network, inputs, shapes)
+                count = _count_pruned(network, inputs, present.outputs)
         except TwoAxisError:
             if try_all or attempt == TRIES:
                 if nearest is not None:
@@ -181,9 +179,9 @@ def _count_pruned(network: nn.Module, inputs: ExampleInputs, shapes: list[tuple[
                 f"({type(error).__name__}: {error}); its code holds a width that Torch-Pruning cannot see - put the "
                 "layers concerned into ignored_layers; the model is as it was"
             ) from error
-    if (now := output_shapes(network, inputs)) != shapes:
+    if count.outputs != shapes:
         raise TwoAxisError(
-            f"{type(network).__name__}: expected outputs of shapes {shapes} after removal, got {now}; put the layers "
-            "that write them into ignored_layers; the model is as it was"
+            f"{type(network).__name__}: expected outputs of shapes {shapes} after removal, got {count.outputs}; put "
+            "the layers that write them into ignored_layers; the model is as it was"
         )
     return count

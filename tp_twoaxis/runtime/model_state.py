@@ -135,6 +135,9 @@ def eager_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+
+
 class ModelSnapshot:
     """A model's structure at one moment, to go back to after pruning.
 
@@ -165,7 +168,7 @@ class ModelSnapshot:
         for module in model.modules():
             values = dict(module.__dict__)
             # contents beside references: hook handles hold these very containers, so they must stay the same
-            contents = [(v, v.copy()) for v in values.values() if type(v) in (dict, OrderedDict, list, set)]
+            contents = [(v, v.copy() if v else ()) for v in values.values() if type(v) in _CONTAINERS]
             self._modules.append((module, values, contents))
         # `.data` is a second handle on the same memory: it remembers shape and place at no cost
         self._parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
