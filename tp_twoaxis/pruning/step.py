@@ -89,7 +89,7 @@ def prune_step(
             groups, notes = verified_groups(graph, network, inputs, ignored, config.attention, try_all=try_all)
         with timed(seconds, "score"):
             scored, declined = score_groups(groups, importance)
-            widths = {group_key(group): history.width(group, network) for group in groups}
+            widths = {group_key(group): history.width(group) for group in groups}
             scored = [replace(group, width=widths[group.name]) for group in scored]
         with timed(seconds, "plan"):
             cost = _cost(groups, network, present, config.budget)
@@ -103,10 +103,9 @@ def prune_step(
         with timed(seconds, "remove"):
             joined = history.then(
                 groups,
-                [group_report(group, plan.removed, network) for group in groups],
+                [group_report(group, plan.removed) for group in groups],
                 removed_channels(groups, plan.removed, network),
                 pruned_channels(groups, plan.removed, network),
-                network,
                 dense,
                 whole,
             )
