@@ -95,6 +95,8 @@ def test_prune_writes_what_it_prints_and_continues_from_it(folder, tmp_path):
     assert payload["report"]["importance"] == "hull"
     assert payload["report"]["achieved"] == pytest.approx(0.6, rel=0.05)
     assert payload["accuracy"]["images"] == 20
+    for counter in ("tp_macs", "thop_macs"):
+        assert payload["report"]["after"][counter] < payload["report"]["before"][counter]
     pruned = load_pruned(out, conv_net)
     assert pruned(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
     assert json.loads(read_header(out)["report"])["flops"] == 0.6

@@ -13,7 +13,8 @@ from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.dependency.graph import build_graph, cost_model, group_key, prunable_groups
 from tp_twoaxis.dependency.removal import refresh_widths, remove
 from tp_twoaxis.models import cifar_resnet20_conv_shortcut, cifar_resnet20_option_a
-from tp_twoaxis.pruning.plan import ScoredGroup, make_plan
+from tp_twoaxis.pruning.plan import make_plan
+from tp_twoaxis.pruning.portions import ScoredGroup
 from tp_twoaxis.runtime.model_state import unwrap
 
 

@@ -5,7 +5,7 @@ import torch_pruning as tp
 import torchvision
 from torch import nn
 
-from tp_twoaxis.dependency.groups import members, model_of, root_size
+from tp_twoaxis.dependency.groups import members, model_of, module_names, root_size
 
 
 def group_of(net, x, root, idxs=None, handler=tp.prune_conv_out_channels):
@@ -135,3 +135,11 @@ def test_parameters_are_left_out():
     assert {p.module for p in members(group)} & own == {net.conv, net.out}
     assert not any(isinstance(p.module, nn.Parameter) for p in members(group))
     assert model_of(group) is net
+
+
+def test_modules_are_named_as_the_unwrapped_model_names_them():
+    net, x = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(6, 4, 1))), torch.randn(1, 3, 4, 4)
+    for model in (net, nn.DataParallel(net)):
+        graph = tp.DependencyGraph().build_dependency(model, x, verbose=False)
+        names = module_names(graph.get_pruning_group(net[0], tp.prune_conv_out_channels, [0]))
+        assert {names[module]: module for module in net.modules()} == dict(net.named_modules())

@@ -11,6 +11,8 @@ from tp_twoaxis import HullImportance, LocalImportance, TargetImportance, TwoAxi
 from tp_twoaxis.dependency.groups import members, root_size
 from tp_twoaxis.errors import StaleStatisticsError
 from tp_twoaxis.importance.normalize import normalize
+from tp_twoaxis.runtime import fingerprints
+from tp_twoaxis.runtime.layers import CHANNEL_LAYERS
 from tp_twoaxis.scores.named_scores import evaluate, find_score
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -127,6 +129,27 @@ def test_training_after_calibration_raises(layer):
         net.get_submodule(layer).weight.add_(0.01)
     with pytest.raises(StaleStatisticsError, match=f"{layer}.*calibrate\\(\\) again"):
         importance(groups[0])
+
+
+def test_the_weights_of_a_group_are_hashed_once_when_it_is_ranked(monkeypatch):
+    net = conv_net()
+    importance, hashed = TwoAxisImportance(statistics(net), "capture"), []
+    digest = fingerprints._digest
+    monkeypatch.setattr(fingerprints, "_digest", lambda tensors: hashed.append(1) or digest(tensors))
+    _, (first, *others) = groups_of(net)
+    importance(first)
+    hashed.clear()  # a first call knows no layer yet
+    for group in (first, *others):
+        importance(group)
+    own = sum(m.is_producer and isinstance(m.module, CHANNEL_LAYERS) for g in (first, *others) for m in members(g))
+    assert len(hashed) == own
+    hashed.clear()
+    for group in (first, *others):
+        importance.constant_channels(group)
+    assert not hashed
+    net.conv1.weight.data.mul_(2.0)  # leaves no trace but the values
+    with pytest.raises(StaleStatisticsError, match="conv1"):
+        importance(next(g for g in (first, *others) if any(m.module is net.conv1 for m in members(g))))
 
 
 def test_an_optimizer_step_raises():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.dependency.cost import CostModel, Side, Term
 from tp_twoaxis.errors import UnreachableTargetError
-from tp_twoaxis.pruning.plan import ScoredGroup, make_plan
+from tp_twoaxis.pruning.plan import make_plan
+from tp_twoaxis.pruning.portions import ScoredGroup
 
 
 def problem(scores, blocks=(), seed=0):
@@ -292,3 +293,23 @@ def test_constant_channels_leave_before_the_lowest_scores(aligned, constant, fir
         assert gone <= first or plan.removed["g1"].sum() == 10  # down to the floor
         assert gone >= first or not plan.removed["g1"].any()
         assert plan.threshold == (-np.inf if not plan.removed["g1"].any() else plan.threshold)
+
+
+def test_a_wide_network_is_planned_without_masks_until_the_end(monkeypatch):
+    groups, cost = random_problem(4, sizes=(512,) * 12)
+    masked = []
+    macs = CostModel.macs
+    monkeypatch.setattr(CostModel, "macs", lambda self, removed: masked.append(removed) or macs(self, removed))
+    for options in ({}, {"round_to": 64, "tolerance": 1e-4}, {"tolerance": 1e-9}):
+        masked.clear()
+        plan = make_plan(groups, cost, flops=0.5, **options)
+        assert len(masked) == 1
+        assert plan.macs == macs(cost, plan.removed)
+        assert plan.notes or plan.error <= options.get("tolerance", 0.01)
+
+
+def test_constant_channels_are_exchanged_at_no_distance_from_each_other():
+    groups, cost = problem([np.arange(16.0), np.arange(16.0) + 20.0, np.arange(24.0)])
+    groups = [replace(group, constant=np.arange(len(group.scores)) < 15) for group in groups]
+    plan = make_plan(groups, cost, flops=0.62, round_to=4, tolerance=0.004)
+    assert plan.threshold == -np.inf

@@ -1,7 +1,9 @@
 """prune_to_flops end to end: targets met, the right channels gone, and no trace after an error."""
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import timm
@@ -13,6 +15,7 @@ from pruning_cases import Gram, LateFailure, assert_unchanged, everything
 from torch import nn
 
 from tp_twoaxis import TwoAxisError, TwoAxisImportance, calibrate, load_pruned, prune_to_flops, save_pruned
+from tp_twoaxis.dependency import other_counters
 from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.dependency.removal import GroupReport
 from tp_twoaxis.errors import StaleStatisticsError, UnreachableTargetError
@@ -447,6 +450,69 @@ def test_report_json_text_and_latency():
     assert all(before > 0 and after > 0 for before, after in report.latency_ms.values())
     assert "kept 5" in str(report) or "kept 4" in str(report)
     assert {"count", "graph", "score", "plan", "remove", "repair"} <= set(report.seconds)
+
+
+def test_other_counters_run_when_they_are_asked_for(monkeypatch):
+    asked = []
+    for name in ("tp_macs", "thop_macs"):
+
+        def count(net, x, name=name):
+            asked.append(name)
+            return getattr(other_counters, name)(net, x)
+
+        monkeypatch.setattr(f"tp_twoaxis.pruning.prune.{name}", count)
+    report = prune(conv_net(), flops=0.6)
+    assert not asked
+    assert {report.before.tp_macs, report.before.thop_macs, report.after.tp_macs, report.after.thop_macs} == {None}
+    net = conv_net()
+    dense = other_counters.tp_macs(net, X), other_counters.thop_macs(net, X)
+    report = prune(net, flops=0.6, steps=2, other_counters=True)
+    assert sorted(asked) == ["thop_macs"] * 2 + ["tp_macs"] * 2  # once before and once after, whatever the steps
+    assert (report.before.tp_macs, report.before.thop_macs) == dense
+    assert (report.after.tp_macs, report.after.thop_macs) == (
+        other_counters.tp_macs(net, X),
+        other_counters.thop_macs(net, X),
+    )
+
+
+def test_a_report_holds_no_part_of_the_network():
+    net = conv_net()
+    parts = [weakref.ref(part) for part in (net, *net.modules(), *net.parameters())]
+    report = prune(net, flops=0.6, other_counters=True)
+    del net
+    gc.collect()
+    assert report.after.macs < report.before.macs
+    assert not any(part() is not None for part in parts)
+
+
+@pytest.mark.parametrize("counter", ["tp_macs", "thop_macs"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_counter_that_fails_leaves_no_trace(monkeypatch, counter, call):
+    calls = []
+
+    def fail(net, x):
+        calls.append(counter)
+        if len(calls) == call:
+            raise RuntimeError("it has no rule")
+        return 1
+
+    monkeypatch.setattr(f"tp_twoaxis.pruning.prune.{counter}", fail)
+    net = conv_net()
+    before = everything(net)
+    with pytest.raises(RuntimeError, match="it has no rule"):
+        prune(net, flops=0.6, other_counters=True)
+    assert_unchanged(net, before)
+
+
+def test_the_network_runs_five_times(monkeypatch):
+    """Counted and its outputs noted, traced, marked twice, and counted again once it is pruned."""
+    net, runs = conv_net(), []
+    net.register_forward_hook(lambda module, _, output: runs.append(net.conv1.out_channels))
+    report = prune(net, flops=0.6)
+    assert report.after.macs < report.before.macs
+    assert len(runs) == 5
+    assert runs[:4] == [16] * 4
+    assert runs[4] < 16
 
 
 def test_saved_with_its_report(tmp_path):

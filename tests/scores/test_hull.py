@@ -6,7 +6,7 @@ import reference_scores as twin
 import torch
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.scores import full_explanation, greedy_hulls
+from tp_twoaxis.scores import full_explanation, greedy_hulls, hull
 
 
 def correlation(channels, seed=0, factors=6):
@@ -42,6 +42,18 @@ def test_twin_channel_by_channel(channels, pool, max_size, epsilon, constant):
             assert hulls.explanation[k].item() == pytest.approx(path[size - 1], abs=1e-8)
         assert bool(hulls.singleton[k]) == (size == 1)
         assert bool(hulls.saturated[k]) == (size == max_size)
+
+
+@pytest.mark.parametrize("block", [1, 3 * 6**2, 10**6])
+def test_blocks_of_channels_decide_memory_only(monkeypatch, block):
+    rho, active = correlation(20, seed=7), torch.arange(20) != 4
+    monkeypatch.setattr(hull, "BLOCK_NUMBERS", block)
+    hulls = greedy_hulls(rho, active=active, pool=6, max_size=4)
+    for k in range(20):
+        chosen, path, whole, size = twin.greedy_hull(rho.numpy(), k, active.numpy(), 6, 4)
+        np.testing.assert_allclose(hulls.path[k, : len(path)].numpy(), path, atol=1e-8)
+        assert (hulls.size[k].item(), hulls.peers[k, : len(chosen)].tolist()) == (size, chosen)
+        assert hulls.pool_explanation[k].item() == pytest.approx(whole, abs=1e-8)
 
 
 def test_path_rises_and_permutes():

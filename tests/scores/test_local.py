@@ -54,7 +54,7 @@ def test_rayleigh_quotient_equals_the_unfolded_patch_path():
     assert rayleigh_quotient(torch.tensor([1.0]), torch.tensor([0.0])).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("channels", [1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 2, 7, 300])  # 300 come in two blocks of rows
 def test_peer_overlap_twin(channels):
     rho = correlation(channels, seed=channels)
     active = torch.arange(channels) != 1

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tp_twoaxis import TwoAxisError
-from tp_twoaxis.scores import pair_excess, pair_information, target_excess, target_redundancy, task_information
+from tp_twoaxis.scores import (
+    pair_excess,
+    pair_information,
+    target,
+    target_excess,
+    target_redundancy,
+    task_information,
+)
 
 
 def joint(channels, seed=0, columns=None, rows=60):
@@ -40,6 +47,43 @@ def test_partner_rules_twin(rule, channels, partners):
     got = target_excess(r, rho, partners=partners, rule=rule)
     slow = twin.target_excess(r.numpy(), rho.numpy(), partners, rule)
     np.testing.assert_allclose(got.numpy(), slow, rtol=1e-6, atol=1e-12)
+
+
+def test_a_wide_layer_is_looked_at_in_blocks_of_rows():
+    r, rho = joint(300, seed=5, columns=2)
+    information, excess, relevance = pair_information(r, rho), pair_excess(r, rho), task_information(r)
+    torch.testing.assert_close(information.diagonal(), relevance)
+    torch.testing.assert_close(excess, excess.T)
+    got = target_excess(r, rho, partners=3)
+    best = relevance.argsort(descending=True).tolist()
+    for k in (0, 217, 218, 299, best[0], best[2], best[3]):
+        partners = [j for j in best if j != k][:3]
+        slow = []
+        for j in partners:
+            a, b = r[[k, j]].numpy(), rho[[k, j]][:, [k, j]].numpy()
+            pairs = [(twin.pair_information(a[:, i], b), twin.pair_excess(a[:, i], b)) for i in range(2)]
+            joint_mi, slow_excess = (np.mean([both[part][0, 1] for both in pairs]) for part in range(2))
+            assert information[k, j].item() == pytest.approx(joint_mi, rel=1e-6)
+            slow.append(slow_excess)
+        assert got[k].item() == pytest.approx(np.mean(slow), rel=1e-6, abs=1e-12)
+
+
+def test_only_the_partners_are_looked_at(monkeypatch):
+    r, rho = joint(40, columns=3)
+    expected = {rule: target_excess(r, rho, partners=4, rule=rule) for rule in ("task-mi", "random")}
+    monkeypatch.setattr(target, "_over_rows", lambda *args: pytest.fail("all pairs were looked at"))
+    for rule, values in expected.items():
+        assert torch.equal(target_excess(r, rho, partners=4, rule=rule), values)
+
+
+def test_equal_partners_come_in_the_order_of_the_channels():
+    r, rho = joint(8, seed=2)
+    tied = r.clone()
+    tied[:] = 0.5  # all are equally relevant
+    excess = pair_excess(tied, rho)
+    got = target_excess(tied, rho, partners=3)
+    for k in range(8):
+        assert got[k].item() == pytest.approx(float(excess[k, [j for j in range(8) if j != k][:3]].mean()))
 
 
 def test_random_rule_draws_from_the_most_relevant():

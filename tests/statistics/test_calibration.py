@@ -83,6 +83,14 @@ def case(name, n=40, batch_size=16):
     return model, list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
+def test_the_correlation_of_a_wide_layer():
+    layer, x = nn.Linear(6, 300), torch.randn(40, 6)  # wider than one block of rows
+    entry = calibrate(nn.Sequential(layer), [x], target=None, progress=False)["0"]
+    rows = layer(x).detach().double().numpy()
+    np.testing.assert_allclose(entry.correlation, reference.correlation(rows), atol=1e-9)
+    np.testing.assert_allclose(entry.variance, rows.var(0), rtol=1e-9)
+
+
 def assert_equals_twin(stats, model, loader, tolerance, logits=None):
     """Compare every public statistic with NumPy's on what the model itself emits."""
     layers = channel_layers(model)

@@ -165,6 +165,13 @@ def test_weights_that_make_no_sense():
             CoMoments(3).update(torch.zeros(2, 3), weight=weight)
 
 
+def test_the_variance_is_the_covariances_diagonal():
+    moments = CoMoments(3)
+    assert torch.equal(moments.variance, torch.zeros(3, dtype=torch.float64))
+    moments.update(torch.randn(9, 3), weight=2.5)
+    assert torch.equal(moments.variance, moments.covariance.diagonal())
+
+
 def test_empty_parts_are_neutral():
     x = draw()
     assert torch.equal(CoMoments(3).covariance, torch.zeros(3, 3, dtype=torch.float64))

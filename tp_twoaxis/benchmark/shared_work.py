@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tp_twoaxis.benchmark.methods import Trial
 from tp_twoaxis.benchmark.sweep import BenchmarkConfig, NetworkConfig, expand, seeded
 from tp_twoaxis.benchmark.sweep_images import SweepImages, check_images, rank_rows, split_rows
-from tp_twoaxis.dependency.flops import count_macs, thop_macs, tp_macs
+from tp_twoaxis.dependency.flops import count_macs
+from tp_twoaxis.dependency.other_counters import thop_macs, tp_macs
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import Criterion, Importance, PruningState
 from tp_twoaxis.importance.pruning_state import EXTRAS, Need

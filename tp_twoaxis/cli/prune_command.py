@@ -94,6 +94,7 @@ def prune_command(
         loader=loader,
         max_images=None,
         latency=latency,
+        other_counters=True,
         progress=output.progress,
         **pruning.keywords(),
     )

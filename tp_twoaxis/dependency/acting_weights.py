@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from tp_twoaxis.dependency.channel_marks import all_tensors, own_layers
-from tp_twoaxis.dependency.flops import ExampleInputs, call
+from tp_twoaxis.dependency.channel_marks import own_layers
+from tp_twoaxis.dependency.flops import ExampleInputs, all_tensors, call
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key
 from tp_twoaxis.dependency.groups import Member
 from tp_twoaxis.runtime.kernels import has_own_forward

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tp_twoaxis.dependency.flops import ExampleInputs, call
+from tp_twoaxis.dependency.flops import ExampleInputs, all_tensors, call
 from tp_twoaxis.dependency.graph import PrunableGroup
 from tp_twoaxis.dependency.groups import members, root_layer
 from tp_twoaxis.dependency.recurrent import RECURRENT_LAYERS
@@ -73,30 +72,6 @@ def marked_roots(group: PrunableGroup, choose: ChooseUnits) -> Tensor:
     """Give [size] bool, the root channels of the chosen units, the same in every block."""
     units = unit_count(group)
     return choose(units)[torch.arange(len(group.channels)) // group.run % units]
-
-
-def all_tensors(value: Any) -> list[Tensor]:
-    """Find the tensors of what a model returns: in tuples, lists, dicts and dataclasses, however nested.
-
-    Example:
-        >>> [t.item() for t in all_tensors({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
-        [1, 2]
-    """
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, entry.name) for entry in dataclasses.fields(value)]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [tensor for part in value for tensor in all_tensors(part)]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def output_shapes(model: nn.Module, example_inputs: ExampleInputs) -> list[tuple[int, ...]]:
-    """Run a model in evaluation mode and give the shapes of all tensors that it returns."""
-    with fork_rng(), eval_mode(model):
-        return [tuple(tensor.shape) for tensor in all_tensors(call(model, example_inputs))]
 
 
 def follow_marks(

@@ -1,24 +1,22 @@
-"""The one trusted counter of multiply-adds, the counters it is compared with, and wall-clock latency.
+"""The one trusted counter of multiply-adds, and wall-clock latency.
 
 A MAC is one multiply-add of a convolution, a linear layer, a matrix product or one of attention's two
 products. Element-wise operations, normalisation, pooling and biases count nothing. Counted is what runs, by
 ``torch.utils.flop_counter``, so that attention is exact at any width; Torch-Pruning's and thop's rules per layer
-type are only reported beside it.
+type can be reported beside it (:mod:`~tp_twoaxis.dependency.other_counters`).
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -44,11 +42,14 @@ class MacsCount:
             ``named_modules()`` gives it; the root is ``""``. A module that does not run has 0, and so has
             ``out_proj`` of ``nn.MultiheadAttention``, whose product runs inside the attention module.
         params: number of parameters, tied ones once.
+        outputs: shapes of all tensors that the model returned for the examples that were given; counts of batches of
+            other sizes are equal all the same.
     """
 
     total: int
     by_module: dict[str, int]
     params: int
+    outputs: list[tuple[int, ...]] = field(compare=False)
 
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
@@ -82,7 +83,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
     # it imports triton where there is one, which takes longer than all of this package
     from torch.utils.flop_counter import FlopCounterMode
 
-    batch = _batch_size(example_inputs)
+    batch = count_examples(example_inputs)
     names = {module: name for name, module in model.named_modules()}
     flops = dict.fromkeys(names.values(), 0)
     snapshot = ModelSnapshot(model)
@@ -99,7 +100,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
                 parameter.requires_grad_(False)
             counter = stack.enter_context(FlopCounterMode(display=False))
             stack.enter_context(_attributing(counter, names, flops))
-            call(model, example_inputs)
+            returned = call(model, example_inputs)
             total = counter.get_total_flops()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -115,6 +116,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacsCount:
         total=total // 2 // batch,
         by_module={name: count // 2 // batch for name, count in flops.items()},
         params=sum(parameter.numel() for parameter in model.parameters()),
+        outputs=[tuple(tensor.shape) for tensor in all_tensors(returned)],
     )
 
 
@@ -198,42 +200,6 @@ def _attributing(counter: FlopCounterMode, names: Mapping[nn.Module, str], flops
             handle.remove()
 
 
-def tp_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
-    """MACs of one example by Torch-Pruning's counter, for comparison with its tables.
-
-    It counts biases, activations, normalisation and pooling too, and is wrong for pruned attention (-3.8 %
-    on a ViT-B/16 of half the heads' width). Runs on a copy of the model.
-
-    Example:
-        >>> tp_macs(nn.Linear(8, 4), torch.zeros(2, 8))  # the bias is added once a batch: + 4 / 2
-        34
-    """
-    with fork_rng():
-        replica = copy.deepcopy(unwrap(model))
-        macs: float = tp.utils.count_ops_and_params(replica, _arguments(example_inputs))[0]
-    return round(macs)
-
-
-def thop_macs(model: nn.Module, example_inputs: ExampleInputs) -> int | None:
-    """MACs of one example by thop, or None where thop is not installed; it misses attention products.
-
-    Runs on a copy of the model: thop adds buffers.
-
-    Example:
-        >>> thop_macs(nn.Linear(8, 4), torch.zeros(2, 8)) in (32, None)
-        True
-    """
-    if find_spec("thop") is None:
-        return None
-    import thop
-
-    batch = _batch_size(example_inputs)
-    with fork_rng():
-        call = _Call(copy.deepcopy(unwrap(model)), example_inputs)
-        macs: float = thop.profile(call, inputs=(), verbose=False)[0]
-    return round(macs / batch)
-
-
 def measure_latency(
     model: nn.Module, example_inputs: ExampleInputs, batch_size: int, repeats: int = 10, warmup: int = 2
 ) -> float:
@@ -281,19 +247,8 @@ def _synchronize(devices: set[torch.device]) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Call(nn.Module):
-    """A model with its arguments bound, for a counter that passes positional ones only."""
-
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
-        super().__init__()
-        self.model = model
-        self.example_inputs = example_inputs
-
-    def forward(self) -> Any:
-        return call(self.model, self.example_inputs)
-
-
-def _arguments(example_inputs: ExampleInputs) -> tuple[Any, ...] | dict[str, Any]:
+def call_arguments(example_inputs: ExampleInputs) -> tuple[Any, ...] | dict[str, Any]:
+    """Give the positional or the keyword arguments of a forward."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     # some models ask for the exact types, and so does Torch-Pruning
@@ -302,12 +257,35 @@ def _arguments(example_inputs: ExampleInputs) -> tuple[Any, ...] | dict[str, Any
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Run a model on what :data:`ExampleInputs` allows."""
-    arguments = _arguments(example_inputs)
+    arguments = call_arguments(example_inputs)
     return model(**arguments) if isinstance(arguments, dict) else model(*arguments)
 
 
-def _batch_size(example_inputs: ExampleInputs) -> int:
-    first = next((leaf for leaf in tree_leaves(_arguments(example_inputs)) if isinstance(leaf, Tensor)), None)
+def all_tensors(value: Any) -> list[Tensor]:
+    """Find the tensors of what a model returns: in tuples, lists, dicts and dataclasses, however nested.
+
+    Example:
+        >>> [t.item() for t in all_tensors({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
+        [1, 2]
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, entry.name) for entry in dataclasses.fields(value)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [tensor for part in value for tensor in all_tensors(part)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def count_examples(example_inputs: ExampleInputs) -> int:
+    """Give the batch size: dimension 0 of the first tensor.
+
+    Raises:
+        TwoAxisError: there is no tensor, or no example in it.
+    """
+    first = next((leaf for leaf in tree_leaves(call_arguments(example_inputs)) if isinstance(leaf, Tensor)), None)
     if first is None or first.dim() == 0 or first.shape[0] == 0:
         got = "no tensor" if first is None else f"shape {list(first.shape)}"
         raise TwoAxisError(
@@ -319,12 +297,12 @@ def _batch_size(example_inputs: ExampleInputs) -> int:
 
 def _batch_of_first(example_inputs: ExampleInputs, batch_size: int) -> tuple[Any, ...] | dict[str, Any]:
     """Repeat the first example in every tensor that has the batch dimension."""
-    given = _batch_size(example_inputs)
+    given = count_examples(example_inputs)
 
     def repeat(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == given:
             return torch.cat([leaf[:1]] * batch_size)  # unlike repeat(), cat keeps channels_last
         return leaf
 
-    repeated: tuple[Any, ...] | dict[str, Any] = tree_map(repeat, _arguments(example_inputs))
+    repeated: tuple[Any, ...] | dict[str, Any] = tree_map(repeat, call_arguments(example_inputs))
     return repeated

@@ -41,7 +41,7 @@ class PrunableGroup:
         group: Torch-Pruning's group over all channels of the root layer.
         channels: [size] the root layer's channels that belong to this group (all, as a rule).
         parts: the layers that take part, restricted to these channels.
-        blocks: see :class:`~tp_twoaxis.pruning.plan.ScoredGroup`.
+        blocks: see :class:`~tp_twoaxis.pruning.portions.ScoredGroup`.
         run: see there.
         aligned: see there.
         attention: where the channels are those of an attention module's heads.

@@ -13,7 +13,7 @@ from torch import nn
 
 from tp_twoaxis.dependency.attention import without
 from tp_twoaxis.dependency.graph import PrunableGroup, group_key
-from tp_twoaxis.dependency.groups import root_layer, roots_at_outputs
+from tp_twoaxis.dependency.groups import module_names, root_layer, roots_at_outputs
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS
 
@@ -104,9 +104,9 @@ def removed_channels(groups: list[PrunableGroup], removed: Masks, network: nn.Mo
     return {name: sorted(channels) for name, channels in lost.items() if channels}
 
 
-def group_report(group: PrunableGroup, removed: Masks, network: nn.Module) -> GroupReport:
+def group_report(group: PrunableGroup, removed: Masks) -> GroupReport:
     """Describe what a removal leaves of a group; call it before the removal."""
-    names = {module: name for name, module in network.named_modules()}
+    names = module_names(group.group)
     mask = _mask(group, removed)
     layers = [
         f"{names[part.module]} ({'producer' if part.is_producer else 'consumer'})"

@@ -13,14 +13,13 @@ from torch.utils._pytree import tree_map
 from tp_twoaxis.dependency.channel_marks import (
     MIXING_LAYERS,
     ChooseUnits,
-    all_tensors,
     first_third,
     marked_roots,
     own_layers,
     single_units,
     unit_count,
 )
-from tp_twoaxis.dependency.flops import ExampleInputs, call, inside, running_layers
+from tp_twoaxis.dependency.flops import ExampleInputs, all_tensors, call, inside, running_layers
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key
 from tp_twoaxis.dependency.groups import root_layer
 from tp_twoaxis.dependency.removal import refresh_widths, remove

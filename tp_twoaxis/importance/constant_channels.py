@@ -8,7 +8,7 @@ gradients alone cannot, and rank them by their formula.
 - Constant channels get a value below all others of their group (:func:`rank_first`), which is what Torch-Pruning's own
   pruners see. With a normaliser that gives no number below 0 it is below those of every group.
 - The planner of :func:`~tp_twoaxis.prune_to_flops` takes their names beside the scores
-  (:attr:`~tp_twoaxis.pruning.plan.ScoredGroup.constant`), and removes them first over all groups.
+  (:attr:`~tp_twoaxis.pruning.portions.ScoredGroup.constant`), and removes them first over all groups.
 - Normalisers see the other channels alone (:func:`normalize_varying`): constant ones, however many, do not move them.
 """
 

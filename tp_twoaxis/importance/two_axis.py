@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.dependency.groups import group_consumers, members, model_of, root_name, root_size
+from tp_twoaxis.dependency.groups import group_consumers, members, model_of, module_names, root_name, root_size
 from tp_twoaxis.errors import StaleStatisticsError, TwoAxisError, check_name, listing
 from tp_twoaxis.importance.base import GroupImportance, merge_repeats, reduce_members
 from tp_twoaxis.importance.constant_channels import constant_roots, normalize_varying
 from tp_twoaxis.importance.normalize import Normalizer
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
-from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers
+from tp_twoaxis.runtime.layers import CHANNEL_LAYERS
 from tp_twoaxis.scores.named_scores import (
     DEFAULT_SCORE,
     Score,
@@ -195,24 +195,24 @@ class TwoAxisImportance(GroupImportance):
         Returns:
             [len(group[0].idxs)] float32 on the CPU, finite; None at the consumer's site for a group without consumers.
         """
-        size, parts = root_size(group), self._layer_parts(group)
+        size, (parts, producers) = root_size(group), self._layer_parts(group)
         if not parts:
             return None
+        self._check(model_of(group), {part.name for part in [*producers, *parts]})
         return normalize_varying(self._root_scores(parts, size), self._constant(parts, size), self._normalizer).float()
 
     def constant_channels(self, group: Any) -> Tensor:
-        """Find the root channels that are constant in all layers that are scored, [len(group[0].idxs)] bool."""
-        return self._constant(self._layer_parts(group), root_size(group))
+        """Find the root channels that are constant in all layers that are scored, [len(group[0].idxs)] bool.
 
-    def _layer_parts(self, group: Any) -> list[LayerPart]:
-        """Find the calibrated layers that give scores to a group, and check that the statistics hold for them."""
-        model = model_of(group)
-        names = {layer: name for name, layer in channel_layers(model).items()}
+        Only a call, which ranks the channels, checks that the statistics hold for the model as it is.
+        """
+        return self._constant(self._layer_parts(group)[0], root_size(group))
+
+    def _layer_parts(self, group: Any) -> tuple[list[LayerPart], list[LayerPart]]:
+        """Find the calibrated layers that give scores to a group, and those that write its channels."""
+        names = module_names(group)
         producers = self._producers(group, names)
-        parts = producers if self.site == "producer" else self._consumers(group, names)
-        if parts:
-            self._check(model, {part.name for part in [*producers, *parts]})
-        return parts
+        return (producers if self.site == "producer" else self._consumers(group, names)), producers
 
     def _producers(self, group: Any, names: dict[nn.Module, str]) -> list[LayerPart]:
         """List the calibrated producers of a group's channels."""

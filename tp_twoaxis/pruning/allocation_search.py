@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 SEARCHED = 4096
 """Allocations whose cost is looked at before the search gives up; with three groups of 15 portions that is all."""
@@ -42,7 +43,8 @@ def nearest_allocation(
     """
     moves = []  # of each group that can: what it costs to have a level, and the level; the present one first
     for group, (home, own) in enumerate(zip(start, penalties, strict=True)):
-        costs = [sum(own[min(level, home) : max(level, home)]) for level in range(len(own) + 1)]
+        below, above = accumulate(own[:home][::-1], initial=0.0), accumulate(own[home:], initial=0.0)
+        costs = [*list(below)[:0:-1], *above]
         ranked = sorted((cost, abs(level - home), level) for level, cost in enumerate(costs))
         moves.append([(cost, group, level) for cost, _, level in ranked])
     moves = sorted((own for own in moves if len(own) > 1), key=lambda own: own[1])

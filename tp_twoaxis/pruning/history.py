@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.dependency.graph import PrunableGroup
-from tp_twoaxis.dependency.groups import root_layer, roots_at_outputs
+from tp_twoaxis.dependency.groups import module_names, root_layer, roots_at_outputs
 from tp_twoaxis.dependency.removal import GroupReport
 
 Root = tuple[str, bool]
@@ -90,9 +90,9 @@ class RemovalHistory:
         """Layer -> share of its original input channels that is gone."""
         return {name: float(mask.inputs.double().mean()) for name, mask in self.masks.items()}
 
-    def width(self, group: PrunableGroup, network: nn.Module) -> int:
+    def width(self, group: PrunableGroup) -> int:
         """Channels that a group of the present network had in the dense one."""
-        place = self._place(*self._dense(group, network))
+        place = self._place(*self._dense(group))
         if place is None:
             return len(group.channels)
         report = self.groups[place][1]
@@ -104,7 +104,6 @@ class RemovalHistory:
         reports: list[GroupReport],
         removed: dict[str, list[int]],
         masks: dict[str, PrunedChannels],
-        network: nn.Module,
         macs: int,
         budget: float,
     ) -> RemovalHistory:
@@ -115,13 +114,12 @@ class RemovalHistory:
             reports: what each of them keeps.
             removed: layer -> output channels that leave it.
             masks: layer -> the channels that it loses.
-            network: the present network.
             macs: of the dense network.
             budget: of the dense network, as its cost model counts it.
         """
         known = list(self.groups)
         for group, report in zip(groups, reports, strict=True):
-            root, numbers = self._dense(group, network)
+            root, numbers = self._dense(group)
             number = dict(zip(group.channels, numbers, strict=True))
             kept, leaving = ([number[channel] for channel in part] for part in (report.kept, report.removed))
             place = self._place(root, numbers)
@@ -139,10 +137,9 @@ class RemovalHistory:
         }
         return RemovalHistory(macs, budget, known, total, joined)
 
-    def _dense(self, group: PrunableGroup, network: nn.Module) -> tuple[Root, list[int]]:
+    def _dense(self, group: PrunableGroup) -> tuple[Root, list[int]]:
         """Return a group's root layer and its channels' original indices."""
-        layer, at_outputs = root_layer(group.group), roots_at_outputs(group.group)
-        name = next(name for name, module in network.named_modules() if module is layer)
+        name, at_outputs = module_names(group.group)[root_layer(group.group)], roots_at_outputs(group.group)
         if name not in self.masks:
             return (name, at_outputs), group.channels
         gone = self.masks[name].outputs if at_outputs else self.masks[name].inputs

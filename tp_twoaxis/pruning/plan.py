@@ -7,42 +7,15 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 import numpy as np
-import numpy.typing as npt
 
 from tp_twoaxis.dependency.cost import CostModel
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.pruning.allocation_cost import AllocationCost, Levels
 from tp_twoaxis.pruning.allocation_search import Allocation, nearest_allocation
+from tp_twoaxis.pruning.portions import Bools, ScoredGroup, leaving_order, portions_of
 
-# cuts that may be taken back, one at a time, to look for a closer match in networks of few channels
+# portions that may be taken back, one at a time, to look for a closer match in networks of few channels
 BACK = 32
-
-Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class ScoredGroup:
-    """A group of coupled channels that leave together, and what each is worth.
-
-    Attributes:
-        name: the root layer's name.
-        scores: [size] importance, larger keeps; comparable with other groups' (already normalised).
-        blocks: channels come in this many equally long blocks that must stay equally long (grouped convolutions,
-            GroupNorm, heads): one of every block leaves at a time, ranked by their mean score.
-        aligned: they are at the same place in every block, as grouped convolutions want it; else every block loses
-            the lowest of its own.
-        run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
-            their mean score.
-        width: channels that it had before earlier steps of pruning, of which floors are shares; default its own number.
-        constant: [size] bool, channels that never vary: where all of a cut are, it comes before any other cut.
-    """
-
-    name: str
-    scores: npt.NDArray[np.float64]
-    blocks: int = 1
-    run: int = 1
-    width: int | None = None
-    aligned: bool = True
-    constant: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -69,16 +42,6 @@ class PruningPlan:
     def error(self) -> float:
         """Distance to the target, relative to it."""
         return abs(self.macs - self.target) / self.target
-
-
-@dataclass(frozen=True)
-class _Event:
-    """The next admissible cut of a group: these channels leave when the threshold passes ``score``."""
-
-    score: float
-    group: int
-    step: int
-    channels: npt.NDArray[np.int64]
 
 
 def make_plan(
@@ -129,59 +92,26 @@ def make_plan(
     check_constraints(flops, min_keep, round_to, tolerance)
     dense = cost.dense if dense is None else dense
     target = flops * dense
-    events = _events(groups, min_keep, round_to or 1)
-
-    def state_after(chosen: list[_Event]) -> dict[str, Bools]:
-        state = {group.name: np.zeros(len(group.scores), dtype=bool) for group in groups}
-        for event in chosen:
-            state[groups[event.group].name][event.channels] = True
-        return state
-
-    def macs_after(chosen: list[_Event]) -> float:
-        return cost.macs(state_after(chosen))
-
-    least = macs_after(events)
     close = math.inf if tolerance is None else tolerance * target
+    search = _Search(groups, cost, min_keep, round_to or 1, target, close)
+    least = search.macs(search.prefix(len(search.order)))
     if least > target + close:
         raise UnreachableTargetError(
             f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that "
             f"min_keep={min_keep:g}{f', round_to={round_to}' if round_to else ''} and the layers left alone allow; "
             "lower min_keep, ignore fewer layers, or ask for more"
         )
-    low, high = 0, len(events)  # macs(low) >= target > macs(high), or the end of the list
-    while low < high:
-        middle = (low + high + 1) // 2
-        if macs_after(events[:middle]) >= target:
-            low = middle
-        else:
-            high = middle - 1
-    before = events[:low]
-    chosen = before
-    error = macs_after(before) - target
-    if low < len(events) and tolerance is not None:
-        after = events[: low + 1]
-        if abs(macs_after(after) - target) < error:
-            chosen, error = after, abs(macs_after(after) - target)
-    for back in range(BACK + 1 if error > close / 4 else 0):
-        # the cut itself and then, while the target is missed, earlier ones that leave one group's last channel
-        start = low - back
-        if start < 0 or (back and error <= close):
-            break
-        blocked = {events[start].group} if back else set()
-        filled = events[:start] + _fill(
-            groups, cost, state_after(events[:start]), events[start:], target, close / 4, blocked
-        )
-        if abs(macs_after(filled) - target) < error:
-            chosen, error = filled, abs(macs_after(filled) - target)
-    if round_to and error > close:
-        chosen = _exchange(groups, cost, events, low, target, close) or chosen
-    removed = state_after(chosen)
+    longest = search.longest_prefix()
+    chosen = search.prefix(longest) if tolerance is None else search.nearest(longest)
+    if round_to and abs(search.macs(chosen) - target) > close:
+        exchanged = search.exchange(longest)
+        chosen = chosen if exchanged is None else exchanged
+    removed = {group.name: own.mask(taken) for group, own, taken in zip(groups, search.portions, chosen, strict=True)}
     macs = cost.macs(removed)
     notes = []
     if abs(macs - target) > close:
         notes.append(missed_note(macs / dense, flops, cost.unit, coarse_reason(round_to)))
-    threshold = max((event.score for event in chosen), default=-math.inf)
-    return PruningPlan(removed, macs, target, dense, threshold, notes)
+    return PruningPlan(removed, macs, target, dense, search.threshold(chosen), notes)
 
 
 def check_constraints(flops: float, min_keep: float, round_to: int | None, tolerance: float | None) -> None:
@@ -230,85 +160,84 @@ def _is_number(value: object, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _events(groups: list[ScoredGroup], min_keep: float, round_to: int) -> list[_Event]:
-    """Order all admissible cuts by the score at which they happen."""
-    events = []
-    for index, group in enumerate(groups):
-        size, together = len(group.scores), group.blocks * group.run
-        if size % together:
-            raise TwoAxisError(
-                f"{group.name}: {size} channels do not split into {group.blocks} blocks of runs of {group.run}"
-            )
-        shape = (group.blocks, -1, group.run)
-        scores, members = group.scores.reshape(shape).mean(2), np.arange(size).reshape(shape)
-        constant = np.zeros(size, dtype=bool) if group.constant is None else group.constant
-        if not group.aligned:
-            own = np.lexsort((scores, ~constant.reshape(shape).all(2)), axis=1)
-            scores, members = np.take_along_axis(scores, own, 1), np.take_along_axis(members, own[..., None], 1)
-        unit_scores = np.where(constant[members].all((0, 2)), -np.inf, scores.mean(0))
-        order = np.argsort(unit_scores, kind="stable")
-        floor = max(1, math.ceil(min_keep * (group.width or size)))
-        removed_units = 0
-        for kept in range(size - together, floor - 1, -together):
-            if kept % round_to == 0 and kept > 0:
-                units = (size - kept) // together
-                cut = order[removed_units:units]
-                events.append(_Event(float(unit_scores[cut[-1]]), index, units, np.sort(members[:, cut].reshape(-1))))
-                removed_units = units
-    # a later cut of a group never comes before an earlier one: within a group scores ascend with the step
-    return sorted(events, key=lambda event: (event.score, event.group, event.step))
+class _Search:
+    """The allocations of one problem, and which of them come close to its target."""
 
+    def __init__(
+        self, groups: list[ScoredGroup], cost: CostModel, min_keep: float, round_to: int, target: float, close: float
+    ) -> None:
+        self.portions = [portions_of(group, min_keep, round_to) for group in groups]
+        self.order = leaving_order(self.portions)
+        self.macs = AllocationCost(cost, [group.name for group in groups], self.portions).macs
+        self.target, self.close = target, close
 
-def _exchange(
-    groups: list[ScoredGroup], cost: CostModel, events: list[_Event], low: int, target: float, close: float
-) -> list[_Event] | None:
-    """Let groups exchange portions around the cut at ``low`` until the MACs come close; None where none are found."""
-    if not events:
-        return None
-    threshold = events[min(low, len(events) - 1)].score
-    portions: list[list[_Event]] = [[] for _ in groups]
-    masks = [[np.zeros(len(group.scores), dtype=bool)] for group in groups]  # after none, one, two portions ...
-    for event in events:
-        portions[event.group].append(event)
-        masks[event.group].append(masks[event.group][-1].copy())
-        masks[event.group][-1][event.channels] = True
+    def prefix(self, length: int) -> Levels:
+        """Give the allocation after the first ``length`` portions of all."""
+        return np.bincount(self.order[:length], minlength=len(self.portions))
 
-    def penalty(event: _Event) -> float:  # also where both scores are infinite, whose difference is no number
-        return 0.0 if event.score == threshold else abs(event.score - threshold) * len(event.channels)
+    def longest_prefix(self) -> int:
+        """Find the longest prefix that leaves at least the target."""
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.macs(self.prefix(middle)) >= self.target:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
-    def fits(allocation: Allocation) -> bool:
-        state = {group.name: own[taken] for group, own, taken in zip(groups, masks, allocation, strict=True)}
-        return abs(cost.macs(state) - target) <= close
+    def nearest(self, longest: int) -> Levels:
+        """Find the nearest among prefixes about as long as the longest above the target, their gaps filled or not."""
+        chosen = self.prefix(longest)
+        error = self.macs(chosen) - self.target
+        if longest < len(self.order):
+            after = self.prefix(longest + 1)
+            if abs(self.macs(after) - self.target) < error:
+                chosen, error = after, abs(self.macs(after) - self.target)
+        for back in range(BACK + 1 if error > self.close / 4 else 0):
+            # the prefix itself and then, while the target is missed, shorter ones that leave one group's last portion
+            start = longest - back
+            if start < 0 or (back and error <= self.close):
+                break
+            filled = self._fill(start, {int(self.order[start])} if back else set())
+            if (found := abs(self.macs(filled) - self.target)) < error:
+                chosen, error = filled, found
+        return chosen
 
-    start = tuple(sum(event.group == group for event in events[:low]) for group in range(len(groups)))
-    found = nearest_allocation(start, [[penalty(event) for event in own] for own in portions], fits)
-    if found is None:
-        return None
-    return [event for own, taken in zip(portions, found, strict=True) for event in own[:taken]]
+    def _fill(self, start: int, blocked: set[int]) -> Levels:
+        """Go on from a prefix with affordable portions in order; a group whose portion overshoots is left alone."""
+        levels = self.prefix(start)
+        for group in self.order[start:].tolist():
+            if group in blocked:
+                continue
+            levels[group] += 1
+            macs = self.macs(levels)
+            if macs < self.target - self.close / 4:
+                levels[group] -= 1
+                blocked.add(group)
+            elif macs <= self.target + self.close / 4:
+                break
+        return levels
 
+    def exchange(self, longest: int) -> Levels | None:
+        """Let groups exchange portions around a prefix until the MACs come close; None where none are found."""
+        if not len(self.order):
+            return None
+        start = self.prefix(longest)
+        threshold = self.threshold(self.prefix(longest + 1))  # of the next portion, where there is one
+        penalties = []
+        for own in self.portions:
+            apart = own.scores != threshold  # not so where both are infinite, whose difference is no number
+            distance = np.abs(np.subtract(own.scores, threshold, out=np.zeros(len(own)), where=apart))
+            penalties.append((distance * np.diff(own.gone)).tolist())
 
-def _fill(
-    groups: list[ScoredGroup],
-    cost: CostModel,
-    state: dict[str, Bools],
-    rest: list[_Event],
-    target: float,
-    close: float,
-    blocked: set[int],
-) -> list[_Event]:
-    """Find affordable cuts in order, skipping those that overshoot; a skipped group is left alone from there on."""
-    taken: list[_Event] = []
-    for event in rest:
-        if event.group in blocked:
-            continue
-        mask = state[groups[event.group].name]
-        mask[event.channels] = True
-        macs = cost.macs(state)
-        if macs < target - close:
-            mask[event.channels] = False
-            blocked.add(event.group)
-            continue
-        taken.append(event)
-        if macs <= target + close:
-            break
-    return taken
+        def fits(allocation: Allocation) -> bool:
+            return abs(self.macs(np.array(allocation)) - self.target) <= self.close
+
+        found = nearest_allocation(tuple(start.tolist()), penalties, fits)
+        return None if found is None else np.array(found)
+
+    def threshold(self, levels: Levels) -> float:
+        """Give the score of the last portion that left, or -inf."""
+        taken = zip(self.portions, levels.tolist(), strict=True)
+        return max((float(own.scores[level - 1]) for own, level in taken if level), default=-math.inf)

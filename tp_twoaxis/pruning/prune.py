@@ -19,9 +19,8 @@ from tp_twoaxis.dependency.flops import (
     inside,
     measure_latency,
     running_layers,
-    thop_macs,
-    tp_macs,
 )
+from tp_twoaxis.dependency.other_counters import thop_macs, tp_macs
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import (
     AnticipatingImportance,
@@ -65,7 +64,7 @@ def prune_to_flops(
     max_memory: float = 4.0,
     max_images: int | None = 5000,
     latency: bool = False,
-    other_counters: bool = True,
+    other_counters: bool = False,
     progress: bool = True,
 ) -> PruningReport:
     """Remove channels through Torch-Pruning's dependency graph until a share of the MACs is left.
@@ -106,8 +105,7 @@ def prune_to_flops(
         max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
             first layers join behind them, where activations are smaller.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
-        other_counters: also report Torch-Pruning's and thop's MACs; in a sweep over small networks they take most of
-            the time.
+        other_counters: also report Torch-Pruning's and thop's MACs, before and after: four more passes.
         latency: also measure milliseconds at batch 1 and batch 64, before and after.
         progress: show progress bars on stderr.
 

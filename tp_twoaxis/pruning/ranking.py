@@ -12,7 +12,7 @@ from torch import Tensor
 from tp_twoaxis.dependency.graph import PrunableGroup, group_key
 from tp_twoaxis.dependency.groups import root_size
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.pruning.plan import ScoredGroup
+from tp_twoaxis.pruning.portions import ScoredGroup
 
 
 def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) -> tuple[list[ScoredGroup], list[str]]:

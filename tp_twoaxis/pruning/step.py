@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tp_twoaxis.dependency.channel_marks import output_shapes
 from tp_twoaxis.dependency.channel_masks import pruned_channels
 from tp_twoaxis.dependency.cost import CostModel, channel_count
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, count_macs, inside, running_layers
@@ -19,7 +18,8 @@ from tp_twoaxis.dependency.validation import verified_groups
 from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.history import RemovalHistory
-from tp_twoaxis.pruning.plan import PruningPlan, ScoredGroup, coarse_reason, make_plan, missed_note
+from tp_twoaxis.pruning.plan import PruningPlan, coarse_reason, make_plan, missed_note
+from tp_twoaxis.pruning.portions import ScoredGroup
 from tp_twoaxis.pruning.ranking import score_groups
 from tp_twoaxis.runtime.model_state import ModelSnapshot
 from tp_twoaxis.runtime.timing import timed
@@ -81,7 +81,6 @@ def prune_step(
     before = present.total / dense
     last = share == config.flops
     target, try_all = share, False
-    shapes = output_shapes(network, inputs)
     nearest: tuple[StepResult, ModelSnapshot] | None = None
     for attempt in range(1, TRIES + 1):
         with timed(seconds, "graph"):
@@ -90,7 +89,7 @@ def prune_step(
             groups, notes = verified_groups(graph, network, inputs, ignored, config.attention, try_all=try_all)
         with timed(seconds, "score"):
             scored, declined = score_groups(groups, importance)
-            widths = {group_key(group): history.width(group, network) for group in groups}
+            widths = {group_key(group): history.width(group) for group in groups}
             scored = [replace(group, width=widths[group.name]) for group in scored]
         with timed(seconds, "plan"):
             cost = _cost(groups, network, present, config.budget)
@@ -104,10 +103,9 @@ def prune_step(
         with timed(seconds, "remove"):
             joined = history.then(
                 groups,
-                [group_report(group, plan.removed, network) for group in groups],
+                [group_report(group, plan.removed) for group in groups],
                 removed_channels(groups, plan.removed, network),
                 pruned_channels(groups, plan.removed, network),
-                network,
                 dense,
                 whole,
             )
@@ -118,7 +116,7 @@ def prune_step(
                 remove(graph, groups, plan.removed)
                 refresh_widths(network)
             with timed(seconds, "count"):
-                count = _count_pruned(network, inputs, shapes)
+                count = _count_pruned(network, inputs, present.outputs)
         except TwoAxisError:
             if try_all or attempt == TRIES:
                 if nearest is not None:
@@ -180,9 +178,9 @@ def _count_pruned(network: nn.Module, inputs: ExampleInputs, shapes: list[tuple[
                 f"({type(error).__name__}: {error}); its code holds a width that Torch-Pruning cannot see - put the "
                 "layers concerned into ignored_layers; the model is as it was"
             ) from error
-    if (now := output_shapes(network, inputs)) != shapes:
+    if count.outputs != shapes:
         raise TwoAxisError(
-            f"{type(network).__name__}: expected outputs of shapes {shapes} after removal, got {now}; put the layers "
-            "that write them into ignored_layers; the model is as it was"
+            f"{type(network).__name__}: expected outputs of shapes {shapes} after removal, got {count.outputs}; put "
+            "the layers that write them into ignored_layers; the model is as it was"
         )
     return count

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.dependency.channel_marks import all_tensors
+from tp_twoaxis.dependency.flops import all_tensors
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.forward import forward_pass
 

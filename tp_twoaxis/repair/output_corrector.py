@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tp_twoaxis.dependency.channel_marks import all_tensors
+from tp_twoaxis.dependency.flops import all_tensors
 from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight
 from tp_twoaxis.reconstruction.patches import patch_size
 from tp_twoaxis.repair.joint import ProducerOutput, RectifiedInput, has_transpose, joint_reconstruction

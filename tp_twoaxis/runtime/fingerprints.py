@@ -87,7 +87,7 @@ class ModelFingerprints:
         self._tensors = tensors
         self._shape_of = shape_of
         self._again = again
-        self._seen: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._seen: dict[str, tuple[tuple[int, int, torch.Size], ...]] = {}
 
     @classmethod
     def of_model(cls, model: nn.Module) -> ModelFingerprints:
@@ -117,15 +117,15 @@ class ModelFingerprints:
                     f"{name}: statistics hold this layer, {type(model).__name__} has no such layer - "
                     "they belong to another model; gather those of this one"
                 )
+            seen = tuple((id(tensor), tensor._version, tensor.shape) for _, tensor in self._tensors(module))
+            if module not in surely and self._seen.get(name) == seen:
+                continue
             shape = _shapes(self._tensors(module)) if self._shape_of is None else self._shape_of(module)
             if shape != recorded.shape:
                 raise StaleStatisticsError(
                     f"{name}: statistics hold {recorded.shape}, the layer has {shape} - "
                     f"it was pruned after they were gathered, or is another model's; {self._again}"
                 )
-            seen = tuple((id(tensor), tensor._version) for _, tensor in self._tensors(module))
-            if module not in surely and self._seen.get(name) == seen:
-                continue
             if _digest(self._tensors(module)) != recorded.digest:
                 raise StaleStatisticsError(
                     f"{name}: its parameters or running statistics are not those that statistics were gathered with "

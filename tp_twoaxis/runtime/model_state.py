@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +134,9 @@ def eager_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+
+
 class ModelSnapshot:
     """A model's structure at one moment, to go back to after pruning.
 
@@ -161,22 +163,23 @@ class ModelSnapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
-        for module in model.modules():
-            values = dict(module.__dict__)
-            # contents beside references: hook handles hold these very containers, so they must stay the same
-            contents = [(v, v.copy()) for v in values.values() if type(v) in (dict, OrderedDict, list, set)]
-            self._modules.append((module, values, contents))
+        self._modules = [(module, dict(module.__dict__)) for module in model.modules()]
+        # contents beside references: hook handles hold these very containers, so they must stay the same
+        containers = [v for _, values in self._modules for v in values.values() if type(v) in _CONTAINERS]
+        self._contents = [(container, container.copy()) for container in containers if container]
+        self._empty = [container for container in containers if not container]  # most are: a module's hooks
         # `.data` is a second handle on the same memory: it remembers shape and place at no cost
         self._parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
         self._buffers = [(b, b.data) for b in model.buffers()]
 
     def restore(self) -> None:
         """Put the model back as it was; may be called again after further changes."""
-        for module, values, contents in self._modules:
-            for container, content in contents:
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+        for container in self._empty:
+            container.clear()
+        for container, content in self._contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for module, values in self._modules:
             module.__dict__.clear()
             module.__dict__.update(values)
         for parameter, data, requires_grad, grad in self._parameters:

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.row_blocks import row_blocks
 
 # shares of the variance up to here are rounding: correlations of float64 are off by about 1e-16, their squares by less
 UNEXPLAINED = 1e-24
+
+# numbers of the candidates' correlation matrices that are worked on together
+BLOCK_NUMBERS = 2**18
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ def greedy_hulls(
     Candidates are the ``pool`` most correlated peers (32 is ours; the paper restricts the pool without a
     number). Each step takes the peer that explains most of what is left, as in a pivoted Cholesky
     factorisation, so that ``E_k(P) = S_kP S_PP^-1 S_Pk / S_kk`` grows by one rank-one update. The hull is
-    the shortest prefix with ``E_k >= (1 - epsilon) E_k(pool)``. Cost O(C^2 + C pool^2 steps), no loop over
-    channels.
+    the shortest prefix with ``E_k >= (1 - epsilon) E_k(pool)``. Cost O(C^2 + C pool^3) time; memory beside the
+    correlation O(C steps) and that of one block of channels, O(C + pool^2) each.
 
     Args:
         correlation: [C, C].
@@ -91,22 +95,42 @@ def greedy_hulls(
         empty = rho.new_zeros(count, 0)
         return Hulls(none.long(), none, none, empty, empty.long(), flags, flags)
 
-    strength = (rho.abs() * active).fill_diagonal_(-1.0)
-    candidates = strength.topk(pool, dim=1).indices  # [C, pool]
+    height = max(1, BLOCK_NUMBERS // pool**2)
+    found = [_select(rho, rows, start, active, pool, steps, ridge) for start, rows in row_blocks(rho, height * count)]
+    path, picks, pool_explanation = (torch.cat(parts) for parts in zip(*found, strict=True))
+    enough = path >= (1.0 - epsilon) * pool_explanation[:, None]
+    size = torch.where(enough.any(1), enough.long().argmax(1) + 1, steps)
+    size = torch.where(pool_explanation > UNEXPLAINED, size, 0)
+    explanation = torch.where(size > 0, path.gather(1, (size - 1).clamp_min(0)[:, None])[:, 0], 0.0)
+    return Hulls(size, explanation, pool_explanation, path, picks, singleton=size == 1, saturated=size == max_size)
+
+
+def _select(
+    rho: Tensor, own: Tensor, start: int, active: Tensor, pool: int, steps: int, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select peers for some channels, of which ``start`` is the first and ``own`` [n, C] the correlations.
+
+    Returns:
+        What the first 1, 2, ... selected peers explain [n, steps], these peers [n, steps], and what the whole pool
+        explains [n].
+    """
+    rows = torch.arange(len(own), device=rho.device)
+    strength = own.abs() * active
+    strength.diagonal(start).fill_(-1.0)
+    candidates = strength.topk(pool, dim=1).indices  # [n, pool]
     usable = active[candidates]
-    inner = rho[candidates[:, :, None], candidates[:, None, :]]  # [C, pool, pool]
+    inner = rho[candidates[:, :, None], candidates[:, None, :]]  # [n, pool, pool]
     inner.diagonal(dim1=1, dim2=2).add_(ridge)
-    outer = rho.gather(1, candidates) * usable * active[:, None]  # [C, pool]
+    outer = own.gather(1, candidates) * usable * active[start : start + len(own), None]  # [n, pool]
 
     # constant candidates keep their unit diagonal and explain nothing: outer is 0 there
     solution = torch.linalg.solve(inner + 1e-12 * torch.eye(pool, dtype=rho.dtype, device=rho.device), outer)
     pool_explanation = (outer * solution).sum(1).clamp(0.0, 1.0)
 
-    path = rho.new_empty(count, steps)
-    picks = torch.empty(count, steps, dtype=torch.int64, device=rho.device)
+    path = rho.new_empty(len(own), steps)
+    picks = torch.empty(len(own), steps, dtype=torch.int64, device=rho.device)
     free = usable.clone()
-    explained = rho.new_zeros(count)
-    rows = torch.arange(count, device=rho.device)
+    explained = rho.new_zeros(len(own))
     for step in range(steps):
         spread = inner.diagonal(dim1=1, dim2=2)
         gain = torch.where(free & (spread > 1e-9), outer.square() / spread.clamp_min(1e-9), -torch.ones_like(outer))
@@ -121,14 +145,7 @@ def greedy_hulls(
         inner = inner - column[:, :, None] * (column / pivot)[:, None, :]
         free[rows, best] = False
     path = path.clamp(0.0, 1.0)
-    pool_explanation = torch.maximum(pool_explanation, path[:, -1])
-
-    enough = path >= (1.0 - epsilon) * pool_explanation[:, None]
-    complete = enough.any(1)
-    size = torch.where(complete, enough.long().argmax(1) + 1, torch.full_like(rows, steps))
-    size = torch.where(pool_explanation > UNEXPLAINED, size, 0)
-    explanation = torch.where(size > 0, path.gather(1, (size - 1).clamp_min(0)[:, None])[:, 0], 0.0)
-    return Hulls(size, explanation, pool_explanation, path, picks, singleton=size == 1, saturated=size == max_size)
+    return path, picks, torch.maximum(pool_explanation, path[:, -1])
 
 
 def full_explanation(correlation: Tensor, *, active: Tensor | None = None, ridge: float = 1e-6) -> Tensor:

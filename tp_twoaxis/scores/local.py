@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tp_twoaxis.runtime.row_blocks import row_blocks
 from tp_twoaxis.scores.information import information_from_correlation, information_of_channel
 
 
@@ -97,8 +98,10 @@ def peer_overlap(correlation: Tensor, active: Tensor | None = None) -> Tensor:
         >>> [round(x, 4) for x in peer_overlap(rho).tolist()]
         [0.5108, 0.5108]
     """
-    overlap = pair_overlap(correlation)
-    if active is not None:
-        overlap = overlap * active * active[:, None]
-    peers = len(overlap) - 1 if active is None else (active.sum() - active.long()).clamp_min(0)
-    return overlap.sum(1) / torch.as_tensor(peers, dtype=overlap.dtype, device=overlap.device).clamp_min(1.0)
+    weights = correlation.new_ones(len(correlation)) if active is None else active.to(correlation)
+    sums = torch.empty_like(weights)
+    for start, rows in row_blocks(correlation):
+        overlap = information_from_correlation(rows)
+        overlap.diagonal(start).fill_(0.0)
+        sums[start : start + len(rows)] = (overlap * weights).sum(1)
+    return sums * weights / (weights.sum() - weights).clamp_min(1.0)

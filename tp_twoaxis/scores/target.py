@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.row_blocks import row_blocks
 from tp_twoaxis.scores.information import information_from_correlation, information_from_r2, pair_r2
 
 PartnerRule = Literal["task-mi", "joint-mi", "excess", "random"]
+
+PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From the correlations of two channels with the task and with each other, which broadcast, to their quantity."""
 
 
 def task_information(task_correlation: Tensor) -> Tensor:
@@ -73,7 +77,8 @@ def pair_information(task_correlation: Tensor, correlation: Tensor) -> Tensor:
         >>> pair_information(torch.tensor([0.6, 0.6]), torch.eye(2)).round(decimals=4).tolist()
         [[0.2231..., 0.6365...], [0.6365..., 0.2231...]]
     """
-    return _over_columns(lambda r: _pair(r, correlation), task_correlation)
+    pairs = _over_rows(_joint_information, task_correlation, correlation)
+    return pairs.diagonal_scatter(task_information(task_correlation))
 
 
 def pair_excess(task_correlation: Tensor, correlation: Tensor) -> Tensor:
@@ -90,12 +95,7 @@ def pair_excess(task_correlation: Tensor, correlation: Tensor) -> Tensor:
         >>> pair_excess(torch.tensor([0.6, 0.6]), torch.eye(2)).round(decimals=4).tolist()
         [[0.0, 0.4133...], [0.4133..., 0.0]]
     """
-
-    def excess(r: Tensor) -> Tensor:
-        single = information_from_correlation(r)
-        return (_pair(r, correlation) - torch.maximum(single[:, None], single)).clamp_min(0.0)
-
-    return _over_columns(excess, task_correlation).fill_diagonal_(0.0)
+    return _over_rows(_excess, task_correlation, correlation).fill_diagonal_(0.0)
 
 
 def target_excess(
@@ -107,6 +107,9 @@ def target_excess(
     seed: int = 0,
 ) -> Tensor:
     """Mean excess of each channel over its chosen partners (equation 5).
+
+    The rules ``"task-mi"`` and ``"random"`` know the partners before any pair is looked at: O(C partners K) beside
+    choosing them. The other two look at every pair, O(C^2 K).
 
     Args:
         task_correlation: [C] or [C, K].
@@ -133,42 +136,70 @@ def target_excess(
     partners = min(partners, count - 1)
     if partners < 1:
         return task_correlation.new_zeros(count)
-    excess = pair_excess(task_correlation, correlation)
-    relevance = task_information(task_correlation).expand(count, count)
     if rule == "task-mi":
-        preference = relevance
-    elif rule == "joint-mi":
-        preference = pair_information(task_correlation, correlation)
-    elif rule == "excess":
-        preference = excess
+        chosen = _most_relevant(task_information(task_correlation), partners)
     elif rule == "random":
+        pool = _most_relevant(task_information(task_correlation), min(2 * partners, count - 1))
         generator = torch.Generator().manual_seed(seed)
-        draw = torch.rand(count, count, generator=generator, dtype=torch.float64).to(excess)
-        pool = _without_self(relevance).topk(min(2 * partners, count - 1), dim=1).indices
-        preference = torch.full_like(draw, -1.0).scatter(1, pool, draw.gather(1, pool))
+        draw = torch.rand(count, count, generator=generator, dtype=torch.float64).to(pool.device)
+        chosen = pool.gather(1, draw.gather(1, pool).topk(partners, dim=1).indices)
+    elif rule in ("joint-mi", "excess"):
+        function = pair_information if rule == "joint-mi" else pair_excess
+        preference = function(task_correlation, correlation).fill_diagonal_(-torch.inf)
+        chosen = preference.topk(partners, dim=1).indices
     else:
         raise TwoAxisError(f"rule: expected 'task-mi', 'joint-mi', 'excess' or 'random', got {rule!r}")
-    chosen = _without_self(preference).topk(partners, dim=1).indices
-    return excess.gather(1, chosen).mean(1)
+    return _over_columns(_excess, task_correlation, chosen, correlation.gather(1, chosen)).mean(1)
 
 
-def _without_self(preference: Tensor) -> Tensor:
-    return preference.clone().fill_diagonal_(-torch.inf)
+def _most_relevant(relevance: Tensor, count: int) -> Tensor:
+    """Find the peers of highest relevance of every channel, [C, count] int64, highest first; equal ones in order."""
+    order = relevance.argsort(descending=True, stable=True)
+    best = order[: count + 1].expand(len(relevance), -1)
+    own = best == torch.arange(len(relevance), device=relevance.device)[:, None]
+    own[:, -1] |= ~own.any(1)  # a channel that is not among them leaves the last one out instead of itself
+    return best[~own].reshape(len(relevance), count)
 
 
-def _pair(r: Tensor, correlation: Tensor) -> Tensor:
-    joint = information_from_r2(pair_r2(r[:, None], r[None, :], correlation))
-    return joint.diagonal_scatter(information_from_correlation(r))
+def _joint_information(r_k: Tensor, r_j: Tensor, rho: Tensor) -> Tensor:
+    return information_from_r2(pair_r2(r_k, r_j, rho))
+
+
+def _excess(r_k: Tensor, r_j: Tensor, rho: Tensor) -> Tensor:
+    single = torch.maximum(information_from_correlation(r_k), information_from_correlation(r_j))
+    return (_joint_information(r_k, r_j, rho) - single).clamp_min(0.0)
 
 
 def _columns(task_correlation: Tensor) -> Tensor:
     return task_correlation[:, None] if task_correlation.ndim == 1 else task_correlation
 
 
-def _over_columns(function: Callable[[Tensor], Tensor], task_correlation: Tensor) -> Tensor:
-    """Mean over the task's columns, one [C, C] at a time: a thousand classes do not fit side by side."""
+def _over_rows(function: PairFunction, task_correlation: Tensor, correlation: Tensor) -> Tensor:
+    """Mean over the task's columns of a quantity of all pairs, [C, C]."""
+    peers = torch.arange(len(correlation), device=correlation.device)[None]
+    pairs = torch.empty_like(correlation)
+    for start, rows in row_blocks(correlation):
+        pairs[start : start + len(rows)] = _over_columns(function, task_correlation, peers, rows, start)
+    return pairs
+
+
+def _over_columns(
+    function: PairFunction, task_correlation: Tensor, peers: Tensor, correlation: Tensor, start: int = 0
+) -> Tensor:
+    """Mean over the task's columns of a quantity of some pairs, one column at a time.
+
+    Args:
+        function: of both correlations with the task and of the pair's, which broadcast.
+        task_correlation: [C] or [C, K].
+        peers: [n, m] int64, partners of n channels; [1, m] where all have the same.
+        correlation: [n, m] with these.
+        start: the first of these channels.
+
+    Returns:
+        [n, m].
+    """
     columns = _columns(task_correlation)
-    total = function(columns[:, 0])
-    for index in range(1, columns.shape[1]):
-        total += function(columns[:, index])
+    total = torch.zeros_like(correlation)
+    for column in columns.unbind(1):
+        total += function(column[start : start + len(correlation), None], column[peers], correlation)
     return total / columns.shape[1]

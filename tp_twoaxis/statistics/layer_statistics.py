@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.row_blocks import row_blocks
 from tp_twoaxis.statistics.moments import CoMoments
 
 # activations of a constant channel scatter by rounding alone; below this share of mean^2 it is no signal
@@ -148,7 +149,7 @@ class LayerStatistics:
         return self.gradients.mean
 
     def _variance(self, moments: CoMoments) -> Tensor:
-        variance = moments.covariance.diagonal()
+        variance = moments.variance
         least = (CONSTANT_FLOAT64 if self.dtype == torch.float64 else CONSTANT) * moments.mean.square()
         return torch.where(variance > least, variance, torch.zeros_like(variance))
 
@@ -255,6 +256,8 @@ class InputStatistics(LayerStatistics):
 
 
 def _correlation(covariance: Tensor, variance: Tensor) -> Tensor:
-    spread = torch.outer(variance, variance).sqrt()
-    rho = torch.where(spread > 0, covariance / spread, torch.zeros_like(spread)).clamp(-1.0, 1.0)
+    rho = torch.empty_like(covariance)
+    for start, rows in row_blocks(covariance):
+        spread = torch.outer(variance[start : start + len(rows)], variance).sqrt()
+        rho[start : start + len(rows)] = torch.where(spread > 0, rows / spread, 0.0).clamp(-1.0, 1.0)
     return rho.fill_diagonal_(1.0)

@@ -142,6 +142,11 @@ class CoMoments:
         """``scatter / weight``, [D, E]; zeros before the first row."""
         return self.scatter / (self.weight or 1.0)
 
+    @property
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, [D], of rows that are paired with themselves."""
+        return self.scatter.diagonal() / (self.weight or 1.0)
+
     @_plain
     def update(self, rows: Tensor, other: Tensor | None = None, *, weight: float = 1.0) -> None:
         """Take in rows.
