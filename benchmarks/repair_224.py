@@ -35,7 +35,7 @@ from tp_twoaxis.importance import find_criterion
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.serialization import write_bytes
 
-CRITERIA = ("l2", "taylor", "fpgm", "hull", "capture")
+CRITERIA = ("l2", "taylor", "fpgm", "hull", "hull(normalizer='mean')", "capture", "anticipating")
 REPAIRS = ("bn", "sequential", "joint")
 IMAGES, JUDGES = 500, 1000
 KEY = ("network", "share", "criterion", "repair", "images")
@@ -163,11 +163,13 @@ def main() -> None:
             for repair, share, criterion in wanted:
                 if (name, share, criterion, repair, count) in done:
                     continue
-                if stats is None and "statistics" in find_criterion(criterion).needs:
+                found = find_criterion(criterion)
+                shared = "statistics" in found.needs and not found.extras
+                if stats is None and shared:
                     stats = calibrate(dense, images, target=None, max_images=None, progress=False)
                 cell = dict(zip(KEY, (name, share, criterion, repair, count), strict=True))
                 cell["max_memory"] = arguments.max_memory
-                content["cells"].append(measure(dense, cell, images, judges, stats))
+                content["cells"].append(measure(dense, cell, images, judges, stats if shared else None))
                 content["cells"][-1]["commit"] = provenance("", "")["commit"]
                 print({k: v for k, v in content["cells"][-1].items() if k != "commit"}, flush=True)
                 command = "python benchmarks/repair_224.py --data DIR --checkpoints DIR"
