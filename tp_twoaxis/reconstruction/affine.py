@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.statistics.factorization import regularised_factor
 
 # many rows: the ridge only protects against rounding; few rows: it shrinks the fit towards no change
 LEAST_RIDGE, NOISE_RIDGE, LARGEST_RIDGE = 1e-6, 1e-2, 0.1
@@ -29,7 +30,7 @@ def ridge_for(rows: int, width: int) -> float:
 
 
 def ridge_factor(covariance: Tensor, ridge: float) -> Tensor | None:
-    """Factor ``S + ridge t I`` as ``L L'``, with t the mean variance.
+    """Factor ``S + ridge t I`` as ``L L'``, with t the mean variance; where rounding asks for it with a larger ridge.
 
     Args:
         covariance: [K, K] float64.
@@ -50,10 +51,7 @@ def ridge_factor(covariance: Tensor, ridge: float) -> Tensor | None:
     mean_variance = float(covariance.diagonal().mean()) if len(covariance) else 0.0
     if mean_variance <= 0.0:
         return None
-    regularised = covariance.clone()
-    regularised.diagonal().add_(ridge * mean_variance)
-    factor: Tensor = torch.linalg.cholesky(regularised)
-    return factor
+    return regularised_factor(covariance, ridge * mean_variance)
 
 
 def ridge_regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.row_blocks import row_blocks
+from tp_twoaxis.statistics.factorization import regularised_factor
 
 # shares of the variance up to here are rounding: correlations of float64 are off by about 1e-16, their squares by less
 UNEXPLAINED = 1e-24
@@ -165,7 +166,8 @@ def full_explanation(correlation: Tensor, *, active: Tensor | None = None, ridge
         [0.36, 0.36]
     """
     rho = correlation.double().clone()
+    factor = regularised_factor(rho, ridge)
     rho.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(rho))
+    inverse = torch.cholesky_inverse(factor)
     explained = (1.0 - 1.0 / (inverse.diagonal() * rho.diagonal())).clamp(0.0, 1.0)
     return explained if active is None else explained * active

@@ -46,7 +46,8 @@ class LayerRecord:
         cross: moments of pooled outputs with the task variables, or None without them.
         inputs: moments of the rows that the layer reads, C_in wide, or None when they are not recorded.
         dtype: of what the layer writes.
-        product: of the products that rows are multiplied in.
+        product: of the products that rows are multiplied in; what is read is multiplied in float64, as layers are
+            reconstructed from it.
     """
 
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -74,7 +75,7 @@ class LayerRecord:
     def add_inputs(self, width: int) -> CoMoments:
         """Moments of what the layer reads, so wide; the same ones every time."""
         if self.inputs is None:
-            self.inputs = CoMoments(width, device=self.rows.mean.device, product=self.product)
+            self.inputs = CoMoments(width, device=self.rows.mean.device)
         return self.inputs
 
 
