@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tp_twoaxis.statistics.moments import BLOCK_NUMBERS
+
+# rows that are multiplied at a time, at most, where patches are wide
+MOST_PIECE_ROWS = 2048
 
 
 class PatchMoments:
@@ -50,14 +54,15 @@ class PatchMoments:
             rows: [n, B, P], any float dtype.
             targets: [n, B, O].
         """
-        for x, y in self._pieces(rows, targets):
-            mean, target_mean = x.mean(1), y.mean(1)
+        for x, y in self._pieces(rows, targets, room=1):
+            mean, target_mean = x[:, :-1].mean(1), y[:, :-1].mean(1)
             x -= mean[:, None]
             y -= target_mean[:, None]
+            # the way from the means so far, as one row more: alone it would cost as much as the product
+            x[:, -1], y[:, -1] = self._shift(x.shape[1] - 1, mean, target_mean)
             _add_products(self.scatter, x, x)
             _add_products(self.cross, x, y)
             self.power += float(y.square().sum())
-            self._shift(x.shape[1], mean, target_mean)
 
     def add_other_targets(self, cross: Tensor, total: Tensor, rows: Tensor, targets: Tensor) -> None:
         """Sum products of the same predictors with other targets, in place.
@@ -89,30 +94,30 @@ class PatchMoments:
         quadratic = (change * (torch.bmm(self.scatter, change) - 2 * self.cross)).sum()
         return (self.power + float(quadratic)) / max(self.count, 1) + float(offset.square().sum())
 
-    def _pieces(self, rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cut rows into fresh float64 pieces [B, n, ...] that stay in the cache."""
+    def _pieces(self, rows: Tensor, targets: Tensor, *, room: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cut rows into fresh float64 pieces [B, n + room, ...]: small, but long enough to be worth their products."""
         numbers = rows[:1].numel() + targets[:1].numel()
-        step = max(1, BLOCK_NUMBERS.get(rows.device.type, 2**18) // max(numbers, 1))
+        small = BLOCK_NUMBERS.get(rows.device.type, 2**18) // max(numbers, 1)
+        step = max(small, min(rows.shape[-1], MOST_PIECE_ROWS), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            yield self._fresh(rows[part]), self._fresh(targets[part])
+            yield self._fresh(rows[part], room), self._fresh(targets[part], room)
 
-    def _fresh(self, rows: Tensor) -> Tensor:
-        return rows.transpose(0, 1).to(
-            self.mean.device, torch.float64, copy=True, memory_format=torch.contiguous_format
-        )
+    def _fresh(self, rows: Tensor, room: int) -> Tensor:
+        count, blocks, width = rows.shape
+        made = torch.empty(blocks, count + room, width, dtype=torch.float64, device=self.mean.device)
+        made[:, :count] = rows.transpose(0, 1)
+        return made
 
-    def _shift(self, count: int, mean: Tensor, target_mean: Tensor) -> None:
-        """Account for the distance between the means of two parts whose products were added."""
+    def _shift(self, count: int, mean: Tensor, target_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Count another part and move the means; returns the rows whose products account for the way between them."""
         total = self.count + count
         delta, target_delta = mean - self.mean, target_mean - self.target_mean
-        between = self.count * count / total
-        self.scatter += between * delta[:, :, None] * delta[:, None]
-        self.cross += between * delta[:, :, None] * target_delta[:, None]
-        self.power += between * float(target_delta.square().sum())
+        between = math.sqrt(self.count * count / total)
         self.mean += delta * (count / total)
         self.target_mean += target_delta * (count / total)
         self.count = total
+        return between * delta, between * target_delta
 
 
 def _add_products(sums: Tensor, x: Tensor, y: Tensor) -> None:

@@ -13,7 +13,7 @@ from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.repair.batch_norm import batch_norms, reestimate_batch_norm
 from tp_twoaxis.repair.guard import output_distance
-from tp_twoaxis.repair.images import RepairImages
+from tp_twoaxis.repair.images import FEWEST_HELD_OUT, HELD_OUT_EVERY, RepairImages
 from tp_twoaxis.repair.layer_errors import layer_errors
 from tp_twoaxis.repair.pruned_consumers import pruned_consumers
 from tp_twoaxis.repair.repair_report import (
@@ -36,6 +36,10 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 # with fewer rows than this many an input, a reconstruction by channels depends on its ridge
 FEW_ROWS = 4
+# images that BatchNorm is re-estimated on to be compared with
+JUDGED_NORM_IMAGES = 256
+# held-out images that the layers' errors are measured on, at most
+MEASURED_IMAGES = 64
 
 
 def repair_network(
@@ -84,7 +88,7 @@ def repair_network(
             (``benchmarks/results/cifar10_repair``).
         loader: images, re-iterable; labels are not used. Without it ``stats`` must have the inputs.
         stats: statistics of the dense network by ``calibrate(consumers=True)``; otherwise gathered from ``loader``, for
-            ``sequential`` and ``joint`` from 256 images.
+            ``sequential`` and ``joint`` from 128 images.
         max_images: at most so many for each step.
         ridge: relative ridge of ``ridge``; default by the images held out, or from the number of rows where there are
             none, :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
@@ -158,7 +162,7 @@ def repair_network(
     if measure and images is not None and images.hold_out and consumers:
         with timed(seconds, "repair/measure"):
             consumers = _measure(task, consumers, images)
-        held_out = len(images.held_out or ())
+        held_out = min(len(images.held_out or ()), MEASURED_IMAGES)
     return RepairReport(list(repairs), consumers, held_out, seconds, task.notes, distance)
 
 
@@ -176,10 +180,19 @@ def _judge(task: RepairTask, repairs: tuple[str, ...], unrepaired: ModelSnapshot
     repaired = ModelSnapshot(network)
     unrepaired.restore()
     renews = bool(batch_norms(network)) and any(REPAIRS[name].renews_norms for name in repairs)
+
+    def renew(most: int | None) -> None:
+        limits = [limit for limit in (images.most_fitted, most) if limit is not None]
+        reestimate_batch_norm(
+            network, images.fit_batches, max_images=min(limits, default=None), progress=images.progress
+        )
+
     if renews:
-        reestimate_batch_norm(network, images.fit_batches, max_images=images.most_fitted, progress=images.progress)
+        renew(JUDGED_NORM_IMAGES)
     simple = output_distance(network, task.dense, images.held_out_batches)
     held_back = not after <= simple * (1 + 1e-6)
+    if held_back and renews:
+        renew(None)
     if held_back:
         what = "BatchNorm statistics alone" if renews else "no repair"
         task.notes.append(
@@ -212,14 +225,14 @@ def _consumer_statistics(
             f"{listing(missing or names)}: what these layers read was not recorded; call calibrate(consumers=True) "
             "with all layers, or pass loader=..."
         )
-    limits = (images.most_fitted, *(stage.start_images for stage in stages))
+    enough = min((stage.start_images for stage in stages if stage.start_images is not None), default=None)
+    limits = [limit for limit in (images.most_fitted, enough) if limit is not None]
     gather = partial(calibrate, task.dense, target=None, layers=names, consumers=True)
-    fitted = gather(
-        images.fit_batches,
-        max_images=min((limit for limit in limits if limit is not None), default=None),
-        progress=images.progress,
-    )
-    return fitted, gather(images.held_out_batches, progress=False) if judged else None
+    fitted = gather(images.fit_batches, max_images=min(limits, default=None), progress=images.progress)
+    if not judged:
+        return fitted, None
+    judges = None if enough is None else max(enough // HELD_OUT_EVERY, FEWEST_HELD_OUT)
+    return fitted, gather(images.held_out_batches, max_images=judges, progress=False)
 
 
 def _describe(name: str, task: RepairTask) -> ConsumerRepair:
@@ -260,7 +273,7 @@ def _add_notes(task: RepairTask, consumers: list[ConsumerRepair]) -> None:
 def _measure(task: RepairTask, consumers: list[ConsumerRepair], images: RepairImages) -> list[ConsumerRepair]:
     names = [c.layer for c in consumers if cannot_refit(task.dense.get_submodule(c.layer)) is None]
     assert images.held_out is not None
-    errors = layer_errors(task.network, task.dense, task.masks, names, images.held_out)
+    errors = layer_errors(task.network, task.dense, task.masks, names, images.held_out[:MEASURED_IMAGES])
     return [
         replace(c, measured=errors[c.layer][0], in_network=errors[c.layer][1]) if c.layer in errors else c
         for c in consumers

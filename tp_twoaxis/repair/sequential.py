@@ -301,7 +301,10 @@ class _Moments:
         for (x,), judges in zip(values, held_out, strict=True):
             if judges:
                 continue
-            variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+            others = [d for d in range(x.ndim) if d != 1]
+            mean = x.mean(others, keepdim=True)
+            variance = (x - mean).square_().mean(others)  # half the time of torch.var
+            mean = mean.flatten()
             device, rows = float64_device(x.device), x.numel() // x.shape[1]
             variance, mean = variance.to(device, torch.float64), mean.to(device, torch.float64)
             if not self.rows:

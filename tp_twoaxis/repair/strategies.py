@@ -57,7 +57,7 @@ def _run_batch_norm(task: RepairTask) -> dict[str, Outcome]:
 
 
 # a sequential repair starts from ridge and goes far from it; statistics of so many images suffice for that
-_START_IMAGES = 256
+_START_IMAGES = 128
 _STATISTICS: tuple[Need, ...] = ("consumer statistics",)
 _ALL: tuple[Need, ...] = ("consumer statistics", "images")
 
