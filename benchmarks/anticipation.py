@@ -152,7 +152,6 @@ def measure(shared: Shared, wanted: list[str] | None) -> list[dict[str, object]]
             loader=shared.calibration,
             stats=stats,
             max_images=IMAGES,
-            other_counters=False,
             progress=False,
         )
         network.laid_out(model)

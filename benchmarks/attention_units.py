@@ -81,7 +81,7 @@ def main() -> None:
                         pruned = copy.deepcopy(network)
                         report: PruningReport = prune_to_flops(
                             pruned, example, TwoAxisImportance(stats, score), flops=keep, repair=repair, stats=stats,
-                            loader=calibration, ignored_layers=others, attention=unit, other_counters=False,
+                            loader=calibration, ignored_layers=others, attention=unit,
                             progress=False,
                         )  # fmt: skip
                         row = {

@@ -50,9 +50,7 @@ def measure(shared: Shared) -> list[dict[str, object]]:
             for keep in KEEP:
                 model = copy.deepcopy(network.model)
                 importance = TwoAxisImportance(stats, score, **site)  # type: ignore[arg-type]
-                report = prune_to_flops(
-                    model, network.example, importance, flops=keep, repair=(), other_counters=False, progress=False
-                )
+                report = prune_to_flops(model, network.example, importance, flops=keep, repair=(), progress=False)
                 removed = json.dumps(report.removed_channels, sort_keys=True)
                 if removed not in accuracies:
                     network.laid_out(model)

@@ -230,7 +230,6 @@ def measure(case: Case, stats: CalibrationStatistics, candidate: str, share: flo
         repair=("bn",) if has_norm else (),
         loader=case.calibration,
         max_images=None,
-        other_counters=False,
         progress=False,
     )
     return case.accuracies(model)

@@ -76,7 +76,6 @@ def measure(
         loader=images,
         max_images=None,
         max_memory=cell["max_memory"],
-        other_counters=False,
         progress=False,
     )
     seconds = round(time.perf_counter() - start, 1)

@@ -95,7 +95,6 @@ def repairs(
             repair=(name,),
             loader=batches,
             max_images=None,
-            other_counters=False,
             progress=False,
         )
         seconds = {phase: value for phase, value in report.seconds.items() if phase.split("/")[0] == "repair"}

@@ -111,9 +111,7 @@ def row(name: str, case: Case) -> tuple[str, str, str, float, str]:
     start, last = time.perf_counter(), ""
     for flops in SHARES:
         try:
-            report = prune_to_flops(
-                net, inputs, random_scores, flops=flops, tolerance=0.05, repair=(), other_counters=False, progress=False
-            )
+            report = prune_to_flops(net, inputs, random_scores, flops=flops, tolerance=0.05, repair=(), progress=False)
         except UnreachableTargetError as error:
             last = str(error).split("ask for more; ", 1)[-1]
             continue

@@ -50,7 +50,7 @@ def test_the_way_out_leads_out():
     torch.manual_seed(0)
     net = convolutions(parametrizations.spectral_norm).eval()
     parametrize.remove_parametrizations(net[2], "weight")
-    report = prune_to_flops(net, X, "l2", flops=0.6, repair=(), other_counters=False, progress=False)
+    report = prune_to_flops(net, X, "l2", flops=0.6, repair=(), progress=False)
     assert not report.notes
 
 

@@ -135,7 +135,7 @@ def test_pruned_saved_loaded_and_pruned_again(name, tmp_path):
         )
 
     def prune(flops):
-        options = {"repair": (), "other_counters": False, "progress": False, "tolerance": 0.2}
+        options = {"repair": (), "progress": False, "tolerance": 0.2}
         return prune_to_flops(net, X[:1], middle_head_first, flops=flops, **options)
 
     report = prune(0.9)
@@ -193,7 +193,7 @@ def test_an_ignored_attention_keeps_its_heads():
 
 def test_the_kernels_agree_on_a_pruned_module():
     net = build(NETS["timm"])
-    prune_to_flops(net, X[:1], "l2", flops=0.5, repair=(), other_counters=False, progress=False)
+    prune_to_flops(net, X[:1], "l2", flops=0.5, repair=(), progress=False)
     attention = net.blocks[0].attn
     tokens = torch.randn(1, 5, attention.qkv.in_features)
     fused = attention(tokens)
@@ -262,9 +262,7 @@ def test_a_channel_that_leaves_its_head_is_a_channel_at_zero(name):
 @pytest.mark.parametrize("name", NARROWED)
 def test_narrowed_saved_and_loaded(name, tmp_path):
     net = build(NETS[name])
-    report = prune_to_flops(
-        net, X[:1], "l2", flops=0.7, attention="head-dims", repair=(), other_counters=False, progress=False
-    )
+    report = prune_to_flops(net, X[:1], "l2", flops=0.7, attention="head-dims", repair=(), progress=False)
     losing = [group for group in report.groups if group.removed and group.name.endswith(("attn", "attention"))]
     assert losing
     for group in losing:
@@ -294,7 +292,7 @@ def test_heads_lose_channels_of_their_own():
         return scores
 
     report = prune_to_flops(
-        net, X[:1], importance, flops=0.96, attention="head-dims", repair=(), tolerance=0.02, other_counters=False,
+        net, X[:1], importance, flops=0.96, attention="head-dims", repair=(), tolerance=0.02,
         progress=False,
     )  # fmt: skip
     group = next(group for group in report.groups if group.name == "blocks.1.attn")
@@ -350,7 +348,7 @@ def test_narrowed_in_steps_with_repair():
     dense = copy.deepcopy(net)
     report = prune_to_flops(
         net, X[:1], "capture", flops=0.6, steps=2, attention="head-dims", repair=("sequential",), loader=[images],
-        other_counters=False, progress=False,
+        progress=False,
     )  # fmt: skip
     assert report.achieved == pytest.approx(0.6, abs=0.006)
     narrower = [block.attn.head_dim for block in net.blocks]

@@ -59,8 +59,6 @@ def test_a_layer_that_is_added_to_hidden_channels_stays_whole():
     net = Net(
         forward, a=block(1, 12), rnn=nn.GRU(12, 8, batch_first=True), skip=nn.Linear(12, 8), out=nn.Linear(8, 4)
     ).eval()
-    report = prune_to_flops(
-        net, torch.randn(2, 1, 6, 5), "l2", flops=0.7, tolerance=0.2, repair=(), other_counters=False, progress=False
-    )
+    report = prune_to_flops(net, torch.randn(2, 1, 6, 5), "l2", flops=0.7, tolerance=0.2, repair=(), progress=False)
     assert any("hidden channels of rnn feed themselves back" in note for note in report.notes)
     assert net.skip.out_features == 8

@@ -174,7 +174,7 @@ def test_a_layer_without_weak_channels_keeps_them(score):
         net[1].weight.copy_(torch.linalg.qr(torch.randn(20, 20).double()).Q * torch.logspace(-1, 1, 20)[:, None])
     x = torch.randn(4000, 40).double()
     importance = TwoAxisImportance(calibrate(net, [x], target=None, progress=False), score)
-    report = prune_to_flops(net, x[:1], importance, flops=0.75, repair=(), other_counters=False, progress=False)
+    report = prune_to_flops(net, x[:1], importance, flops=0.75, repair=(), progress=False)
     kept = {group.name: len(group.kept) for group in report.groups}
     assert kept["0"] >= 19  # one may fill a gap
     assert kept["1"] < 16

@@ -92,7 +92,6 @@ def test_they_leave_before_any_other_channel(name):
         flops=0.8,  # the nine alone free 22 %
         repair=(),
         tolerance=0.2,
-        other_counters=False,
         progress=False,
     )
     assert gone(report, "middle") <= set(Chain.constant)
@@ -103,9 +102,7 @@ def test_they_leave_before_any_other_channel(name):
 def gone_from_the_middle(name, normalizer):
     net = chain()
     importance = TwoAxisImportance(calibrate(net, images(), progress=False), name, normalizer=normalizer)
-    report = prune_to_flops(
-        net, torch.zeros(1, 3, 9, 9), importance, flops=0.6, repair=(), other_counters=False, progress=False
-    )
+    report = prune_to_flops(net, torch.zeros(1, 3, 9, 9), importance, flops=0.6, repair=(), progress=False)
     return gone(report, "middle")
 
 

@@ -123,7 +123,7 @@ def test_half_the_macs_are_pruned_by_torch_pruning(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=100).eval()
     before = count_macs(model, IMAGE).total
-    report = prune_to_flops(model, IMAGE, "l2", flops=0.5, repair=(), other_counters=False, progress=False)
+    report = prune_to_flops(model, IMAGE, "l2", flops=0.5, repair=(), progress=False)
     kept = count_macs(model, IMAGE).total / before
     assert abs(kept - 0.5) <= 0.005
     assert report.groups

@@ -54,9 +54,7 @@ def logits(output):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_half_of_the_macs(name, tmp_path):
     net, images = build(name)
-    report = prune_to_flops(
-        net, images[:1], "capture", flops=0.5, loader=[images], other_counters=False, progress=False
-    )
+    report = prune_to_flops(net, images[:1], "capture", flops=0.5, loader=[images], progress=False)
     assert abs(report.achieved - 0.5) <= 0.005
     assert count_macs(net, images[:1]).total == report.after.macs
     assert not [note for note in report.notes if "keeps" in note or "stays" in note]
@@ -80,7 +78,7 @@ def test_onnx(name, tmp_path):
     onnx_reference = pytest.importorskip("onnx.reference")
     pytest.importorskip("onnxscript")
     net, images = build(name)
-    prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), other_counters=False, progress=False)
+    prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), progress=False)
     program = torch.onnx.export(net, (images,), dynamo=True, verbose=False)
     program.save(str(tmp_path / "net.onnx"))
     session = onnx_reference.ReferenceEvaluator(str(tmp_path / "net.onnx"))
@@ -96,7 +94,7 @@ def test_a_convnext_block_keeps_what_belongs_to_its_channels():
         if hasattr(module, "gamma"):
             with torch.no_grad():
                 module.gamma.copy_(torch.arange(float(len(module.gamma))))  # a marker that says which channel
-    report = prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), other_counters=False, progress=False)
+    report = prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), progress=False)
     for stage in range(4):
         block, old = net.stages[stage].blocks[0], dense.stages[stage].blocks[0]
         removed = set(report.removed_channels[f"stages.{stage}.blocks.0.conv_dw"])
@@ -117,7 +115,7 @@ def test_hidden_channels_of_a_convnext_leave_as_if_nobody_read_them():
     dense = copy.deepcopy(net)
     images = torch.randn(2, 3, SIZE, SIZE)
     others = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and not n.endswith("fc1")]
-    options = {"ignored_layers": others, "repair": (), "other_counters": False, "progress": False}
+    options = {"ignored_layers": others, "repair": (), "progress": False}
     report = prune_to_flops(net, images[:1], "l2", flops=0.6, **options)
     assert report.removed_channels
     for name, removed in report.removed_channels.items():
@@ -131,7 +129,7 @@ def test_hidden_channels_of_a_convnext_leave_as_if_nobody_read_them():
 def test_mobilenet_expansions_lose_the_same_channels_in_all_three_layers():
     net, images = build("torchvision mobilenet_v2")
     dense = copy.deepcopy(net)
-    report = prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), other_counters=False, progress=False)
+    report = prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), progress=False)
     checked = 0
     for name, module in dense.named_modules():
         if isinstance(module, tv.mobilenetv2.InvertedResidual) and len(module.conv) == 4:
@@ -150,7 +148,7 @@ def test_mobilenet_expansions_lose_the_same_channels_in_all_three_layers():
 def test_transformer_parameters_follow_the_width():
     net, images = build("timm deit_tiny")
     dense = copy.deepcopy(net)
-    report = prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), other_counters=False, progress=False)
+    report = prune_to_flops(net, images[:1], "l2", flops=0.5, repair=(), progress=False)
     removed = set(report.removed_channels["patch_embed.proj"])
     kept = [k for k in range(192) if k not in removed]
     assert removed

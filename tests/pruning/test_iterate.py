@@ -62,7 +62,7 @@ def build(name):
 
 
 def prune(net, x, importance="capture", **options):
-    options = {"repair": (), "steps": 3, "progress": False, "other_counters": False, **options}
+    options = {"repair": (), "steps": 3, "progress": False, **options}
     return prune_to_flops(net, x, importance, **options)
 
 

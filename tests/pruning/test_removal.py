@@ -28,7 +28,6 @@ def prune(net, case):
         flops=case.flops,
         tolerance=0.1,
         repair=(),
-        other_counters=False,
         progress=False,
     )
 

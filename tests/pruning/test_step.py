@@ -24,7 +24,7 @@ def ascending(group):
 
 
 def prune(net, **options):
-    return prune_to_flops(net, X, ascending, **{"repair": (), "progress": False, "other_counters": False} | options)
+    return prune_to_flops(net, X, ascending, **{"repair": (), "progress": False} | options)
 
 
 def counted_as(monkeypatch, shares):

@@ -57,7 +57,7 @@ def test_no_more_images_are_read_than_allowed_and_no_more_held_out_than_needed()
 def test_too_few_images_are_said_before_anything_changes_and_the_guard_is_off_by_name():
     net = conv_net()
     before = copy.deepcopy(net.state_dict())
-    options = {"flops": 0.6, "loader": batches(8, 8), "progress": False, "other_counters": False}
+    options = {"flops": 0.6, "loader": batches(8, 8), "progress": False}
     with pytest.raises(TwoAxisError, match=r"expected at least 10 images.*got 8.*guard=False"):
         prune_to_flops(net, X, "l2", repair="sequential", **options)
     for name, value in net.state_dict().items():
@@ -204,7 +204,7 @@ def test_networks_of_few_images_are_no_worse_than_with_bn():
         distances = {}
         for repair in ("bn", "sequential", "joint"):
             net = copy.deepcopy(dense)
-            prune_to_flops(net, X, "l2", flops=0.4, repair=repair, loader=x, progress=False, other_counters=False)
+            prune_to_flops(net, X, "l2", flops=0.4, repair=repair, loader=x, progress=False)
             distances[repair] = guard.output_distance(net, dense, [b[0] for b in fresh])
         assert distances["sequential"] <= 1.1 * distances["bn"]
         assert distances["joint"] <= 1.1 * distances["bn"]

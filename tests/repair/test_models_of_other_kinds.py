@@ -49,7 +49,7 @@ def test_two_inputs(items, repair):
               "named": [{"image": a, "vector": b} for a, b in pairs]}[items]  # fmt: skip
     net = copy.deepcopy(dense)
     example = (images[:1], vectors[:1])
-    options = {"flops": 0.6, "loader": loader, "progress": False, "other_counters": False}
+    options = {"flops": 0.6, "loader": loader, "progress": False}
     report = prune_to_flops(net, example, "capture", repair=repair, **options)
     plain = copy.deepcopy(dense)
     prune_to_flops(plain, example, "capture", repair="none", **options)
@@ -63,7 +63,7 @@ def test_windows_of_an_image_are_held_out_together(repair):
     torch.manual_seed(0)
     dense, x = Windows().eval(), torch.randn(60, 12, 4, 4)
     net = copy.deepcopy(dense)
-    options = {"loader": [x[:20], x[20:]], "flops": 0.7, "progress": False, "other_counters": False}
+    options = {"loader": [x[:20], x[20:]], "flops": 0.7, "progress": False}
     prune_to_flops(net, x[:1], "l2", repair=repair, **options)
     plain = copy.deepcopy(dense)
     prune_to_flops(plain, x[:1], "l2", repair="none", **options)

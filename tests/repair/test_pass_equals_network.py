@@ -147,9 +147,7 @@ def test_the_network_computes_what_the_pass_computed(name, repair, monkeypatch):
             seen.append((inputs[0].detach().clone(), output.detach().clone()))
 
     handle = net.register_forward_hook(keep)
-    report = prune_to_flops(
-        net, x[:1], "l2", flops=0.6, repair=repair, loader=[x], progress=False, other_counters=False
-    )
+    report = prune_to_flops(net, x[:1], "l2", flops=0.6, repair=repair, loader=[x], progress=False)
     handle.remove()
     rehearsed, *seen = seen
     assert len(rehearsed[0]) == 2
@@ -168,9 +166,7 @@ def test_no_network_is_left_worse_than_with_bn(name):
     """On the images that judge; these few random ones cannot make any repair good."""
     dense, x = settled(name)
     net = copy.deepcopy(dense)
-    report = prune_to_flops(
-        net, x[:1], "l2", flops=0.6, repair="sequential", loader=[x], progress=False, other_counters=False
-    )
+    report = prune_to_flops(net, x[:1], "l2", flops=0.6, repair="sequential", loader=[x], progress=False)
     assert all(torch.isfinite(t).all() for t in tree_leaves(net(x)))
     assert report.achieved == pytest.approx(0.6, rel=0.05)
 

@@ -27,9 +27,7 @@ WEIGHTS = [name for name in REPAIRS if refits([name])]
 
 def prune(net, repair, loader=None, **options):
     loader = batches(96, 16) if loader is None else loader
-    return prune_to_flops(
-        net, X, "l2", flops=0.6, repair=repair, loader=loader, progress=False, other_counters=False, **options
-    )
+    return prune_to_flops(net, X, "l2", flops=0.6, repair=repair, loader=loader, progress=False, **options)
 
 
 def broken(seed=0):
@@ -57,7 +55,7 @@ def test_every_repair_through_prune_to_flops(repair, with_bn):
 def test_a_mobilenet_of_torchvision(repair):
     torch.manual_seed(0)
     net, data = torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.25), [torch.randn(24, 3, 32, 32)] * 2
-    options = {"loader": data, "guard": False, "progress": False, "other_counters": False}
+    options = {"loader": data, "guard": False, "progress": False}
     report = prune_to_flops(net, X, "l1", flops=0.6, repair=repair, **options)
     assert {c.repair for c in report.consumers} == {repair[0]}
     assert torch.isfinite(net.eval()(data[0])).all()
@@ -67,7 +65,7 @@ def test_attention_of_torch_is_named():
     torch.manual_seed(0)
     net = torchvision.models.VisionTransformer(32, 8, 1, 4, 32, 64, num_classes=5)
     data = [torch.randn(24, 3, 32, 32)] * 2
-    options = {"loader": data, "guard": False, "progress": False, "other_counters": False}
+    options = {"loader": data, "guard": False, "progress": False}
     report = prune_to_flops(net, data[0][:1], "l1", flops=0.6, repair="sequential", **options)
     attention = [c for c in report.consumers if c.layer.endswith("self_attention")]
     assert [c.repair for c in attention] == ["none"]

@@ -130,7 +130,6 @@ def _pruned(shared: Shared, trial: Trial, config: BenchmarkConfig) -> tuple[nn.M
             min_keep=config.min_keep,
             tolerance=config.tolerance,
             max_images=None,
-            other_counters=False,
             progress=False,
         )
     model.zero_grad(set_to_none=True)

@@ -146,9 +146,7 @@ def _channels(config: BenchmarkConfig) -> list[Json]:
     seed = config.seeds[0]
     shared = Shared(LoadedNetwork(config, config.networks[0].name, seed, "cpu"), seed)
     model, importance, _ = shared.prepare(find_criterion(LOCAL))
-    report = prune_to_flops(
-        model, shared.network.example, importance, flops=HALF, repair=(), other_counters=False, progress=False
-    )
+    report = prune_to_flops(model, shared.network.example, importance, flops=HALF, repair=(), progress=False)
     rows = table_rows(channel_table(shared.statistics(), LOCAL))
     return [{**row, "removed": row["channel"] in report.removed_channels.get(row["layer"], ())} for row in rows]
 

@@ -171,7 +171,6 @@ def _attempt(
             criterion.build(own),
             loader=state.loader,
             max_images=None,
-            other_counters=False,
             progress=False,
             **vars(config),
         )
