@@ -141,7 +141,7 @@ def test_a_fit_that_only_learns_noise_changes_nothing():
     assert moved < 0.25  # least squares alone would move by 1.2
     current = layer(x) + shift.float()
     current, reference = current.split(24), (current + torch.randn(48, 3)).split(24)
-    change, _ = fit.refine(x.split(24), current, reference, torch.ones(3), lambda a, b: b, 2)
+    change, _ = fit.refine(x.split(24), current, reference, torch.ones(3), lambda a, b: b)
     assert change.abs().max() < 0.5
 
 

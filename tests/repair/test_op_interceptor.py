@@ -93,7 +93,7 @@ def test_a_refinement_is_least_squares_on_what_became_of_the_outputs(layer):
         reference, shortcut = torch.randn_like(layer(x)), torch.randn_like(layer(x))
         start = layer.weight.clone()
         current = scale.reshape(shape) * layer(x) + shortcut
-        change, shift = fit.refine([x], [current], [reference], scale, equal, 1)
+        change, shift = fit.refine([x], [current], [reference], scale, equal)
         after = scale.reshape(shape) * (layer(x) + shift.reshape(shape)) + shortcut
     torch.testing.assert_close(layer.weight, start + change)
     # the inputs do not explain the residual, but in the channel of scale 0
@@ -118,8 +118,8 @@ def test_each_round_lowers_the_error_behind_a_rectifier():
             fit = PatchFit(net, images=64)
             fit.update(x, reference)
             current = net(x) + fit.solve().float().reshape(-1, 1, 1)
-            if rounds:
-                change, shift = fit.refine([x], [current], [reference], torch.ones(8), rectified, rounds)
+            for _ in range(rounds):
+                change, shift = fit.refine([x], [current], [reference], torch.ones(8), rectified)
                 current = current + F.conv2d(x, change) + shift.float().reshape(-1, 1, 1)
             return float((current.relu() - reference.relu()).square().mean())
 
@@ -131,9 +131,8 @@ def test_each_round_lowers_the_error_behind_a_rectifier():
     assert errors[-1] < 0.98 * errors[0]
 
 
-def refitted(monkeypatch, rounds=4):
+def refitted():
     """Repair a residual network; give the logits that the pass of the repair saw, and those that the network has."""
-    monkeypatch.setattr(output_corrector, "ROUNDS", rounds)
     torch.manual_seed(3)
     net = Residual()
     for layer in (net.stem, net.b, net.d):
@@ -158,13 +157,13 @@ def dense_features(net, x):
     return found[0]
 
 
-def test_the_pass_saw_what_the_network_now_computes(monkeypatch):
-    seen, computed, _ = refitted(monkeypatch)
+def test_the_pass_saw_what_the_network_now_computes():
+    seen, computed, _ = refitted()
     torch.testing.assert_close(seen, computed, rtol=1e-4, atol=1e-5)
 
 
 def test_sums_and_rectifiers_are_worth_their_corrections(monkeypatch):
-    *_, corrected = refitted(monkeypatch)
+    *_, corrected = refitted()
     monkeypatch.setattr(output_corrector.OutputCorrector, "_correct", lambda *_: None)
-    *_, alone = refitted(monkeypatch)
+    *_, alone = refitted()
     assert corrected < 0.95 * alone

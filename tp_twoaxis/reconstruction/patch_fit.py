@@ -12,12 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 from tp_twoaxis.reconstruction.patch_moments import PatchMoments
 from tp_twoaxis.reconstruction.patches import patch_rows, patch_size, positions_of, select_positions
 from tp_twoaxis.reconstruction.ridge import RidgeFit, choose_ridge, default_ridge_fit, ridge_fit
-from tp_twoaxis.runtime.layers import blocks_of, broadcast_channels, flatten_positions, weight_blocks
+from tp_twoaxis.runtime.layers import blocks_of, flatten_positions, weight_blocks
 from tp_twoaxis.runtime.weights import write_weight
 from tp_twoaxis.statistics.moments import float64_device
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """``(current, reference) -> target``, elementwise."""
+_BatchRows = Callable[[int], Callable[[slice, Tensor], Tensor]]
+"""``batch -> (images, positions) -> rows [images, positions, C]``."""
 # numbers of patch rows that exist at a time
 CHUNK_NUMBERS = 2**24
 # a change is tried whole, by halves and by quarters before it is dropped
@@ -62,6 +64,7 @@ class PatchFit:
         self._fitted: PatchMoments | None = None
         self._judging: PatchMoments | None = None
         self._seen = {False: 0, True: 0}
+        self._positions = 0  # of an image's outputs
         self._solved: RidgeFit | None = None
 
     @property
@@ -103,6 +106,7 @@ class PatchFit:
 
     def _accumulate(self, moments: PatchMoments | None, x: Tensor, target: Tensor, first: int) -> PatchMoments:
         y = flatten_positions(target, self.layer, len(x), "")
+        self._positions = y.shape[1]
         weight = weight_blocks(self.layer).flatten(2)  # [blocks, outputs, patch]
         bias = self.layer.bias.detach() if isinstance(self.layer.bias, Tensor) else None
         blocks, outputs = weight.shape[:2]
@@ -132,13 +136,12 @@ class PatchFit:
         reference: Sequence[Tensor],
         scale: Tensor,
         target_fn: TargetFunction,
-        rounds: int,
     ) -> tuple[Tensor, Tensor]:
         """Change the solved weights once more, for a target of a tensor downstream of the layer's outputs.
 
         The downstream tensor is ``current = scale * output + c``, where c does not depend on this layer: a
-        BatchNorm's shift, a shortcut. Each round fits ``(target_fn(current, reference) - current) / scale`` with the
-        covariance of :meth:`solve`, and goes as far as that lowers the error on the held-out images.
+        BatchNorm's shift, a shortcut. What is fitted is ``(target_fn(current, reference) - current) / scale``, with the
+        covariance of :meth:`solve`, and the change goes as far as it lowers the error on the held-out images.
 
         Args:
             x: the layer's inputs, batch by batch as they were accumulated; any more are passed over.
@@ -147,41 +150,33 @@ class PatchFit:
             scale: [C]; channels of scale 0 are not changed.
             target_fn: ``(current, reference) -> target``, elementwise. If the target is the projection of ``current``
                 onto the values that have the same effect downstream as ``reference`` (for a rectifier: all values
-                beyond its bound, where ``reference`` is beyond it), the error downstream falls with every round.
-            rounds: at least 1.
+                beyond its bound, where ``reference`` is beyond it), the error downstream falls each time.
 
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
-        layer, count = self.layer, len(self.held_out)
-        inverse = broadcast_channels(safe_inverse(scale), current[0], layer)
-        factor = broadcast_channels(scale, current[0], layer)
-        total = torch.zeros_like(weight_blocks(layer).flatten(2))  # [blocks, outputs, patch]
-        offset = torch.zeros(len(scale), dtype=torch.float64, device=self.solved.shift.device)
-        now = list(current[:count])
-        judges = [i for i, held_out in enumerate(self.held_out) if held_out]
+        factor, inverse = scale.to(current[0]), safe_inverse(scale).to(current[0])
+        now, then = self._selected(current), self._selected(reference)
 
-        def change_of(i: int, change: Tensor, shift: Tensor) -> Tensor:
-            weight = change.reshape(layer.weight.shape)  # type: ignore[arg-type]
-            output = apply_weight(layer, x[i].to(weight.dtype), weight)
-            return factor * (output + broadcast_channels(shift, output, layer))
+        def residual(i: int) -> Callable[[slice, Tensor], Tensor]:
+            here, there = now(i), then(i)
 
-        def residual(i: int) -> Tensor:
-            return (target_fn(now[i], reference[i]) - now[i]) * inverse
+            def rows(part: slice, positions: Tensor) -> Tensor:
+                chosen = here(part, positions)
+                return (target_fn(chosen, there(part, positions)) - chosen) * inverse
+
+            return rows
+
+        def judged(change: Tensor, shift: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for i, part, positions, rows in self._batches(x, held_out=True):
+                output = torch.einsum("rgf,gof->rgo", rows, change).reshape(-1, positions.shape[-1], len(factor))
+                yield now(i)(part, positions), then(i)(part, positions), factor * (output + shift.to(output))
 
         with torch.autocast(current[0].device.type, enabled=False):
-            for round_ in range(rounds):
-                change, shift = self._fit_rows(x, residual)
-                size = largest_useful_step(
-                    ((now[i], reference[i], change_of(i, change, shift)) for i in judges), target_fn
-                )
-                if size == 0.0:
-                    break
-                total, offset = total + size * change, offset + size * shift
-                if round_ + 1 < rounds:
-                    now = [tensor + size * change_of(i, change, shift) for i, tensor in enumerate(now)]
-        self._add(total.mT.double())
-        return total.reshape(layer.weight.shape), offset  # type: ignore[arg-type]
+            change, shift = self._fit_rows(x, residual)
+            size = largest_useful_step(judged(change, shift), target_fn)
+        self._add(size * change.mT.double())
+        return size * change.reshape(self.layer.weight.shape), size * shift  # type: ignore[arg-type]
 
     def fit_residual(self, x: Sequence[Tensor], residual: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Fit a change of the layer's outputs, with the covariance that was accumulated; nothing is written.
@@ -194,27 +189,40 @@ class PatchFit:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
         with torch.autocast(x[0].device.type, enabled=False):
-            change, shift = self._fit_rows(x, lambda i: residual[i])
+            change, shift = self._fit_rows(x, self._selected(residual))
             return change.reshape(self.layer.weight.shape), shift  # type: ignore[arg-type]
 
-    def _fit_rows(self, x: Sequence[Tensor], residual: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+    def _selected(self, tensors: Sequence[Tensor]) -> _BatchRows:
+        """Read rows of tensors that are laid out as the outputs."""
+
+        def batch(i: int) -> Callable[[slice, Tensor], Tensor]:
+            view = flatten_positions(tensors[i], self.layer, len(tensors[i]), "")
+            return lambda part, positions: select_positions(view[part], positions)
+
+        return batch
+
+    def _fit_rows(self, x: Sequence[Tensor], residual: _BatchRows) -> tuple[Tensor, Tensor]:
         """Fit a residual of the fitted images' outputs: weights [blocks, outputs, patch], and means [C] float64."""
         assert self._fitted is not None
-        blocks, first = len(self._fitted.mean), 0
+        blocks = len(self._fitted.mean)
         cross = torch.zeros_like(self._fitted.cross)
         total = torch.zeros_like(self._fitted.target_mean)
-        for i, held_out in enumerate(self.held_out):
-            if held_out:
-                continue
-            own = x[i].to(self.layer.weight.dtype)  # type: ignore[arg-type]
-            y = flatten_positions(residual(i), self.layer, len(own), "")
-            for part, positions, rows in self._rows(own, y.shape[1], first):
-                chosen = select_positions(y[part], positions).reshape(len(rows), blocks, -1)
-                self._fitted.add_other_targets(cross, total, rows, chosen)
-            first += len(own)
+        for i, part, positions, rows in self._batches(x, held_out=False):
+            chosen = residual(i)(part, positions).reshape(len(rows), blocks, -1)
+            self._fitted.add_other_targets(cross, total, rows, chosen)
         change = torch.cholesky_solve(cross, self.solved.factor)
         shift = total / self._fitted.count - torch.einsum("bpo,bp->bo", change, self._fitted.mean)
         return change.mT.to(weight_blocks(self.layer)), shift.flatten()
+
+    def _batches(self, x: Sequence[Tensor], *, held_out: bool) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Cut out the patches of all batches that are fitted, or of those held out, as when they were accumulated."""
+        first = 0
+        for i, judges in enumerate(self.held_out):
+            if judges == held_out:
+                own = x[i].to(self.layer.weight.dtype)  # type: ignore[arg-type]
+                for part, positions, rows in self._rows(own, self._positions, first):
+                    yield i, part, positions, rows
+                first += len(own)
 
     def _rows(self, x: Tensor, available: int, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Cut out patches [rows, blocks, patch] with their positions, so many images at a time that they stay small."""

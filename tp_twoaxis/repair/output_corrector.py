@@ -23,9 +23,9 @@ from tp_twoaxis.runtime.kernels import kernel_input
 from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, select_channels
 from tp_twoaxis.runtime.weights import add_bias
 
-# rounds of a fit to a rectifier's input: the error after it falls further, but 4 or 12 rounds made neither of two
-# CIFAR-10 ResNet-20s more accurate on 2,000 held-out training images (89.9 / 91.0, 89.6 / 90.7, 89.8 / 90.7 %)
-ROUNDS = 1
+# a layer is corrected once at a rectifier: with more rounds the error after it falls further, but 4 or 12 made neither
+# of two CIFAR-10 ResNet-20s more accurate on 2,000 held-out training images (89.9 / 91.0, 89.6 / 90.7, 89.8 / 90.7 %)
+
 # rounds of joint reconstruction. On the same networks, half the MACs, 1,000 images, accuracy in % on 8,000 held-out
 # training images: 91.4 / 91.6 without and 92.2 / 92.7 with them where channels were selected by reconstruction errors
 # of channels, 92.1 / 91.9 and 93.5 / 93.0 where by those of patches
@@ -41,7 +41,7 @@ class OutputCorrector:
     A layer's own output matters less than its effect downstream. At a sum the layer also compensates for the error of
     the other operand: its target is the dense network's sum less that operand. At a rectifier, values that the dense
     network cuts off need only be cut off here too: where the dense input is not above the lower bound, the target is
-    the current input, clamped to the bound. The layer is fitted in rounds, each of which lowers the error after the
+    the current input, clamped to the bound. A fit to it lowers the error after the
     rectifier (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
     corrected outputs replace those in the running passes. At rectifiers, a layer and the one before it can also be
     fitted together, see :func:`~tp_twoaxis.repair.joint.joint_reconstruction`.
@@ -138,7 +138,7 @@ class OutputCorrector:
         both = (*self._producers.get(a, ()), *self._producers.get(b, ()))
         producers = sorted(both, key=lambda p: patch_size(p.layer), reverse=True)
         for producer in producers:
-            self._correct(producer, current, reference, _equal, 1)
+            self._correct(producer, current, reference, _equal)
         self._trace(current[0], tuple(producers), self._summed)
 
     def correct_rectifier(self, place: Place) -> None:
@@ -153,7 +153,7 @@ class OutputCorrector:
 
         own = self._producers.get(current[0], ())
         for producer in own or self._summed.get(current[0], ()):
-            self._correct(producer, current, reference, target_fn, ROUNDS)
+            self._correct(producer, current, reference, target_fn)
             if self._joint:
                 fitted = self._reconstruct_jointly(producer, current, reference, target_fn)
                 if len(own) == 1:
@@ -184,14 +184,13 @@ class OutputCorrector:
         current: list[Tensor],
         dense: list[Tensor],
         target_fn: TargetFunction,
-        rounds: int,
     ) -> None:
         layer = producer.layer
         reference = _kept_parts(producer, current, dense)
         if self._rehearsal or reference is None:
             return
         weight_change, shift = producer.solved_fit.refine(
-            producer.inputs, current, reference, producer.scale, target_fn, rounds
+            producer.inputs, current, reference, producer.scale, target_fn
         )
         add_bias(layer, shift, producer.norm)
         for x, tensor in zip(producer.inputs, current, strict=True):
