@@ -41,10 +41,10 @@ class OutputCorrector:
     A layer's own output matters less than its effect downstream. At a sum the layer also compensates for the error of
     the other operand: its target is the dense network's sum less that operand. At a rectifier, values that the dense
     network cuts off need only be cut off here too: where the dense input is not above the lower bound, the target is
-    the current input, clamped to the bound. A fit to it lowers the error after the
-    rectifier (ours; the nonlinear reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The
-    corrected outputs replace those in the running passes. At rectifiers, a layer and the one before it can also be
-    fitted together, see :func:`~tp_twoaxis.repair.joint.joint_reconstruction`.
+    the current input, clamped to the bound. A fit to it lowers the error after the rectifier (ours; the nonlinear
+    reconstruction of Zhang et al. 2016 solves a similar problem by splitting). The corrected outputs replace those in
+    the running passes. At rectifiers, a layer and the one before it can also be fitted together, see
+    :func:`~tp_twoaxis.repair.joint.joint_reconstruction`.
 
     Only the outputs of layers, BatchNorms and additions are traced, and only as long as nothing but the next of these
     operations reads them: another reader has taken the tensor as it was, or would be served worse by the corrected
