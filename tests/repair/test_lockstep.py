@@ -159,6 +159,18 @@ def test_chunks_are_of_one_shape():
         assert [tuple(inputs.images.shape) for inputs, _ in chunks] == [(3, 1), (4, 4), (4, 4), (3, 4)]
 
 
+def test_how_a_loader_batches_does_not_matter_to_what_fits():
+    torch.manual_seed(0)
+    net = Residual()
+    dense, masks = remove_channels(net, torch.randn(1, 3, 8, 8), {"a": [0, 1]})
+    x, used = batches(80, 80)[0][0], []
+    for size in (5, 80):
+        images = RepairImages(list(x.split(size)), None, False, max_memory=2.5e-4)
+        used.append(sequential.refit_in_order(copy.deepcopy(net), dense, masks, images)[1])
+    assert used[0] == used[1]
+    assert used[0][0] < used[0][1]
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_chunks_change_nothing_but_rounding(joint, monkeypatch):
     def repaired(size):

@@ -162,7 +162,8 @@ def _look(dense: nn.Module, layers: dict[str, nn.Module], images: RepairImages) 
             run.hook(layer, count(name))
         batch = next(run.batches)
         run(batch._replace(inputs=batch.inputs[:1]))
-        return batch.inputs[:2].to(run.device, run.dtype), calls
+        few = batch.inputs[torch.arange(len(batch.inputs))[:2]]  # a copy: a slice would keep the whole batch
+        return few.to(run.device, run.dtype), calls
 
 
 def _rehearse(
