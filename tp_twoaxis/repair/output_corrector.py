@@ -18,6 +18,7 @@ from tp_twoaxis.reconstruction.patches import patch_size
 from tp_twoaxis.repair.joint import ProducerOutput, RectifiedInput, has_transpose, joint_reconstruction
 from tp_twoaxis.repair.lockstep import ChunkTensors, Place
 from tp_twoaxis.repair.op_interceptor import OpInterceptor
+from tp_twoaxis.repair.paused_pass import RECTIFIER, SUM
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import kernel_input
 from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, select_channels
@@ -130,7 +131,14 @@ class OutputCorrector:
         if self._has_one_reader() and pending is not None:
             self._rectified[out] = pending
 
-    def correct_sum(self, place: Place) -> None:
+    def correct(self, place: Place) -> None:
+        """Correct what a sum or a rectifier reads; at other places nothing is done."""
+        if place.kind == SUM:
+            self._correct_sum(place)
+        elif place.kind == RECTIFIER:
+            self._correct_rectifier(place)
+
+    def _correct_sum(self, place: Place) -> None:
         """Correct the layers whose outputs meet in a sum."""
         a, b, _ = place.pruned[0]
         current, reference = ([values[2] for values in side] for side in (place.pruned, place.dense))
@@ -141,7 +149,7 @@ class OutputCorrector:
             self._correct(producer, current, reference, _equal)
         self._trace(current[0], tuple(producers), self._summed)
 
-    def correct_rectifier(self, place: Place) -> None:
+    def _correct_rectifier(self, place: Place) -> None:
         """Correct the layers whose outputs a rectifier is about to read."""
         _, low, high = place.pruned[0]
         current, reference = ([values[0] for values in side] for side in (place.pruned, place.dense))

@@ -23,7 +23,7 @@ from tp_twoaxis.repair.chunk_memory import ChunkMemory, LiveTensors
 from tp_twoaxis.repair.images import ImageChunk, RepairImages
 from tp_twoaxis.repair.lockstep import Lockstep, Place
 from tp_twoaxis.repair.output_corrector import OutputCorrector, count_readers
-from tp_twoaxis.repair.paused_pass import LAYER, NORM, RECTIFIER, SUM, PausingNetwork
+from tp_twoaxis.repair.paused_pass import LAYER, NORM, RECTIFIER, PausingNetwork
 from tp_twoaxis.repair.repair_task import NO_GAIN, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.inputs import Inputs
@@ -186,10 +186,7 @@ def _rehearse(
             if fits(layer) and not cannot_refit(layer):
                 x = kernel_input(layer, *place.pruned[0])
                 corrector.register(place.number, layer, None, [x], None, ~masks[place.name].outputs)
-        elif place.kind == SUM:
-            corrector.correct_sum(place)
-        elif place.kind == RECTIFIER:
-            corrector.correct_rectifier(place)
+        corrector.correct(place)
         # a joint fit has a reference and a direction besides
         work = 2 * place.pruned[0][0].nbytes if joint and place.kind == RECTIFIER else 0
         needs.append((live.bytes([*few.tensors, *corrector.kept]) + work) // len(few))
@@ -238,10 +235,8 @@ class _OrderedRefit:
             self._bar.update()
         elif place.kind == NORM:
             self._move_norm(place)
-        elif place.kind == SUM:
-            self._corrector.correct_sum(place)
-        elif place.kind == RECTIFIER:
-            self._corrector.correct_rectifier(place)
+        else:
+            self._corrector.correct(place)
 
     def catch_up(self, index: int, kind: str, name: str, values: tuple[Any, ...]) -> None:
         """Keep what is wanted of a chunk that joins."""
