@@ -44,9 +44,12 @@ class LayerSize:
         return 4 * rows + 8 * (pooled_images + batch) * self.width
 
     def product(self, batch: int) -> int:
-        """Bytes that one product takes while it is made: its rows, joined and centred, and a strip of the result."""
-        rows = self._rows(self.width, self.positions, batch), self._rows(self.read, self.read_positions, batch)
-        return 4 * 3 * max(rows)
+        """Bytes that one product takes while it is made: its rows, joined and centred, and a strip of the result.
+
+        What a layer reads is centred and multiplied in float64.
+        """
+        written, read = self._rows(self.width, self.positions, batch), self._rows(self.read, self.read_positions, batch)
+        return max((4 + 2 * 4) * written, (4 + 2 * 8) * read)
 
     @staticmethod
     def _rows(width: int, positions: int, batch: int) -> int:
