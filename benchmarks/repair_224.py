@@ -35,7 +35,7 @@ from tp_twoaxis.importance import find_criterion
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.serialization import write_bytes
 
-CRITERIA = ("l2", "taylor", "fpgm", "hull", "hull(normalizer='mean')", "capture", "anticipating")
+CRITERIA = ("l2", "taylor", "fpgm", "capture", "hull", "anticipating")
 REPAIRS = ("bn", "sequential", "joint")
 IMAGES, JUDGES = 500, 1000
 KEY = ("network", "share", "criterion", "repair", "images")
