@@ -69,6 +69,8 @@ ENTRY_POINTS = "tp_twoaxis.importances"
 REPAIRS = ("bn", "bias", "ridge", "patch", "sequential", "joint")
 """The table is in :mod:`tp_twoaxis.repair.strategies`."""
 NO_REPAIR = "none"
+AUTO = "auto"
+"""What ``importance`` and ``repair`` are called where they are left open; see :mod:`tp_twoaxis.pruning.recipe`."""
 TARGETS = ("margin", "correct_logit", "negative_loss", "one_vs_rest", "predicted_margin", "predicted_logit")
 """Task variables; see :mod:`tp_twoaxis.statistics.targets`."""
 RECIPES = ("paper", "fast")

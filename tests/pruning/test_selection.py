@@ -44,7 +44,7 @@ def test_rows_are_what_pruning_by_hand_gives():
     for row in result.table:
         pruned = copy.deepcopy(net)
         report = prune_to_flops(
-            pruned, X, row.candidate, flops=row.flops, stats=stats, loader=calibration, progress=False
+            pruned, X, row.candidate, flops=row.flops, repair="bn", stats=stats, loader=calibration, progress=False
         )
         logits = pruned(images).detach().double()
         assert row.achieved == report.achieved

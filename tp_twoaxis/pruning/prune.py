@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ from tp_twoaxis.importance import (
 )
 from tp_twoaxis.importance.baselines import READ_FROM_MODEL
 from tp_twoaxis.importance.pruning_state import iterated_once
+from tp_twoaxis.known_names import AUTO
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.iterate import PruningOutcome, prune_in_steps
 from tp_twoaxis.pruning.pruning_report import PruningReport, Size
+from tp_twoaxis.pruning.recipe import choose_recipe, is_auto
 from tp_twoaxis.repair import RepairReport, check_repair, refits, repair_network
 from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
 from tp_twoaxis.runtime.timing import timed
@@ -47,12 +49,12 @@ LATENCY_BATCHES = (1, 64)
 def prune_to_flops(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    importance: str | Criterion | Callable[[Any], Tensor],
+    importance: str | Criterion | Callable[[Any], Tensor] = AUTO,
     *,
     flops: float = 0.5,
     budget: Budget = "macs",
     steps: int = 1,
-    repair: str | Iterable[str] = ("bn",),
+    repair: str | Iterable[str] = AUTO,
     stats: CalibrationStatistics | None = None,
     loader: Iterable[Any] | None = None,
     ignored_layers: Iterable[nn.Module | str] = (),
@@ -80,7 +82,8 @@ def prune_to_flops(
         importance: any Torch-Pruning importance, ours or its own, or a criterion expression, see
             :func:`~tp_twoaxis.importance.find_criterion`: a score (then ``stats``, or ``loader`` to calibrate
             from) or a baseline such as ``l2`` or ``taylor``. Gradient-based objects need
-            ``loss.backward()`` before.
+            ``loss.backward()`` before. Left out, ``anticipating`` where the images allow it, see
+            :func:`~tp_twoaxis.pruning.recipe.choose_recipe`; the report says what was chosen and why.
         flops: share of the dense MACs to **keep**, in (0, 1].
         budget: what ``flops`` is a share of: ``macs``, or ``channels``, all groups' root channels together, for
             protocols that remove a share of the channels and take the MACs as they come.
@@ -88,7 +91,8 @@ def prune_to_flops(
             step i): score, remove, repair, gather statistics anew, score again. See the notes.
         repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch``, ``sequential`` and
             ``joint`` (refit the layers that read removed channels to those that stay), from ``loader``; a tuple, or
-            ``"ridge+bn"``; see :func:`~tp_twoaxis.repair.repair_network`. ``()`` and ``"none"`` repair nothing.
+            ``"ridge+bn"``; see :func:`~tp_twoaxis.repair.repair_network`. ``()`` and ``"none"`` repair nothing. Left
+            out, the one that keeps most: ``joint`` where the images allow it.
         stats: calibration statistics for an importance given by name; with ``consumers=True`` they serve the
             repairs as well. Later steps score by new ones, of the same layers and target.
         loader: images for repair (labels are not used there) and, if needed, for calibration; re-iterable where there
@@ -135,28 +139,32 @@ def prune_to_flops(
         ...     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
         >>> loader = [(torch.randn(64, 3, 12, 12), torch.randint(4, (64,)))]
         >>> x = torch.randn(1, 3, 12, 12)
-        >>> report = prune_to_flops(net, x, "capture", flops=0.5, loader=loader, progress=False)
-        >>> abs(report.achieved - 0.5) < 0.005
-        True
+        >>> report = prune_to_flops(net, x, flops=0.5, loader=loader, progress=False)
+        >>> report.importance, report.repair, abs(report.achieved - 0.5) < 0.005
+        ('anticipating', ['joint'], True)
         >>> net = nn.Sequential(
         ...     nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...     nn.Linear(32, 4))
-        >>> report = prune_to_flops(net, x, "cap-a", flops=0.5, steps=3, loader=loader, progress=False)
+        >>> report = prune_to_flops(net, x, "cap-a", flops=0.5, steps=3, repair="bn", loader=loader, progress=False)
         >>> report.steps, abs(report.achieved - 0.5) < 0.005
         (3, True)
     """
+    named = () if is_auto(repair) else repair
     config = PruningConfig(
-        flops, budget, steps, repair, ignored_layers, min_keep, round_to, attention, tolerance, guard, max_memory
+        flops, budget, steps, named, ignored_layers, min_keep, round_to, attention, tolerance, guard, max_memory
     )
     network = unwrap(model)
     parameter = next(network.parameters(), None)
     if parameter is None:
         raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
     config.ignored_in(network)
-    criterion = as_criterion(importance)
-    repairs = check_repair(config.repair, network, loader, stats)
-    _check_steps(config.steps, criterion, importance, loader)
+    if not is_auto(importance):
+        as_criterion(importance)  # a wrong name is said before images are read
     inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
+    recipe = choose_recipe(network, inputs, importance, repair, loader=loader, stats=stats)
+    criterion = as_criterion(recipe.importance)
+    repairs = check_repair(recipe.repair, network, loader, stats)
+    _check_steps(config.steps, criterion, recipe.importance, loader)
     state = PruningState(network, loader, stats, max_images=max_images, progress=progress)
     snapshot = ModelSnapshot(network)
     try:
@@ -164,9 +172,9 @@ def prune_to_flops(
     except BaseException:
         snapshot.restore()
         raise
-    if isinstance(importance, (str, Criterion)):
+    if isinstance(recipe.importance, (str, Criterion)):
         network.zero_grad(set_to_none=True)  # gradients gathered for a criterion belong to the dense network
-    return report
+    return replace(report, notes=[*recipe.notes, *report.notes])
 
 
 def _prune(
