@@ -113,7 +113,7 @@ def is_auto(choice: Any) -> bool:
         >>> is_auto("auto"), is_auto(("auto",)), is_auto("l2")
         (True, True, False)
     """
-    return choice == AUTO or choice == (AUTO,)
+    return isinstance(choice, (str, tuple)) and choice in (AUTO, (AUTO,))
 
 
 def images_up_to(loader: Iterable[Any], most: int, call: CallSignature) -> int:
