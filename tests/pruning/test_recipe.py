@@ -35,8 +35,7 @@ def images(count: int, size: int = 16) -> list[torch.Tensor]:
     ("count", "criterion", "repair"),
     [
         (64, "anticipating", ("joint",)),
-        (63, "hull", ("joint",)),
-        (10, "hull", ("joint",)),
+        (10, "anticipating", ("joint",)),
         (9, "hull", ("bn",)),
         (1, "hull", ("bn",)),
     ],

@@ -20,12 +20,8 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 SELECTING, RESERVE = "anticipating", "hull"
 BEST_REPAIR = "joint"
-# with fewer images, curves measured on some of them and fitted to the others order groups worse than a score does
-FEWEST_TO_SELECT = 64
 # with fewer images none can be held out to judge what is fitted to the others
-FEWEST_TO_REFIT = 10
-# from so many on more images gained little on the networks that were measured
-ENOUGH_IMAGES = 1000
+FEWEST_IMAGES = 10
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,11 @@ def choose_recipe(
 ) -> Recipe:
     """Choose a criterion and a repair where they are ``"auto"``.
 
-    Channels are selected by ``anticipating``, which measures what the repaired network loses, where there are 64
-    images that the network can be judged on by its logits, and by ``hull`` otherwise. They are repaired by ``joint``
-    where there are ten images, and by ``bn`` otherwise, or by ``ridge`` where there are no images but statistics of
-    what layers read. Whatever is chosen, repair keeps on images held out only what brings the network nearer to the
-    dense one than ``bn``. How these rules did on several networks: ``benchmarks/recipe.py``.
+    From ten images on channels are selected by ``anticipating``, which measures what the repaired network loses, and
+    repaired by ``joint``. With fewer images ``hull`` selects and ``bn`` repairs; models with several inputs or without
+    class logits are selected by ``hull`` too; and without images, but with statistics of what layers read, ``ridge``
+    repairs. Whatever is chosen, repair keeps on images held out only what brings the network nearer to the dense one
+    than ``bn``. How these rules do with few images: ``benchmarks/few_images.py``.
 
     Args:
         network: dense; run once, and left as it was.
@@ -96,7 +92,7 @@ def choose_recipe(
             f"images are read more than once: expected a list or a DataLoader, got {type(loader).__name__}; pass "
             "list(loader)"
         )
-    count = 0 if loader is None else images_up_to(loader, FEWEST_TO_SELECT, CallSignature.of(network))
+    count = 0 if loader is None else images_up_to(loader, FEWEST_IMAGES, CallSignature.of(network))
     if open_importance:
         importance, why = _choose_criterion(network, example_inputs, loader, count)
         notes.append(f"importance was left open: {importance}, {why}")
@@ -137,8 +133,8 @@ def _choose_criterion(
 ) -> tuple[str, str]:
     if loader is None:
         return RESERVE, "because there are statistics but no images to measure on"
-    if count < FEWEST_TO_SELECT:
-        return RESERVE, f"because {SELECTING} needs {FEWEST_TO_SELECT} images, and there are {count}"
+    if count < FEWEST_IMAGES:
+        return RESERVE, f"because {SELECTING} needs {FEWEST_IMAGES} images, and there are {count}"
     if why := _no_logits(network, example_inputs):
         return RESERVE, f"because {SELECTING} compares logits, and {why}"
     return SELECTING, "which measures what the repaired network loses for the MACs that each group saves"
@@ -167,7 +163,7 @@ def _choose_repair(
             "repair: expected loader=... with images, labels are not needed, or stats=calibrate(model, loader, "
             "consumers=True), got neither; repair='none' leaves the network as removal left it"
         )
-    if count >= FEWEST_TO_REFIT:
+    if count >= FEWEST_IMAGES:
         return (BEST_REPAIR,), "which keeps most without training; 'sequential' takes about half the time"
-    few = f"because refits need {FEWEST_TO_REFIT} images, and there are {count}"
+    few = f"because refits need {FEWEST_IMAGES} images, and there are {count}"
     return (("bn",), few) if batch_norms(network) else ((), few)
