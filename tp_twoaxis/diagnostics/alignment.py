@@ -1,4 +1,4 @@
-"""Do channels that capture much of the input say much about the task, and do both axes group channels alike? (C1)"""
+"""Whether channels that capture much of the input say much about the task, and fall into the same groups (C1)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ GROUPS_SHOWN = (2, 3, 4, 5)
 WEAK = 0.2
 CHANCE = 0.1
 MOST_CELLS = 0.9
+NOISY = 2.0
 
 
 def alignment_table(inputs: EvidenceInputs, groups: Iterable[int] = GROUPS_SHOWN) -> pd.DataFrame:
@@ -36,11 +37,16 @@ def alignment_table(inputs: EvidenceInputs, groups: Iterable[int] = GROUPS_SHOWN
         groups: numbers of groups k that k-means is asked for.
 
     Returns:
-        A row for each cell and k with the columns ``layer``, ``depth``, ``channels`` (that vary), ``rho`` (Spearman,
-        of capture I and task information M), ``groups`` (k), ``ari`` (adjusted Rand index of the groups on (z I, z R)
-        with those on (z M, z X)), ``null_mean``, ``null_upper`` (95 % quantile) and ``p`` of 200 permutations of the
-        channels, ``silhouette_local`` and ``silhouette_target``. NaN where there are too few channels: three for the
-        correlation, six for groups.
+        A row for each cell and k with the columns
+
+        - ``layer``, ``depth``, ``channels`` (that vary), ``rho`` (Spearman, of capture I and task information M),
+        - ``mi_over_chance``: mean M over the 1 / (2 n) nats that channels which have nothing to do with the task show
+          on average over n images; ours,
+        - ``groups`` (k), ``ari`` (adjusted Rand index of the groups on (z I, z R) with those on (z M, z X)),
+          ``null_mean``, ``null_upper`` (95 % quantile) and ``p`` of 200 permutations of the channels,
+        - ``silhouette_local`` and ``silhouette_target``.
+
+        NaN where there are too few channels: three for the correlation, six for groups.
 
     Raises:
         NotApplicableError: see :func:`~tp_twoaxis.diagnostics.axis_coordinates.task_cells`.
@@ -65,6 +71,7 @@ def alignment_table(inputs: EvidenceInputs, groups: Iterable[int] = GROUPS_SHOWN
             "depth": depths[name],
             "channels": len(here.capture),
             "rho": cell_correlation(here.capture, task.task_mi),
+            "mi_over_chance": 2.0 * inputs.statistics.num_images * float(task.task_mi.mean()),
         }
         for k in numbers:
             labels = {axis: group_channels(features, k, seed=inputs.seed) for axis, features in both.items()}
@@ -73,7 +80,7 @@ def alignment_table(inputs: EvidenceInputs, groups: Iterable[int] = GROUPS_SHOWN
                 {
                     **cell,
                     "groups": k,
-                    "ari": found.index,
+                    "ari": found.ari,
                     "null_mean": found.null_mean,
                     "null_upper": found.null_upper,
                     "p": found.p,
@@ -176,6 +183,12 @@ def alignment_section(inputs: EvidenceInputs) -> Section:
     table = alignment_table(inputs)
     cells = table[table.groups == GROUPS]
     missing = len(inputs.cells()) - len(cells)
+    noisy = int((cells.mi_over_chance < NOISY).sum())
+    noise = (
+        f" In {noisy} of {len(cells)} layers mean task information is less than {NOISY:g} times what unrelated "
+        f"channels show with {inputs.statistics.num_images:,} images: there its ranks are mostly noise, which no "
+        "coordinate could be aligned with."
+    )
     omitted = f" {missing} layers have more channels than there are images and are left out." if missing else ""
     return Section(
         "alignment",
@@ -200,7 +213,9 @@ def alignment_section(inputs: EvidenceInputs) -> Section:
         "nothing of the other: what is removed depends on which axis is chosen.",
         fails="These are Gaussian proxies of information, and channels with a straight-line relation to the task. "
         "Intervals are over the layers of one network and do not say what another training would give. A group index "
-        "near 0 is also what two arbitrary groupings of points without clusters give: see the silhouettes." + omitted,
+        "near 0 is also what two arbitrary groupings of points without clusters give: see the silhouettes."
+        + (noise if noisy else "")
+        + omitted,
     )
 
 

@@ -1,4 +1,4 @@
-"""How much of what a calibration says do fewer of its images say? (appendix D)"""
+"""How much of what a calibration says fewer of its images say too (appendix D)."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def choose_images(
     parts = Inputs.concatenate(found).split(size)
     if not classes:
         return list(parts)
-    return list(zip(parts, torch.cat(classes).split(size), strict=True))
+    return list(zip(parts, torch.split(torch.cat(classes), size), strict=True))
 
 
 def size_table(growth: pd.DataFrame) -> pd.DataFrame:

@@ -28,13 +28,13 @@ class Agreement(NamedTuple):
     """How far two groupings agree.
 
     Attributes:
-        index: adjusted Rand index.
+        ari: adjusted Rand index.
         null_mean: its mean over permutations of the channels.
         null_upper: the value that 5 % of the permutations exceed.
         p: ``(1 + hits) / (1 + permutations)``, hits being the permutations that agree at least as well.
     """
 
-    index: float
+    ari: float
     null_mean: float
     null_upper: float
     p: float
@@ -107,7 +107,7 @@ def adjusted_rand(a: Labels, b: Labels) -> Floats:
         [P]; 1 for equal groupings, 0 on average for unrelated ones.
 
     Example:
-        >>> adjusted_rand(np.array([0, 0, 1, 1]), np.array([[1, 1, 0, 0], [0, 1, 0, 1]])).tolist()
+        >>> adjusted_rand(np.array([0, 0, 1, 1]), np.array([[1, 1, 0, 0], [0, 1, 0, 1]])).round(6).tolist()
         [1.0, -0.5]
     """
     rows, columns, count = int(a.max()) + 1, int(b.max()) + 1, len(b)

@@ -1,4 +1,4 @@
-"""Are the axes what they claim: does permuting labels change the target axis alone, and are input powers exact?"""
+"""Whether permuted labels change the target axis alone, and whether input powers are exact (C3, C4)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def label_permutation_table(inputs: EvidenceInputs) -> pd.DataFrame:
 
 
 def _labelled(batches: list[tuple[Inputs, Tensor | None]], labels: Tensor) -> list[tuple[Inputs, Tensor]]:
-    parts = labels.split([len(inputs) for inputs, _ in batches])
+    parts = torch.split(labels, [len(inputs) for inputs, _ in batches])
     return [(inputs, own) for (inputs, _), own in zip(batches, parts, strict=True)]
 
 
@@ -122,7 +122,7 @@ class PatchCovariance:
         """Take in what the layer reads, [n, C_in, *spatial], of which it makes so many output positions an image."""
         everywhere = torch.arange(positions, device=x.device)
         step = max(1, BLOCK_NUMBERS // (positions * blocks_of(self.layer) * patch_size(self.layer)))
-        for images in x.split(step):
+        for images in torch.split(x, step):
             rows = patch_rows(images, self.layer, everywhere).flatten(0, 1).transpose(0, 1).double()
             self.rows += rows.shape[1]
             self._sum = self._sum + rows.sum(1)
@@ -191,7 +191,7 @@ def exact_power_table(inputs: EvidenceInputs, images: int = EXACT_IMAGES) -> pd.
             positions=positions,
             progress=inputs.progress,
         )
-        for name, layer in layers.items():
+        for name in layers:
             power = streaming[name].weight_power
             quotient = rayleigh_quotient(exact[name].power.cpu(), power)
             found = rayleigh_quotient(streaming[name].variance, power)
@@ -264,16 +264,12 @@ def controls_section(inputs: EvidenceInputs) -> Section:
     Raises:
         NotApplicableError: neither of the two can be computed; the message is of the first.
     """
-    tables: dict[str, pd.DataFrame] = {}
-    reasons: list[NotApplicableError] = []
-    for name, compute in {"label_permutation": label_permutation_table, "exact_power": exact_power_table}.items():
-        try:
-            tables[name] = compute(inputs)
-        except NotApplicableError as reason:
-            reasons.append(reason)
-    if not tables:
+    permuted, why_not_permuted = _attempt(label_permutation_table, inputs)
+    exact, why_not_exact = _attempt(exact_power_table, inputs)
+    reasons = [reason for reason in (why_not_permuted, why_not_exact) if reason is not None]
+    if permuted is None and exact is None:
         raise reasons[0]
-    permuted = tables.get("label_permutation")
+    tables = {"label_permutation": permuted, "exact_power": exact}
     drawings = []
     if permuted is not None:
         drawings.append(
@@ -287,8 +283,8 @@ def controls_section(inputs: EvidenceInputs) -> Section:
     return Section(
         "controls",
         "Does the target axis measure the task, and the local axis the input alone?",
-        tables,
-        control_claims(permuted, tables.get("exact_power")),
+        {name: table for name, table in tables.items() if table is not None},
+        control_claims(permuted, exact),
         drawings,
         follows="The local axis may be computed without labels, from outputs alone and from some of their positions.",
         fails=" ".join(
@@ -300,6 +296,15 @@ def controls_section(inputs: EvidenceInputs) -> Section:
             ]
         ),
     )
+
+
+def _attempt(
+    compute: Callable[[EvidenceInputs], pd.DataFrame], inputs: EvidenceInputs
+) -> tuple[pd.DataFrame | None, NotApplicableError | None]:
+    try:
+        return compute(inputs), None
+    except NotApplicableError as reason:
+        return None, reason
 
 
 def permutation_figure(permuted: pd.DataFrame) -> Figure:

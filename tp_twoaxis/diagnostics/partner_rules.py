@@ -1,4 +1,4 @@
-"""Does target excess depend on which partners a channel is paired with? (table 6)"""
+"""Whether target excess depends on which partners a channel is paired with (table 6)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Partners(NamedTuple):
     """How partners are chosen, and how many."""
 
     rule: PartnerRule
-    count: int
+    number: int
 
 
 PARTNERS: dict[str, Partners] = {
@@ -68,7 +68,7 @@ def partner_table(inputs: EvidenceInputs) -> pd.DataFrame:
         here = local_axis(layer)
         groups = group_channels(standardised(*here), seed=inputs.seed)
         axes = {
-            label: target_axis(layer, partners=chosen.count, rule=chosen.rule, seed=inputs.seed)
+            label: target_axis(layer, partners=chosen.number, rule=chosen.rule, seed=inputs.seed)
             for label, chosen in PARTNERS.items()
         }
         for label, task in axes.items():

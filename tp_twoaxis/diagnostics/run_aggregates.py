@@ -111,8 +111,8 @@ def best_estimate(cells: pd.DataFrame, column: str) -> Estimate:
     Three or more cells that are exactly alike, as those of an identity are, have an interval without width.
 
     Example:
-        >>> best_estimate(pd.DataFrame({"rho": [0.1, 0.2, 0.3]}), "rho").value
-        0.2
+        >>> best_estimate(pd.DataFrame({"rho": [0.25, 0.5, 0.75]}), "rho").value
+        0.5
     """
     models = model_bootstrap(cells, column)
     if not math.isnan(models.lower):

@@ -1,4 +1,4 @@
-"""Does weak alignment depend on which task variable, or on which partners, the target axis is measured with?"""
+"""Whether weak alignment depends on the task variable or on the partners that the target axis is measured with."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def target_matrix(pairs: pd.DataFrame) -> pd.DataFrame:
         Square, symmetric, diagonal 1; rows and columns named as the variables.
 
     Example:
-        >>> target_matrix(pd.DataFrame({"first": ["margin"], "second": ["correct_logit"], "rho": [0.2]})).values.tolist()
+        >>> pairs = pd.DataFrame({"first": ["margin"], "second": ["correct_logit"], "rho": [0.2]})
+        >>> target_matrix(pairs).values.tolist()
         [[1.0, 0.2], [0.2, 1.0]]
     """
     names = [key for key in TARGET_WORDS if key in set(pairs["first"]) | set(pairs.second)]
