@@ -74,5 +74,5 @@ def test_shares_have_wilsons_interval(hits, count):
     z, p = 1.959964, hits / count
     centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    found = share_estimate([True] * hits + [False] * (count - hits))
+    found = share_estimate(hits, count)
     assert (found.value, found.lower, found.upper) == pytest.approx((p, centre - half, centre + half), abs=1e-6)

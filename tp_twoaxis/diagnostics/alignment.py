@@ -124,6 +124,24 @@ def groups_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def alignment_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Condense an alignment table, by three groups, over cells and, where there are several, models and backbones.
+
+    Args:
+        table: of :func:`alignment_table`; of several networks below each other, with the columns ``network`` (the
+            backbone) and ``seed``.
+
+    Returns:
+        Rows of :func:`~tp_twoaxis.diagnostics.run_aggregates.aggregate_runs` (table 3).
+
+    Example:
+        >>> cells = {"groups": [3, 3], "rho": [0.0, 0.5], "ari": 0.0, "silhouette_local": 0.4, "silhouette_target": 0.5}
+        >>> alignment_summary(pd.DataFrame(cells))["mean"].tolist()
+        [0.25, 0.0, 0.4, 0.5]
+    """
+    return aggregate_runs(table[table.groups == GROUPS], ["rho", "ari", "silhouette_local", "silhouette_target"])
+
+
 def alignment_claims(table: pd.DataFrame) -> list[Claim]:
     """Judge weak alignment (H1, C1), by three groups.
 
@@ -160,14 +178,14 @@ def alignment_claims(table: pd.DataFrame) -> list[Claim]:
         Claim(
             "In most layers the groups agree no better than chance (share of cells with p > 0.05).",
             "0.95",
-            share_estimate(list(grouped.p > 0.05)),
+            share_estimate(int((grouped.p > 0.05).sum()), len(grouped)),
             above=MOST_CELLS,
             note=either,
         ),
         Claim(
             "In most layers the groups hardly agree (share of cells with an adjusted Rand index below 0.1).",
             "0.95",
-            share_estimate(list(grouped.ari < CHANCE)),
+            share_estimate(int((grouped.ari < CHANCE).sum()), len(grouped)),
             above=MOST_CELLS,
             note=either,
         ),
@@ -195,7 +213,7 @@ def alignment_section(inputs: EvidenceInputs) -> Section:
         "Do channels that capture much of the input also say much about the task?",
         {
             "alignment": table,
-            "alignment_summary": aggregate_runs(cells, ["rho", "ari", "silhouette_local", "silhouette_target"]),
+            "alignment_summary": alignment_summary(table),
             "alignment_groups": groups_table(table),
         },
         alignment_claims(table),

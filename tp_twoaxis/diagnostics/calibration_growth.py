@@ -202,12 +202,13 @@ def growth_claims(growth: pd.DataFrame) -> list[Claim]:
     """Judge appendix D by the largest part of the calibration.
 
     Args:
-        growth: of :func:`growth_table`.
+        growth: of :func:`growth_table`, of one network or of several.
     """
     parts = growth[growth.draw >= 0]
     largest = int(parts.images.max())
     # draws of one cell are no cells of their own: their images overlap
-    cells = parts[parts.images == largest].groupby("layer")[["ari", *RANKINGS]].mean()
+    keys = [key for key in ("network", "seed", "layer") if key in parts]
+    cells = parts[parts.images == largest].groupby(keys)[["ari", *RANKINGS]].mean().reset_index()
     share = f"{largest:,} of {int(growth.images.max()):,} images"
     ranked = [
         Claim(

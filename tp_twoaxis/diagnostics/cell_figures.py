@@ -67,18 +67,16 @@ def against_depth(axes: Axes, cells: pd.DataFrame, columns: Mapping[str, str], *
             axes.axhline(average, color=colour, linewidth=1.0, linestyle="--")
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel(DEPTH)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=8, frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8, frameon=False)
 
 
-def strips(axes: Axes, rows: Mapping[str, Sequence[float]], *, label: str, zero: bool = True, seed: int = 0) -> None:
+def strips(axes: Axes, rows: Mapping[str, Sequence[float]], *, label: str) -> None:
     """Draw a row of dots for each quantity, a dot a cell, with a bar at the mean and its number at the right.
 
     Args:
         axes: where.
         rows: name of the row -> a number for each cell; NaN is left out.
-        label: of the horizontal axis.
-        zero: draw a line at 0.
-        seed: of the dots' heights, which mean nothing.
+        label: of the horizontal axis, which has a line at 0.
 
     Example:
         >>> figure, (axes,) = panels(1, 2.4)
@@ -86,19 +84,17 @@ def strips(axes: Axes, rows: Mapping[str, Sequence[float]], *, label: str, zero:
         >>> [text.get_text() for text in axes.get_yticklabels()]
         ['norm and capture']
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)  # of the dots' heights, which mean nothing
     for row, values in enumerate(rows.values()):
         known = np.asarray([value for value in values if not math.isnan(value)] or [math.nan])
         heights = row + generator.uniform(-0.22, 0.22, len(known))
         dots = axes.plot(known, heights, "o", color=COLOURS[0], alpha=0.45, markersize=4, markeredgewidth=0)
         bars = axes.plot([known.mean()] * 2, [row - 0.34, row + 0.34], color=COLOURS[1], linewidth=2.2)
-        number = f"{round(known.mean(), 2) + 0.0:.2f}"  # + 0.0: a negative zero has no sign
-        axes.annotate(number, (1.01, row), xycoords=("axes fraction", "data"), va="center", size=9)
+        axes.annotate(_number(known.mean()), (1.01, row), xycoords=("axes fraction", "data"), va="center", size=9)
         if not row:
             dots[0].set_label("a layer")
             bars[0].set_label("mean")
-    if zero:
-        axes.axvline(0.0, color="0.5", linewidth=0.8)
+    axes.axvline(0.0, color="0.5", linewidth=0.8)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -124,7 +120,12 @@ def matrix(axes: Axes, values: Any, names: Sequence[str]) -> None:
     for row, column in np.ndindex(*np.shape(values)):
         number = float(values[row][column])
         dark = abs(number) > 0.6
-        axes.text(column, row, f"{number:.2f}", ha="center", va="center", size=9, color="white" if dark else "black")
+        axes.text(column, row, _number(number), ha="center", va="center", size=9, color="white" if dark else "black")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.grid(False)
+
+
+def _number(value: float) -> str:
+    """Two decimals, zero without a sign, nothing for NaN."""
+    return "" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"

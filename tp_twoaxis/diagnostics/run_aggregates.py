@@ -123,22 +123,21 @@ def best_estimate(cells: pd.DataFrame, column: str) -> Estimate:
     return mean_estimate(known.tolist())
 
 
-def share_estimate(hits: Sequence[bool], level: float = 0.95) -> Estimate:
+def share_estimate(hits: int, count: int, level: float = 0.95) -> Estimate:
     """Share of cells that meet a condition with its Wilson score interval (Wilson 1927).
 
     Args:
-        hits: one a cell.
+        hits: how many meet it.
+        count: of how many.
         level: of the interval, in (0, 1).
 
     Example:
-        >>> str(share_estimate([True] * 19 + [False]))
-        '0.950 [0.764, 0.991]'
-        >>> str(share_estimate([]))
-        'nan'
+        >>> str(share_estimate(19, 20)), str(share_estimate(0, 0))
+        ('0.950 [0.764, 0.991]', 'nan')
     """
-    if not len(hits):
+    if not count:
         return Estimate(math.nan)
-    result = binomtest(int(sum(hits)), len(hits))
+    result = binomtest(hits, count)
     interval = result.proportion_ci(level, method="wilson")
     return Estimate(float(result.statistic), float(interval.low), float(interval.high))
 
