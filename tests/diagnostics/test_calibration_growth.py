@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import reference_alignment as slow
 import torch
@@ -67,7 +68,11 @@ def test_sizes_are_means_of_draws():
     draws = growth[growth.images == 40].groupby("draw").rho_capture.mean()
     assert sizes.loc[40, "rho_capture"] == pytest.approx(draws.mean())
     assert sizes.loc[40, "rho_capture_sd"] == pytest.approx(draws.std())
-    assert "80 of 160 images" in growth_claims(growth)[0].sentence
+    claim = growth_claims(growth)[0]
+    assert "80 of 160 images" in claim.sentence
+    # the same layer of two networks is two cells
+    two = pd.concat([growth.assign(network="a", seed=1), growth.assign(network="b", seed=1, rho_capture=0.0)])
+    assert growth_claims(two)[0].estimate.value == pytest.approx(claim.estimate.value / 2)
 
 
 def test_the_section_is_whole_or_refused():

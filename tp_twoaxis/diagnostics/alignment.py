@@ -229,7 +229,7 @@ def alignment_section(inputs: EvidenceInputs) -> Section:
         ],
         follows="Where the correlation is weak, a score of one axis orders a layer's channels almost as if it knew "
         "nothing of the other: what is removed depends on which axis is chosen.",
-        fails="These are Gaussian proxies of information, and channels with a straight-line relation to the task. "
+        fails="Both are Gaussian proxies of information, which see straight-line relations alone. "
         "Intervals are over the layers of one network and do not say what another training would give. A group index "
         "near 0 is also what two arbitrary groupings of points without clusters give: see the silhouettes."
         + (noise if noisy else "")

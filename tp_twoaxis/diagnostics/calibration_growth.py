@@ -248,12 +248,13 @@ def calibration_size_section(inputs: EvidenceInputs) -> Section:
                 "calibration_size",
                 lambda: growth_figure(sizes),
                 "Against the number of calibration images: above, rank correlation of channels with what all images "
-                "give; below, agreement of the local groups with those from all images, and the groups' silhouette. "
+                "give; below, adjusted Rand index of the local groups with those from all images, and the groups' "
+                "silhouette. "
                 f"Means over layers and {DRAWS} draws; bars are one standard deviation of the draws.",
             )
         ],
-        follows="Where the ranks of a part are those of the whole, more images would not change which channels a "
-        "score removes. Groups need not be stable for that: no score of this package's default uses them.",
+        follows="A score whose curve has levelled off needs no more images; one whose curve still climbs at its right "
+        "end would remove other channels if it were given other images.",
         fails="The parts are of the calibration set itself, which flatters the larger ones: with half of the images "
         "half of the evidence is shared. tp-twoaxis stability compares disjoint halves.",
     )
@@ -291,6 +292,6 @@ def growth_figure(sizes: pd.DataFrame) -> Figure:
         axes.set_xlabel("calibration images (logarithmic)")
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8, frameon=False)
     above.set_ylabel("rank correlation with all")
-    below.set_ylabel("agreement with all")
+    below.set_ylabel("index; silhouette")
     below.set_ylim(bottom=min(0.0, float(sizes.ari.min())))
     return figure

@@ -42,6 +42,7 @@ PAIRS = (
     ("margin", "one_vs_rest", "0.053", False),
 )
 DUPLICATE, DIFFERENT = 0.9, 0.5
+DUPLICATES = " Training images are mostly classified rightly, and then the two variables are one."
 
 
 def target_tables(inputs: EvidenceInputs) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -137,8 +138,7 @@ def target_claims(single: pd.DataFrame, pairs: pd.DataFrame) -> list[Claim]:
                 f"Task information about {TARGET_WORDS[first]} and about {TARGET_WORDS[second]} rank channels {said}.",
                 paper,
                 best_estimate(cells, "rho"),
-                note="The bound is ours. Training images are mostly classified rightly, and then true and predicted "
-                "margin are one.",
+                note=f"The bound is ours.{DUPLICATES if alike else ''}",
                 **bounds,
             )
         )
