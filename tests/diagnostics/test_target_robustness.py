@@ -12,7 +12,6 @@ from cases import batches, conv_net
 from tp_twoaxis import calibrate
 from tp_twoaxis.diagnostics.axis_coordinates import local_axis
 from tp_twoaxis.diagnostics.evidence import EvidenceInputs
-from tp_twoaxis.diagnostics.partner_rules import DEFAULT, PARTNERS, partner_table
 from tp_twoaxis.diagnostics.target_robustness import (
     TARGET_WORDS,
     target_choice_section,
@@ -44,21 +43,6 @@ def test_six_variables_by_hand():
     assert square.index.tolist() == square.columns.tolist() == list(TARGET_WORDS)
     mean = pairs[(pairs["first"] == "margin") & (pairs.second == "negative_loss")].rho.mean()
     assert square.loc["negative_loss", "margin"] == square.loc["margin", "negative_loss"] == pytest.approx(mean)
-
-
-@pytest.mark.parametrize(("label", "rule"), [("top task information, 5", "task-mi"), ("top excess, 10", "excess")])
-def test_partners_by_hand(label, rule):
-    inputs = evidence_inputs()
-    layer = inputs.statistics["conv2"]
-    table = partner_table(inputs)
-    cell = table[table.layer == "conv2"].set_index("partners")
-    assert cell.index.tolist() == list(PARTNERS)
-    r, rho = layer.target_correlation().numpy(), layer.pooled_correlation.numpy()
-    excess = reference_scores.target_excess(r, rho, partners=PARTNERS[label].number, rule=rule)
-    default = reference_scores.target_excess(r, rho)
-    assert cell.loc[label, "rho"] == pytest.approx(slow.spearman(local_axis(layer).capture.numpy(), excess))
-    assert cell.loc[label, "rho_default"] == pytest.approx(slow.spearman(excess, default))
-    assert cell.loc[DEFAULT, "rho_default"] == pytest.approx(1.0)
 
 
 def test_the_section_is_whole():

@@ -42,7 +42,7 @@ def growth_table(inputs: EvidenceInputs, sizes: Sequence[int] = SIZES, draws: in
     """Calibrate on nested parts of the calibration set and compare with the whole.
 
     Each draw puts the images into a random order; its part of n images is the first n, so that a larger part holds the
-    smaller ones. Of a part's images the positions are sampled as of a calibration that has no others.
+    smaller ones. Of the images that a part adds, positions are sampled as of a calibration of these alone.
 
     Args:
         inputs: with the images of the calibration.

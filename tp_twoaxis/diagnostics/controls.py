@@ -11,12 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tp_twoaxis.diagnostics.axis_coordinates import (
-    local_axis,
-    relative_depths,
-    target_axis,
-    task_cells,
-)
+from tp_twoaxis.diagnostics.axis_coordinates import local_axis, relative_depths, target_axis, task_cells
 from tp_twoaxis.diagnostics.cell_figures import against_depth, panels
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.exact_power import EXACT_IMAGES, LARGEST_EXACT, exact_power_table
@@ -38,8 +33,8 @@ def label_permutation_table(inputs: EvidenceInputs) -> pd.DataFrame:
     Returns:
         A row for each cell with the columns ``layer``, ``depth``, ``task_mi`` and ``task_mi_permuted`` (means over
         channels of M about the true margin, nats), ``task_mi_chance`` (1 / (2 n) nats, what unrelated channels show on
-        average over n images), ``ratio`` (of the second to the first), ``local_difference`` (the
-        largest of I and R over channels) and ``local_equal`` (1.0 where both are equal to the bit, else 0.0).
+        average over n images), ``ratio`` (of the second to the first), ``local_difference`` (the largest of I and R
+        over channels) and ``local_equal`` (1.0 where both are equal to the bit, else 0.0).
 
     Raises:
         NotApplicableError: there are no labels; see also

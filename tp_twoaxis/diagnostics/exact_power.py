@@ -33,7 +33,7 @@ class PatchCovariance:
     """Covariance of the patches that a layer's outputs are computed from, padding included, at all positions.
 
     Args:
-        layer: a convolution or linear layer.
+        layer: a convolution that is not transposed.
 
     Example:
         >>> conv = nn.Conv2d(2, 4, 3, padding=1, groups=2)
