@@ -1,14 +1,15 @@
 """The least that two variables can say together about a third one, given what each says alone.
 
-Bertschinger et al. (2014): the minimum of the mutual information ``I_Q(T; Y X)`` over all joint distributions Q with the
-pair marginals ``p(t, y)`` and ``p(t, x)``. It is a convex programme over one transport polytope for each value of T. Its
-dual (Makkeh, Theis & Vicente 2018) is
+Bertschinger et al. (2014): the minimum of the mutual information ``I_Q(T; Y X)`` over all joint distributions Q with
+the pair marginals ``p(t, y)`` and ``p(t, x)``. It is a convex programme over one transport polytope for each value of
+T. Its dual (Makkeh, Theis & Vicente 2018) is
 
-    maximise  sum_ty a_ty p(t, y) + sum_tx b_tx p(t, x) + H(T)   subject to  log sum_t exp(a_ty + b_tx) <= 0  for all y, x
+    maximise ``sum_ty a_ty p(t, y) + sum_tx b_tx p(t, x) + H(T)``
+    subject to ``log sum_t exp(a_ty + b_tx) <= 0`` for all y and x,
 
 so that any Q gives an upper bound, any (a, b) after a shift a lower one, and the difference proves how close both are.
 Thousands of small tables are solved at once by a primal-dual interior-point method (predictor and corrector of Mehrotra
-1992) on 64 cells a table of four values each.
+1992).
 """
 
 from __future__ import annotations
@@ -53,10 +54,8 @@ def union_information(first: Tensor, second: Tensor, *, tolerance: float = TOLER
         (0.693147, True)
     """
     _check(first, second)
-    parts = [
-        _minimise(p, q, tolerance)
-        for p, q in zip(first.double().split(BATCH), second.double().split(BATCH), strict=True)
-    ]
+    starts = range(0, len(first), BATCH)
+    parts = [_minimise(first[i : i + BATCH], second[i : i + BATCH], tolerance) for i in starts]
     upper, lower = (torch.cat(bounds) for bounds in zip(*parts, strict=True))
     of_target = first.double().sum(2)
     return (upper - torch.xlogy(of_target, of_target).sum(1)).clamp_min(0.0), (upper - lower).clamp_min(0.0)
@@ -223,7 +222,7 @@ class _NewtonSystem:
         system = system.flatten(3).flatten(1, 2)
         # a and b may be shifted against each other for each t, and marginals that are 0 ask for nothing
         shift = torch.cat([torch.ones(rows), -torch.ones(columns)]).to(system)
-        free = torch.block_diag(*[torch.outer(shift, shift)] * targets)
+        free = torch.kron(torch.eye(targets, dtype=system.dtype), torch.outer(shift, shift))
         empty = (torch.cat([at.first, at.second], dim=2).flatten(1) <= 0).to(system)
         largest = system.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
         system = system + largest * (free + torch.diag_embed(empty))
@@ -240,7 +239,7 @@ class _NewtonSystem:
         pull = lacking / q - self._dual
         wanted = (self._primal - _marginals(self._times_inverse(pull))).flatten(1) * self._scale
         found = torch.cholesky_solve(wanted[:, :, None], self._factor)[:, :, 0] * self._scale
-        row, column = found.view_as(self._primal).split([at.first.shape[2], at.second.shape[2]], dim=2)
+        row, column = found.view_as(self._primal).tensor_split([at.first.shape[2]], dim=2)
         change = self._times_inverse(_spread(row, column) + pull)
         return _Direction(change, (lacking - at.slack * change) / q, row, column)
 
