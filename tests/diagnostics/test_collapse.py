@@ -53,6 +53,14 @@ def test_two_channels_have_no_correlation():
     assert layers[["rho_redundancy_task", "rho_overlap_redundancy"]].isna().all(axis=None)
 
 
+def test_layers_of_two_channels_leave_gaps_and_no_errors():
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = collapse_section(inputs_of(net, [(x, y % 2) for x, y in batches(300, 100)]))
+    assert all(claim.verdict == "UNDECIDED" for claim in found.claims)
+    for drawing in found.drawings:
+        drawing.draw().canvas.draw()
+
+
 def test_the_section_is_whole(section):
     for table in section.tables.values():
         assert {"layer", "depth"} <= set(table.columns)

@@ -158,9 +158,9 @@ def collapse_section(inputs: EvidenceInputs, *, channels: int = CHANNELS) -> Sec
         tables,
         collapse_claims(tables),
         _drawings(tables),
-        follows="What a channel shares with others about the task is decided by how much it says itself. A criterion "
-        "with a term for target redundancy orders channels by task information twice; which channels can stand in for "
-        "each other has to be read off the local axis, from overlap and hulls.",
+        follows="Gaussian target redundancy is task information once more: a criterion with a term for it weighs task "
+        "information differently and learns nothing about which channels can stand in for each other. That has to be "
+        "read off the local axis, from overlap and hulls.",
         fails=f"At most {channels} channels of a layer are decomposed, each with one peer. What a channel shares with "
         "the most informative peer is never more than it says itself, so that a high correlation with task information "
         "is to be expected; the low one with overlap is the finding. Parts of information from few images are too "
@@ -179,7 +179,8 @@ def collapse_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
     redundancy, broja = tables["redundancy_layers"], tables["broja_layers"]
     arithmetic = redundancy.rho_redundancy_task
     third = {"early": broja.depth < EARLY, "middle": broja.depth.between(EARLY, DEEP), "deep": broja.depth > DEEP}
-    ratio = {name: np.log(broja.shared_over_synergy[cells].dropna()) for name, cells in third.items()}
+    known = broja.shared_over_synergy > 0
+    ratio = {name: np.log(broja.shared_over_synergy[cells & known]) for name, cells in third.items()}
     triplets = tables["triplets"]
     shared, information = (torch.tensor(tables["broja_channels"][name].to_numpy()) for name in ("shared", "task_mi"))
     pooled = cell_correlation(shared, information)

@@ -54,10 +54,11 @@ def union_information(first: Tensor, second: Tensor, *, tolerance: float = TOLER
         (0.693147, True)
     """
     _check(first, second)
+    first, second = first.double(), second.double()
     starts = range(0, len(first), BATCH)
     parts = [_minimise(first[i : i + BATCH], second[i : i + BATCH], tolerance) for i in starts]
     upper, lower = (torch.cat(bounds) for bounds in zip(*parts, strict=True))
-    of_target = first.double().sum(2)
+    of_target = first.sum(2)
     return (upper - torch.xlogy(of_target, of_target).sum(1)).clamp_min(0.0), (upper - lower).clamp_min(0.0)
 
 
@@ -69,9 +70,8 @@ def _check(first: Tensor, second: Tensor) -> None:
         )
     apart = (first.sum(2) - second.sum(2)).abs().max()
     unnormalised = (first.sum((1, 2)) - 1.0).abs().max()
-    if not (
-        float(apart) < 1e-9 and float(unnormalised) < 1e-9 and float(torch.minimum(first.min(), second.min())) >= 0
-    ):
+    least = torch.minimum(first.min(), second.min())
+    if not (float(torch.maximum(apart, unnormalised)) < 1e-9 and float(least) >= 0.0):
         raise TwoAxisError(
             "expected probabilities that sum to 1 in each table and agree about p(t), got some that differ by "
             f"{float(torch.maximum(apart, unnormalised)):.2g} or are negative; divide counts of the same images by "
