@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_vgg_and_mobilenet():
     vgg = torchvision.models.vgg11_bn(num_classes=5)
     found = described(vgg)
     convolutions = [name for name, layer in vgg.named_modules() if isinstance(layer, nn.Conv2d)]
-    for before, after in zip(convolutions, convolutions[1:]):
+    for before, after in itertools.pairwise(convolutions):
         width = vgg.get_submodule(before).out_channels
         assert found[after] == {before: list(range(width))}
     mobile = torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5)

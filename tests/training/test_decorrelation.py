@@ -53,6 +53,11 @@ def test_its_gradient_is_that_of_differences():
     assert bool(constant.grad.isfinite().all())
 
 
+def assert_same(first, second):
+    weights = second.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in first.state_dict().items())
+
+
 def mean_shared(net):
     with torch.no_grad(), Decorrelation(net, 1.0) as penalty:
         kept = {}
@@ -78,7 +83,7 @@ def test_weight_zero_changes_nothing_and_the_hooks_leave():
     finetune(plain, batches(), epochs=2, **SETTINGS)
     with Decorrelation(watched, 0.0) as penalty:
         finetune(watched, batches(), epochs=2, penalty=penalty, **SETTINGS)
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), watched.state_dict().values()))
+    assert_same(plain, watched)
     assert not any(module._forward_hooks for module in watched.modules())
 
 
@@ -122,7 +127,7 @@ def test_an_interrupted_training_goes_on_as_it_was(tmp_path):
         run(conv_net(), weight=0.1, checkpoint=state, resume=True)
     again = conv_net()
     assert run(again, checkpoint=state, resume=True).resumed_at == 3
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    assert_same(whole, again)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,7 @@ def train_command(
         if test_source is not None:
             share, count = accuracy(network, test_source.loader(), progress=progress)
             measured = {"accuracy": share, "images": count, "split": test_source.split}
+        snapshots = [] if kept is None else list(snapshot_files(kept).values())
         payload = {
             "model": model.model,
             "data": source.data,
@@ -207,7 +208,7 @@ def train_command(
             "images": report.images,
             "seconds": round(report.seconds, 3),
             "resumed_at": report.resumed_at,
-            "snapshots": [] if kept is None else [str(path) for path in snapshot_files(kept).values()],
+            "snapshots": [str(path) for path in snapshots],
             "final_loss": report.losses[-1],
             "train_accuracies": report.accuracies,
             "evaluation": measured,
@@ -221,7 +222,7 @@ def train_command(
     ]
     if measured is not None:
         lines.append(f"top-1 accuracy on {measured['images']} images ({measured['split']}): {measured['accuracy']:.2%}")
-    wrote = [f"wrote {out}"] + [f"wrote {len(payload['snapshots'])} snapshots to {kept}"] * (kept is not None)
+    wrote = [f"wrote {out}", *([f"wrote {len(snapshots)} snapshots to {kept}"] if snapshots else [])]
     output.show({**payload, "losses": report.losses, "learning_rates": report.learning_rates}, *lines, *wrote)
 
 

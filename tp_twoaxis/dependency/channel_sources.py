@@ -1,4 +1,4 @@
-"""Which layer's which channel each input channel of a layer is made of: through norms, activations, pooling and sums."""
+"""Which channel of which layer is in each input channel: through norms, activations, pooling, sums, concatenations."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class ChannelSource:
 def channel_sources(model: nn.Module, example: Tensor) -> dict[str, list[ChannelSource]]:
     """Find the sources of every layer's input channels.
 
-    Channels are followed as by :func:`~tp_twoaxis.dependency.channel_marks.follow_marks`: where a layer writes NaN, every
-    operation passes it on, until the next layer. Which channel it is, a code tells: of each pair of images the first has
-    marks in the channels with some bit of their number set, the second in the others. Layers themselves only write
-    zeros of the shape that they wrote once, so that a pass costs next to nothing. What two layers write into a sum, or
-    into a product such as that of a gate, are two sources of one channel.
+    Channels are followed as by :func:`~tp_twoaxis.dependency.channel_marks.follow_marks`: where a layer writes NaN,
+    every operation passes it on, until the next layer. Which channel it is, a code tells: of each pair of images the
+    first has marks in the channels with some bit of their number set, the second in the others. Layers themselves only
+    write zeros of the shape that they wrote once, so that a pass costs next to nothing. What two layers write into a
+    sum, or into a product such as that of a gate, are two sources of one channel.
 
     Args:
         model: any network; afterwards it is as before.

@@ -20,10 +20,10 @@ LEAST_RESIDUAL = 1e-4
 class Decorrelation:
     """Penalty ``weight * mean_l R_l`` on a network's batches (paper, appendix O).
 
-    ``R_l`` is the mean of ``R_kj = -1/2 ln(1 - rho_kj^2)`` (equation 2, in nats) over pairs of channels of layer l: k of
-    some reference channels, j of some more, j != k, both drawn anew for each batch (the draw is ours). Correlations are
-    those of the batch's stored outputs, images and positions being rows, in float32; constant channels are left out, and
-    ``rho^2`` is clipped at ``1 - 1e-4``. A penalty of weight 0 leaves training as it is, to the bit.
+    ``R_l`` is the mean of ``R_kj = -1/2 ln(1 - rho_kj^2)`` (equation 2, in nats) over pairs of channels of layer l: k
+    of some reference channels, j of some more, j != k, both drawn anew for each batch (the draw is ours). Correlations
+    are those of the batch's stored outputs, images and positions being rows, in float32; constant channels are left
+    out, and ``rho^2`` is clipped at ``1 - 1e-4``. A penalty of weight 0 leaves training as it is, to the bit.
 
     Between ``__enter__`` and ``__exit__`` the layers are hooked; use it as the ``penalty`` of
     :func:`~tp_twoaxis.training.finetune` inside a ``with`` block.

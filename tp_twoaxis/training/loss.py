@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from tp_twoaxis.errors import TwoAxisError
 
-
 Penalty = Callable[[int], Tensor | None]
 """From a batch's number, after its forward pass, to a number that its loss grows by, or None."""
 

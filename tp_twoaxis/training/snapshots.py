@@ -101,8 +101,8 @@ def read_snapshots(folder: str | Path) -> dict[int, dict[str, Tensor]]:
         if identity is not None and identity != (run, shapes):
             what = "training" if identity[1] == shapes else "network"
             raise TwoAxisError(
-                f"{folder}: expected snapshots of one training, got {listing(p.name for p in files.values())}, of which "
-                f"{path.name} is of another {what}; keep each training in a folder of its own"
+                f"{folder}: expected snapshots of one training, got {listing(p.name for p in files.values())}, of "
+                f"which {path.name} is of another {what}; keep each training in a folder of its own"
             )
         identity = (run, shapes)
     return snapshots
