@@ -148,7 +148,8 @@ def weight_gradients(
             ran = [entry for entry in sums.values() if entry.written is not None]
             if not ran:
                 raise NotApplicableError("none of the convolutions ran in the forward pass")
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            exact = logits if logits.dtype == torch.float64 else logits.float()
+            loss = F.cross_entropy(exact, labels, reduction="sum")
             outputs = [entry.written for entry in ran if entry.written is not None]
             slopes = torch.autograd.grad(loss, outputs, materialize_grads=True)
             for entry, slope in zip(ran, slopes, strict=True):
@@ -237,12 +238,13 @@ def alignment_table(gradients: Mapping[str, WeightGradients], depths: Mapping[st
     Returns:
         A row a layer: layer, depth, channels (those with both slopes), ``weights`` d of a channel, then means of the
         cosines ``capture_information`` between grad I and grad M, and ``descent_capture`` and ``descent_information``
-        of minus the loss's slope with either, and of the first one's absolute value. Unrelated directions have a mean
-        absolute cosine of about ``sqrt(2 / (pi d))``, ``chance``.
+        of minus the loss's slope with either, and of the first one's absolute value. Channels without one of the two
+        directions are left out. Unrelated directions have a mean absolute cosine of about ``sqrt(2 / (pi d))``,
+        ``chance``.
     """
     rows = []
     for name, slopes in gradients.items():
-        across = F.cosine_similarity(slopes.capture, slopes.information)
+        across = _cosines(slopes.capture, slopes.information)
         rows.append(
             {
                 "layer": name,
@@ -250,13 +252,19 @@ def alignment_table(gradients: Mapping[str, WeightGradients], depths: Mapping[st
                 "channels": int((~across.isnan()).sum()),
                 "weights": slopes.weights.shape[1],
                 "capture_information": float(across.nanmean()),
-                "descent_capture": float(F.cosine_similarity(-slopes.loss, slopes.capture).nanmean()),
-                "descent_information": float(F.cosine_similarity(-slopes.loss, slopes.information).nanmean()),
+                "descent_capture": float(_cosines(-slopes.loss, slopes.capture).nanmean()),
+                "descent_information": float(_cosines(-slopes.loss, slopes.information).nanmean()),
                 "absolute": float(across.abs().nanmean()),
                 "chance": math.sqrt(2 / (math.pi * slopes.weights.shape[1])),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each row of [C, d] with its partner, [C]; NaN where either has no direction."""
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(lengths > 0, (a * b).sum(1) / lengths, math.nan)
 
 
 def gradients_by_epoch(inputs: EvidenceInputs, target: str = "margin") -> pd.DataFrame:
@@ -306,8 +314,10 @@ def gradients_section(inputs: EvidenceInputs) -> Section:
         drawings,
         follows="Training along one axis need not move a channel along the other, so that neither score stands for "
         "the other in a trained network.",
-        fails="The slopes are those of Gaussian proxies with a target that stands still; that directions are there "
-        "does not say that training takes them. In evaluation mode BatchNorm's statistics stand still too (ours).",
+        fails="A mean cosine near 0 hides channels whose slopes agree or oppose: the table has the mean absolute "
+        "cosine beside that of unrelated directions. The slopes are those of Gaussian proxies with a target that "
+        "stands still, and in evaluation mode BatchNorm's statistics do so too (ours); that a direction is there does "
+        "not say that training takes it.",
     )
 
 
@@ -347,6 +357,7 @@ def _claim_of_training(over: pd.DataFrame) -> Claim:
 
 _CAPTION = (
     "Mean cosine over a layer's channels, by depth: between the slopes of input capture and task information in weight "
-    "space, and of the loss's descent with either. Grey: mean absolute cosine of unrelated directions."
+    "space, and of the loss's descent with either. Grey: mean absolute cosine of two unrelated directions, those of a "
+    "single channel."
 )
 _BY_EPOCH = "The same cosines over training, mean over layers spread over depth; bands are standard errors over layers."

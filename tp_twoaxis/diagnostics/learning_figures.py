@@ -53,7 +53,7 @@ def draw_learning(trajectory: pd.DataFrame, velocity: pd.DataFrame, persistence:
         _line(settling, mean_by_epoch(part, "rho"), color=COLOURS[symbol], marker="o", label=WORDS[symbol])
     settling.set_title("How much of the last order is there", loc="left", fontsize="medium")
     settling.set_ylabel("rank correlation\nwith the last epoch")
-    _below(settling)
+    settling.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), ncols=3, frameon=False, fontsize="small")
     for axes in (coupling, settling):
         _epochs(axes, trajectory.epoch)
     _velocities(speed, velocity)
@@ -99,7 +99,7 @@ def draw_gradients(table: pd.DataFrame) -> Figure:
     axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xlabel("depth (0 first, 1 last convolution)")
     axes.set_ylabel("mean cosine in weight space")
-    _below(axes)
+    figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
@@ -111,7 +111,7 @@ def draw_gradients_by_epoch(table: pd.DataFrame) -> Figure:
         _line(axes, mean_by_epoch(table, name), color=colour, marker=style[0], linestyle=style[1:], label=words)
     _epochs(axes, table.epoch)
     axes.set_ylabel("mean cosine in weight space")
-    _below(axes)
+    figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
@@ -135,7 +135,3 @@ def _epochs(axes: Any, epochs: pd.Series[int], *, zero: bool = True) -> None:
     axes.set_xlabel("epoch (square-root axis)")
     if zero:
         axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
-
-
-def _below(axes: Any) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=1 if len(axes.lines) > 3 else 3, frameon=False)

@@ -92,7 +92,8 @@ def propagation_edges(inputs: EvidenceInputs, symbols: Sequence[str] = tuple(QUA
         NotApplicableError: there is no such convolution, the network could not be followed, or the statistics have no
             target.
     """
-    images = inputs.calibration[0][0] if len(inputs.calibration) else None
+    first = inputs.calibration[0] if len(inputs.calibration) else None
+    images = first[0] if isinstance(first, (tuple, list)) else first
     if not isinstance(images, Tensor):
         raise NotApplicableError("the network was to run on one tensor of images; its channels are not followed")
     if inputs.statistics.target is None:

@@ -30,7 +30,7 @@ def draw_propagation(routing: pd.DataFrame, contrast: pd.DataFrame) -> Figure:
     image = top.imshow(mean, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
     for row, a in enumerate(symbols):
         for column, b in enumerate(symbols):
-            value = float(mean.loc[a, b])
+            value = round(float(mean.loc[a, b]), 2) + 0.0  # no -0.00
             top.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if abs(value) > 0.3 else "k")
     labels = [WORDS[symbol].replace(" ", "\n") for symbol in symbols]
     top.set_xticks(range(len(symbols)), labels)
