@@ -202,6 +202,16 @@ def test_networks_it_does_not_apply_to():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(NotApplicableError, match="no convolution"):
         propagation_section(evidence(flat))
+    few = batches(8)
+    with pytest.raises(NotApplicableError, match=r"more channels than there are images \(4\)"):
+        propagation_section(EvidenceInputs(conv_net(), calibrate(conv_net(), batches(4), progress=False), few))
+    alike = [(images, torch.zeros_like(labels)) for images, labels in batches(64)]
+    with pytest.raises(NotApplicableError, match="all images are of one class"):
+        propagation_section(EvidenceInputs(conv_net(), calibrate(conv_net(), alike, progress=False), alike))
+    # layers with more channels than images are no edges, and no sources
+    some = EvidenceInputs(conv_net(), calibrate(conv_net(), batches(12), progress=False), few)
+    with pytest.raises(NotApplicableError, match="no convolution reads"):
+        propagation_edges(some)
     inputs = evidence(conv_net())
     inputs.calibration = [{"pixel_values": images, "labels": labels} for images, labels in inputs.calibration]
     with pytest.raises(NotApplicableError, match="one tensor of images"):

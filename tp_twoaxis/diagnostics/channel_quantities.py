@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from tp_twoaxis.diagnostics.evidence import EvidenceInputs, NotApplicableError
 from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, rank_correlation
 from tp_twoaxis.scores import local
 from tp_twoaxis.scores.named_scores import capture, target_excess, task_mi
@@ -58,11 +59,31 @@ def rho(a: Tensor, b: Tensor) -> float:
     return float(rank_correlation(a[both][None], b[both][None]))
 
 
-def depth_of(names: Sequence[str]) -> dict[str, float]:
+def measurable_cells(inputs: EvidenceInputs) -> list[str]:
+    """Name the convolutions with no more channels than images: pooled correlations of others are of a singular matrix.
+
+    Raises:
+        NotApplicableError: there is none, the statistics have no target, or all images are of one class.
+    """
+    names, statistics = inputs.cells(), inputs.statistics
+    if statistics.target is None:
+        raise NotApplicableError("the statistics have no target; calibrate with labels and a target")
+    first = statistics[names[0]]
+    if "one_vs_rest" in first.columns and not bool(first.target_correlation("one_vs_rest").any()):
+        raise NotApplicableError("all images are of one class; expected images of at least two")
+    able = [name for name in names if statistics[name].num_channels <= statistics.num_images]
+    if not able:
+        raise NotApplicableError(
+            f"every convolution has more channels than there are images ({statistics.num_images}); give more images"
+        )
+    return able
+
+
+def relative_depths(names: Sequence[str]) -> dict[str, float]:
     """Depth of each layer, 0 for the first and 1 for the last.
 
     Example:
-        >>> depth_of(["a", "b", "c"]), depth_of(["a"])
+        >>> relative_depths(["a", "b", "c"]), relative_depths(["a"])
         ({'a': 0.0, 'b': 0.5, 'c': 1.0}, {'a': 0.0})
     """
     return {name: i / max(len(names) - 1, 1) for i, name in enumerate(names)}

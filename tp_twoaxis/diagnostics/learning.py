@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import Tensor, nn
 
-from tp_twoaxis.diagnostics.channel_quantities import depth_of, quantities_of, rho
+from tp_twoaxis.diagnostics.channel_quantities import (
+    measurable_cells,
+    quantities_of,
+    relative_depths,
+    rho,
+)
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
 from tp_twoaxis.runtime.layers import spread_over_depth
@@ -99,12 +104,10 @@ def layer_states(
         Epoch -> layer -> state, ascending.
 
     Raises:
-        NotApplicableError: see :func:`check_snapshots`; or the statistics have no target.
+        NotApplicableError: see :func:`check_snapshots`.
     """
     check_snapshots(inputs)
     target = inputs.statistics.target
-    if target is None:
-        raise NotApplicableError("the statistics have no target; calibrate with labels and a target")
     states = {}
     for epoch, model in models_by_epoch(inputs):
         found = calibrate(
@@ -207,11 +210,11 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
         measures: what is followed beside the axes.
 
     Raises:
-        NotApplicableError: see :func:`layer_states`.
+        NotApplicableError: see :func:`check_snapshots` and
+            :func:`~tp_twoaxis.diagnostics.channel_quantities.measurable_cells`.
     """
-    cells = inputs.cells()
-    depths = depth_of(cells)
-    states = layer_states(inputs, spread_over_depth(cells, LAYERS), measures)
+    depths = relative_depths(inputs.cells())
+    states = layer_states(inputs, spread_over_depth(measurable_cells(inputs), LAYERS), measures)
     trajectory = trajectory_table(states, depths)
     velocity = velocity_table(states, depths)
     persistence = persistence_table(states, depths)

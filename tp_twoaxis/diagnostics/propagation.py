@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.channel_sources import ChannelSource, channel_sources
-from tp_twoaxis.diagnostics.channel_quantities import LOCAL, QUANTITIES, TARGET, depth_of, quantities_of, rho
+from tp_twoaxis.diagnostics.channel_quantities import (
+    LOCAL,
+    QUANTITIES,
+    TARGET,
+    measurable_cells,
+    quantities_of,
+    relative_depths,
+    rho,
+)
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
 from tp_twoaxis.diagnostics.propagation_figure import draw_propagation
 from tp_twoaxis.errors import TwoAxisError
@@ -36,7 +44,7 @@ def routing_weights(layer: nn.Module) -> Tensor:
         >>> weights.shape, int((weights > 0).sum())
         (torch.Size([2, 4]), 4)
     """
-    norms = weight_blocks(layer).double().norm(dim=3).cpu()
+    norms: Tensor = weight_blocks(layer).double().norm(dim=3).cpu()
     blocks, outputs, inputs = norms.shape
     weights = norms.new_zeros(blocks, outputs, blocks, inputs)
     weights[torch.arange(blocks), :, torch.arange(blocks)] = norms
@@ -89,21 +97,24 @@ def propagation_edges(inputs: EvidenceInputs, symbols: Sequence[str] = tuple(QUA
     layer like any other; each of its channels has one source. The input of the network has none.
 
     Raises:
-        NotApplicableError: there is no such convolution, the network could not be followed, or the statistics have no
-            target.
+        NotApplicableError: there is no such convolution, the network could not be followed, or see
+            :func:`~tp_twoaxis.diagnostics.channel_quantities.measurable_cells`.
     """
     first = inputs.calibration[0] if len(inputs.calibration) else None
     images = first[0] if isinstance(first, (tuple, list)) else first
     if not isinstance(images, Tensor):
         raise NotApplicableError("the network was to run on one tensor of images; its channels are not followed")
-    if inputs.statistics.target is None:
-        raise NotApplicableError("the statistics have no target; calibrate with labels and a target")
-    cells = inputs.cells()
+    cells = measurable_cells(inputs)
     try:
         sources = channel_sources(inputs.model, images)
     except TwoAxisError as error:
         raise NotApplicableError(str(error)) from error
-    values = {name: quantities_of(inputs.statistics[name], symbols) for name in inputs.statistics}
+    images_seen = inputs.statistics.num_images
+    values = {
+        name: quantities_of(layer, symbols)
+        for name, layer in inputs.statistics.layers.items()
+        if layer.num_channels <= images_seen
+    }
     layers = dict(unwrap(inputs.model).named_modules())
     edges = []
     for name in cells:
@@ -226,7 +237,7 @@ def propagation_section(inputs: EvidenceInputs) -> Section:
         NotApplicableError: see :func:`propagation_edges`.
     """
     edges = propagation_edges(inputs)
-    depths = depth_of(inputs.cells())
+    depths = relative_depths(inputs.cells())
     routing = routing_table(edges, depths)
     contrast = axis_contrast(routing)
     types = type_table(edges, depths, seed=inputs.seed)
