@@ -17,6 +17,7 @@ from tp_twoaxis.diagnostics.channel_quantities import (
 )
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
+from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.runtime.layers import spread_over_depth
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.scores.hull import greedy_hulls
@@ -85,10 +86,16 @@ def check_snapshots(inputs: EvidenceInputs) -> None:
 
 
 def models_by_epoch(inputs: EvidenceInputs) -> Iterator[tuple[int, nn.Module]]:
-    """Give a copy of the network with each snapshot's weights, ascending; the same object every time."""
+    """Give a copy of the network with each snapshot's weights, ascending; the same object every time.
+
+    BatchNorm's statistics are estimated anew on the calibration images, 2,000 at most, at every epoch alike (ours; the
+    paper does not say). Before training BatchNorm has seen no image and passes on what it reads, and in the first
+    epochs its running means lag behind the weights: the network would not be the one that is trained.
+    """
     model = copy.deepcopy(unwrap(inputs.model))
     for epoch in sorted(inputs.snapshots):
         model.load_state_dict(inputs.snapshots[epoch])
+        reestimate_batch_norm(model, inputs.calibration, max_images=IMAGES, progress=inputs.progress)
         yield epoch, model
 
 
@@ -96,9 +103,6 @@ def layer_states(
     inputs: EvidenceInputs, layers: Sequence[str], measures: Sequence[Measure] = MEASURES
 ) -> dict[int, dict[str, LayerState]]:
     """Compute both axes of some layers after each snapshot's epoch, from the same images, 2,000 at most.
-
-    The network runs in evaluation mode as it would after training; before training its BatchNorms pass on what they
-    read.
 
     Returns:
         Epoch -> layer -> state, ascending.
@@ -229,10 +233,12 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
         tables,
         _claims(trajectory, velocity, persistence),
         drawings,
-        follows="Local ranks of an unfinished training foretell those of the finished network earlier than task ranks "
-        "do, where the second panel shows it: pruning early is then safer by the local axis.",
+        follows="Where local ranks settle before task ranks do (second panel), an unfinished training foretells which "
+        "channels are replaceable: pruning early is then safer by the local axis.",
         fails="Of one training the intervals are over layers and say nothing of other seeds. Task information is about "
-        "the model's own margin, and its mean is no measure of what the network knows.",
+        "the model's own margin, and its mean is no measure of what the network knows. BatchNorm's statistics are "
+        "estimated anew at every snapshot (ours): with those "
+        "that an untrained network has stored, the first point is another.",
     )
 
 
