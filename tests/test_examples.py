@@ -24,9 +24,9 @@ def run(script, *arguments):
 
 
 def test_all_examples_are_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*BACKBONES, "drop_in"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*BACKBONES, "drop_in", "vit_axes"}
     listed = (EXAMPLES / "README.md").read_text()
-    assert all(f"{name}.py" in listed for name in (*BACKBONES, "drop_in"))
+    assert all(f"{name}.py" in listed for name in (*BACKBONES, "drop_in", "vit_axes"))
 
 
 @pytest.mark.parametrize("script", BACKBONES)
@@ -48,6 +48,14 @@ def test_a_folder_of_images(tmp_path):
     state = run("resnet", *TINY, "--data", str(tmp_path), "--out", str(tmp_path / "net.safetensors"))
     assert state["model"].fc.out_features == 2
     assert state["total"] == 8
+
+
+def test_both_axes_of_a_transformer(capsys):
+    state = run("vit_axes", "--images", "48", "--width", "48")
+    assert len(state["table"]) == 12
+    assert all(-1 <= rho <= 1 and -0.5 <= ari <= 1 for rho, ari in state["table"])
+    assert all(len(torch.cat(kept)) == 48 for kept in state["tokens"])
+    assert "ARI of 3 groups" in capsys.readouterr().out
 
 
 def test_drop_in(capsys):

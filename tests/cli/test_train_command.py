@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tp_twoaxis.cli import train_command as command
 from tp_twoaxis.data import open_dataset
 from tp_twoaxis.training import finetune, training_batches
+from tp_twoaxis.training.snapshots import read_snapshots
 
 SMALL = ("--epochs", 3, "--batch-size", 8, "--lr", 0.05)
 
@@ -91,6 +92,22 @@ def test_an_interrupted_command_goes_on(tmp_path, arguments, monkeypatch):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_snapshots_stand_beside_the_weights(tmp_path, arguments):
+    result = succeed(*arguments, *SMALL, "--snapshots", "3,0,1")
+    folder = tmp_path / "w.snapshots"
+    assert f"wrote 3 snapshots to {folder}" in result.stdout
+    snapshots = read_snapshots(folder)
+    assert list(snapshots) == [0, 1, 3]
+    trained = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(trained[name], tensor) for name, tensor in snapshots[3].items())
+    (tmp_path / "w.safetensors").unlink()
+    assert "the folder is not empty" in refused(*arguments, *SMALL, "--snapshots", "1")
+    # another training in their place leaves none of them
+    payload = json.loads(succeed(*arguments, *SMALL, "--snapshots", "2", "--seed", 1, "--force", "--json").stdout)
+    assert payload["snapshots"] == [str(folder / "epoch_2.safetensors")]
+    assert list(read_snapshots(folder)) == [2]
+
+
 def test_augmentation_is_for_training_alone(tmp_path, arguments, monkeypatch):
     seen = []
 
@@ -122,6 +139,9 @@ def test_augmentation_is_for_training_alone(tmp_path, arguments, monkeypatch):
         (("--split", "nope"), "split"),
         (("--eval-images", "3"), "--eval-split"),
         (("--checkpoint", "none.safetensors"), "there is none"),
+        (("--snapshots", "0,last"), "--snapshots: expected whole numbers"),
+        (("--snapshots", "-1,2"), "expected epochs of 0 or more, got -1"),
+        (("--epochs", "3", "--snapshots", "0,4"), "expected epochs of 0 to 3, got 4"),
     ],
 )
 def test_refusals_leave_nothing(tmp_path, arguments, options, message):

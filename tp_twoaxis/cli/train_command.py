@@ -83,6 +83,26 @@ class RunOptions:
     ] = None
     checkpoint_every: Annotated[int | None, _run("Write it also after every so many batches.", min=1)] = None
     resume: Annotated[bool, _run("Go on from --state where there is one.", "--resume")] = False
+    snapshots: Annotated[
+        str | None,
+        _run("Epochs after which the weights are kept in a folder beside --out, such as 0,1,2,5; 0 is before any."),
+    ] = None
+
+    @property
+    def snapshot_epochs(self) -> list[int]:
+        """The epochs of --snapshots, ascending.
+
+        Raises:
+            TwoAxisError: they are no whole numbers, or negative.
+        """
+        epochs = sorted(set(numbers("--snapshots", self.snapshots, int) or []))
+        if epochs and epochs[0] < 0:
+            raise TwoAxisError(f"--snapshots: expected epochs of 0 or more, got {epochs[0]}")
+        return epochs
+
+    def snapshot_folder(self, out: Path) -> Path | None:
+        """Where snapshots go, or None for a run without."""
+        return out.with_name(f"{out.stem}.snapshots") if self.snapshot_epochs else None
 
 
 def train_command(
@@ -114,7 +134,8 @@ def train_command(
     """
     state = run.state or out.with_name(f"{out.stem}.state.safetensors")
     # a state that --resume is for is no output to be replaced
-    output.check(out, None if run.resume or output.force else state)
+    kept = run.snapshot_folder(out)
+    output.check(out, None if run.resume or output.force else state, folder=None if run.resume else kept)
 
     import torch
 
@@ -122,8 +143,12 @@ def train_command(
     from tp_twoaxis.runtime.model_state import fork_rng
     from tp_twoaxis.training import Distillation, finetune, training_batches
     from tp_twoaxis.training.evaluation import accuracy
+    from tp_twoaxis.training.snapshots import SnapshotWriter, snapshot_files
 
     recipe = training.settings(model.model, model.device)
+    epochs = run.snapshot_epochs
+    if epochs and epochs[-1] > recipe.epochs:
+        raise TwoAxisError(f"--snapshots: expected epochs of 0 to {recipe.epochs}, got {epochs[-1]}")
     source = dataclasses.replace(source, batch_size=recipe.batch_size)
     test_source = evaluation.beside(source)
     with process_group(model.device) as process:
@@ -148,8 +173,10 @@ def train_command(
             ranks=process.world_size,
         )
         if output.force and not run.resume and process.rank == 0:
-            state.unlink(missing_ok=True)
+            for old in (state, *(snapshot_files(kept).values() if kept else ())):
+                old.unlink(missing_ok=True)
         barrier()
+        described = {"model": model.model, "data": source.data, "seed": source.seed, "recipe": training.record(recipe)}
         report = finetune(
             network,
             loader,
@@ -159,6 +186,7 @@ def train_command(
             checkpoint=state,
             checkpoint_every=run.checkpoint_every,
             resume=run.resume,
+            on_epoch=None if kept is None else SnapshotWriter(kept, epochs, described),
             seed=source.seed,
             progress=progress,
             **recipe.settings(),
@@ -169,6 +197,7 @@ def train_command(
         if test_source is not None:
             share, count = accuracy(network, test_source.loader(), progress=progress)
             measured = {"accuracy": share, "images": count, "split": test_source.split}
+        snapshots = [] if kept is None else list(snapshot_files(kept).values())
         payload = {
             "model": model.model,
             "data": source.data,
@@ -179,6 +208,7 @@ def train_command(
             "images": report.images,
             "seconds": round(report.seconds, 3),
             "resumed_at": report.resumed_at,
+            "snapshots": [str(path) for path in snapshots],
             "final_loss": report.losses[-1],
             "train_accuracies": report.accuracies,
             "evaluation": measured,
@@ -192,21 +222,19 @@ def train_command(
     ]
     if measured is not None:
         lines.append(f"top-1 accuracy on {measured['images']} images ({measured['split']}): {measured['accuracy']:.2%}")
-    output.show({**payload, "losses": report.losses, "learning_rates": report.learning_rates}, *lines, f"wrote {out}")
+    wrote = [f"wrote {out}", *([f"wrote {len(snapshots)} snapshots to {kept}"] if snapshots else [])]
+    output.show({**payload, "losses": report.losses, "learning_rates": report.learning_rates}, *lines, *wrote)
 
 
 def _write(network: nn.Module, options: ModelOptions, out: Path, payload: dict[str, Any]) -> None:
     """Write weights for --checkpoint, with how they came about in the file's header."""
-    from safetensors.torch import save
-
     from tp_twoaxis.pruning import save_pruned
-    from tp_twoaxis.runtime.serialization import write_bytes
+    from tp_twoaxis.training.snapshots import write_weights
 
     if options.pruned:
         save_pruned(network, out, _Payload(payload))
         return
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()}
-    write_bytes(out, save(tensors, metadata={"format": "pt", "training": json.dumps(payload)}))
+    write_weights(network, out, {"training": json.dumps(payload)})
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,9 @@ def patch_rows(x: Tensor, layer: nn.Module, positions: Tensor) -> Tensor:
     """
     if not isinstance(layer, _ConvNd):
         return select_positions(flatten_positions(x, layer, len(x), ""), positions)[:, :, None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    view = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    dimensions = len(layer.kernel_size)
-    for d, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        view = view.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # the view is [n, C, *out, *taps] without a copy; only the chosen positions are copied
-    places = torch.unravel_index(positions, view.shape[2 : 2 + dimensions])
+    view = _windows(x, layer)
+    # only the chosen positions are copied
+    places = torch.unravel_index(positions, view.shape[2 : 2 + len(layer.kernel_size)])
     if positions.ndim == 2:
         image = torch.arange(len(x), device=positions.device)[:, None]
         chosen: tuple[slice | Tensor, ...] = (image, slice(None), *places)
@@ -61,6 +57,40 @@ def patch_rows(x: Tensor, layer: nn.Module, positions: Tensor) -> Tensor:
         everything: tuple[slice | Tensor, ...] = (slice(None), slice(None))
         rows = view[everything + places].movedim(2, 1)
     return rows.reshape(len(x), positions.shape[-1], layer.groups, -1)
+
+
+def padded(x: Tensor, layer: _ConvNd) -> Tensor:
+    """Pad what a convolution reads as it does itself, [n, C, *spatial]."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def pooled_patches(x: Tensor, layer: _ConvNd) -> Tensor:
+    """Average the patches behind all outputs of a convolution, padding included.
+
+    Args:
+        x: the layer's input, [n, C, *spatial].
+        layer: a convolution of 1 to 3 dimensions, not transposed.
+
+    Returns:
+        [n, blocks, patch] in the dtype of ``x``: what the layer makes of it, plus its bias, are the pooled outputs.
+
+    Example:
+        >>> conv, x = nn.Conv2d(2, 1, 3, stride=2, padding=1, bias=False), torch.randn(4, 2, 5, 5)
+        >>> pooled = pooled_patches(x, conv)[:, 0] @ conv.weight.reshape(-1)
+        >>> torch.allclose(pooled, conv(x).mean((1, 2, 3)), atol=1e-6)
+        True
+    """
+    positions = tuple(range(2, 2 + len(layer.kernel_size)))
+    return _windows(x, layer).mean(positions).reshape(len(x), layer.groups, -1)
+
+
+def _windows(x: Tensor, layer: _ConvNd) -> Tensor:
+    """View what a convolution reads as [n, C, *out, *taps], without a copy of what is padded."""
+    view = padded(x, layer)
+    for d, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        view = view.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return view
 
 
 def select_positions(view: Tensor, positions: Tensor) -> Tensor:

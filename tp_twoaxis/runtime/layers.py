@@ -6,7 +6,7 @@ Widths, channel dimensions and weights in a common layout are derived here and n
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -64,6 +64,23 @@ def channel_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict
         near = difflib.get_close_matches(name, found, n=3) or list(found)[:3]
         raise TwoAxisError(f"layers: the model has no layer {name!r}; near it: {listing(near)}")
     return {name: layer for name, layer in found.items() if name in set(wanted)}
+
+
+def spread_over_depth(names: Sequence[str], count: int) -> list[str]:
+    """Choose names at equal distances from the first to the last, both included.
+
+    Args:
+        names: of layers, in the model's order.
+        count: how many, at least 1; all where there are no more.
+
+    Example:
+        >>> spread_over_depth(["a", "b", "c", "d", "e"], 3), spread_over_depth(["a", "b"], 6)
+        (['a', 'c', 'e'], ['a', 'b'])
+    """
+    if count >= len(names):
+        return list(names)
+    last = len(names) - 1
+    return [names[round(i * last / max(count - 1, 1))] for i in range(count)]
 
 
 def out_channels_of(layer: nn.Module) -> int:

@@ -13,8 +13,8 @@ from torch import nn
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.distributed import rank
 from tp_twoaxis.runtime.model_state import eval_mode, fork_rng, train_mode, unwrap
-from tp_twoaxis.training.loop import TrainingReport, TrainingRun
-from tp_twoaxis.training.loss import DISTILLATION, Distillation
+from tp_twoaxis.training.loop import EpochCallback, TrainingReport, TrainingRun
+from tp_twoaxis.training.loss import DISTILLATION, Distillation, Penalty
 from tp_twoaxis.training.settings import Precision, RunSettings, Schedule
 
 
@@ -38,6 +38,8 @@ def finetune(
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    penalty: Penalty | None = None,
+    on_epoch: EpochCallback | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> TrainingReport:
@@ -78,6 +80,14 @@ def finetune(
         checkpoint_every: also after every so many batches.
         resume: go on from ``checkpoint`` where there is one. On the CPU the run ends bit for bit as if it had not
             been interrupted, as long as all randomness of the loader comes from its ``generator`` or torch's.
+        penalty: called with a batch's number after its forward pass; what it returns, unless None, is added to the
+            batch's loss, for example :class:`~tp_twoaxis.training.decorrelation.Decorrelation`. A resumption must have
+            one of the same ``repr``.
+        on_epoch: called as ``on_epoch(epoch, model)`` on every rank, with 0 before the first step and with n when n
+            epochs are done (one that ``max_batches`` cuts counts), before the checkpoint is written: an interrupted
+            run may call it twice with one epoch and the same weights, and never leaves an epoch out. What it does to
+            modes and torch's random state is undone; weights and the loader are its to leave alone. An example is
+            :class:`~tp_twoaxis.training.snapshots.SnapshotWriter`.
         seed: of torch's global random numbers during the run (dropout, order without a generator of its own);
             rank r takes ``seed + r``.
         progress: show a progress bar with loss and accuracy on stderr.
@@ -135,7 +145,7 @@ def finetune(
         _channels_last(network, channels_last),
     ):
         torch.manual_seed(seed + rank())
-        run = TrainingRun(network, teacher, loader, settings)
+        run = TrainingRun(network, teacher, loader, settings, penalty, on_epoch)
         if path is not None and path.exists():
             run.load(path)
         return run.finish(path, checkpoint_every, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ from tqdm.auto import tqdm
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.batches import Batch, image_batches
 from tp_twoaxis.runtime.distributed import broadcast_buffers, data_parallel, min_over_ranks, sum_in_place, world_size
+from tp_twoaxis.runtime.model_state import fork_rng, preserve_modes
 from tp_twoaxis.training import resumption
-from tp_twoaxis.training.loss import DISTILLATION, check_labels, training_loss
+from tp_twoaxis.training.loss import DISTILLATION, Penalty, check_labels, training_loss
 from tp_twoaxis.training.settings import RunSettings, learning_rate
+
+EpochCallback = Callable[[int, nn.Module], None]
+"""Called with the number of epochs that are done, and the network."""
 
 # batches after which losses are read from a GPU, which each reading waits for; on the CPU they are free
 BATCHES_PER_READING = 20
@@ -30,7 +34,7 @@ class TrainingReport:
     """What a training run did.
 
     Attributes:
-        losses: mean loss of every batch (over all ranks), before its step.
+        losses: mean loss of every batch (over all ranks), its penalty included, before its step.
         learning_rates: of every batch.
         accuracies: share of training images classified right, for every epoch that was begun, measured while
             the weights move and on the images as the loader augments them; 0 where labels are missing.
@@ -63,15 +67,24 @@ class TrainingRun:
         teacher: of the distillation, on the same device, in evaluation mode.
         loader: yields ``(images, labels)`` or images.
         settings: of the run.
+        penalty: see :func:`~tp_twoaxis.training.finetuning.finetune`.
+        on_epoch: see there.
 
     Raises:
         TwoAxisError: the loader is empty, or its length is unknown and there is no cap.
     """
 
     def __init__(
-        self, network: nn.Module, teacher: nn.Module | None, loader: Iterable[Any], settings: RunSettings
+        self,
+        network: nn.Module,
+        teacher: nn.Module | None,
+        loader: Iterable[Any],
+        settings: RunSettings,
+        penalty: Penalty | None = None,
+        on_epoch: EpochCallback | None = None,
     ) -> None:
         self.network, self.teacher, self.loader, self.settings = network, teacher, loader, settings
+        self.penalty, self.on_epoch = penalty, on_epoch
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         first = next(iter(trained.values()))
         self.device, self.dtype = first.device, first.dtype
@@ -91,6 +104,7 @@ class TrainingRun:
             "steps": self.steps,
             "batches_per_epoch": self.batches_per_epoch,
             "model": type(network).__name__,
+            "penalty": None if penalty is None else repr(penalty),
         }
         self.progress = resumption.Progress()
         self.resumed_at = 0
@@ -118,6 +132,8 @@ class TrainingRun:
         progress, total = self.progress, self.steps
         # forwards go through the wrapper, which averages gradients and starts from rank 0's weights
         wrapped = data_parallel(self.network, self.device)
+        if progress.step == 0:
+            self._call_back()
         with tqdm(
             total=total, initial=progress.step, desc="training", unit="batch", disable=not show_progress, leave=False
         ) as bar:
@@ -125,6 +141,7 @@ class TrainingRun:
                 self._epoch(wrapped, path, every, bar)
                 self._read_losses(bar)
                 progress.end_epoch()
+                self._call_back()
                 if path is not None:
                     self._save(path)
         self.optimizer.zero_grad(set_to_none=True)
@@ -139,6 +156,11 @@ class TrainingRun:
             seconds=time.perf_counter() - self.started,
             resumed_at=self.resumed_at,
         )
+
+    def _call_back(self) -> None:
+        if self.on_epoch is not None:
+            with fork_rng(), preserve_modes(self.network), torch.no_grad():
+                self.on_epoch(self.progress.epoch, self.network)
 
     def _epoch(self, wrapped: nn.Module, path: Path | None, every: int | None, bar: Any) -> None:
         progress = self.progress
@@ -198,6 +220,9 @@ class TrainingRun:
                 label_smoothing=settings.label_smoothing,
                 distillation=settings.distillation or DISTILLATION,
             )
+            penalty = None if self.penalty is None else self.penalty(progress.step)
+            if penalty is not None:
+                loss = loss + penalty
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.scaler.step(self.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tp_twoaxis.errors import TwoAxisError
+
+Penalty = Callable[[int], Tensor | None]
+"""From a batch's number, after its forward pass, to a number that its loss grows by, or None."""
 
 
 class Distillation(NamedTuple):

@@ -1,0 +1,161 @@
+"""The course of training: tables against SciPy, windows, seeds, the section on a small training, and refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import batches, conv_net
+from scipy.stats import spearmanr
+
+from tp_twoaxis import calibrate
+from tp_twoaxis.diagnostics.evidence import EvidenceInputs, NotApplicableError
+from tp_twoaxis.diagnostics.learning import (
+    hull_measures,
+    layer_states,
+    learning_section,
+    models_by_epoch,
+    persistence_table,
+    trajectory_table,
+    velocity_table,
+    windows,
+)
+from tp_twoaxis.diagnostics.learning_figures import draw_learning, mean_by_epoch
+from tp_twoaxis.scores import local, target
+from tp_twoaxis.training import finetune
+from tp_twoaxis.training.snapshots import SnapshotWriter, read_snapshots
+
+EPOCHS = (0, 1, 3, 6)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learning") / "kept"
+    net, data = conv_net(), batches(64)
+    writer = SnapshotWriter(folder, EPOCHS)
+    finetune(net, data, epochs=6, lr=0.1, schedule="constant", on_epoch=writer, max_batches=None, progress=False)
+    return net, data, read_snapshots(folder)
+
+
+@pytest.fixture
+def inputs(trained):
+    net, data, snapshots = trained
+    return EvidenceInputs(net, calibrate(net, data, progress=False), data, snapshots=dict(snapshots), progress=False)
+
+
+def quantities(inputs, epoch, name):
+    """I, R and M of a layer after an epoch, straight from the formulas."""
+    net = conv_net()
+    net.load_state_dict(inputs.snapshots[epoch])
+    for norm in (net.bn1, net.bn2):
+        norm.reset_running_stats()
+        norm.momentum = None
+    net.train()
+    with torch.no_grad():
+        for images, _ in inputs.calibration:
+            net(images)
+    net.eval()
+    layer = calibrate(net, inputs.calibration, progress=False)[name]
+    power = layer.variance.numpy()
+    return {
+        "I": 0.5 * np.log1p(power / np.median(power)),
+        "R": local.peer_overlap(layer.correlation).numpy(),
+        "M": target.task_information(layer.target_correlation()).numpy(),
+    }
+
+
+def test_tables_equal_their_slow_twins(inputs):
+    depths = {"conv1": 0.0, "reduce": 1.0}
+    states = layer_states(inputs, ["conv1", "reduce"])
+    assert list(states) == list(EPOCHS)
+    trajectory = trajectory_table(states, depths).set_index(["epoch", "layer"])
+    velocity = velocity_table(states, depths).set_index(["window", "layer"])
+    persistence = persistence_table(states, depths).set_index(["epoch", "layer", "quantity"])
+    assert windows(EPOCHS) == {"early": (0, 3), "late": (3, 6)}
+    for name in depths:
+        by_epoch = {epoch: quantities(inputs, epoch, name) for epoch in EPOCHS}
+        for epoch, now in by_epoch.items():
+            assert trajectory.rho[epoch, name] == pytest.approx(spearmanr(now["I"], now["M"]).statistic)
+            for symbol in "IRM" if epoch != 6 else "":
+                expected = spearmanr(now[symbol], by_epoch[6][symbol]).statistic
+                assert persistence.rho[epoch, name, symbol] == pytest.approx(expected)
+        for window, (start, end) in windows(EPOCHS).items():
+            moved = [by_epoch[end][symbol] - by_epoch[start][symbol] for symbol in "IM"]
+            assert velocity.rho[window, name] == pytest.approx(spearmanr(*moved).statistic)
+    assert 6 not in persistence.index.get_level_values("epoch")
+
+
+def test_measures_are_of_channels_that_vary(inputs):
+    net = conv_net()
+    with torch.no_grad():
+        net.conv1.weight[:4] = 0.0
+    layer = calibrate(net, inputs.calibration, layers=["conv1"], progress=False)["conv1"]
+    measures = hull_measures(layer)
+    assert 1.0 <= measures["hull_size"] <= 10.0
+    alone = copy.deepcopy(net)
+    alone.conv1 = torch.nn.Conv2d(3, 12, 3, padding=1, bias=False)
+    with torch.no_grad():
+        alone.conv1.weight.copy_(net.conv1.weight[4:])
+    alone.bn1, alone.forward = torch.nn.Identity(), lambda x: alone.conv1(x).mean((2, 3))
+    without = calibrate(alone, inputs.calibration, layers=["conv1"], progress=False)["conv1"]
+    assert hull_measures(without) == pytest.approx(measures)
+
+
+def test_snapshots_are_of_the_trained_network_and_leave_the_model_alone(inputs):
+    before = copy.deepcopy(inputs.model.state_dict())
+    for epoch, model in models_by_epoch(inputs):
+        assert model is not inputs.model
+        kept = inputs.snapshots[epoch]
+        assert all(torch.equal(kept[name], value) for name, value in model.named_parameters())
+        assert torch.equal(kept["bn1.running_mean"], model.bn1.running_mean) is False
+    assert all(torch.equal(before[name], value) for name, value in inputs.model.state_dict().items())
+
+
+def test_the_section_and_what_is_added_to_it(inputs):
+    section = learning_section(inputs, (hull_measures, lambda layer: {"images": float(layer.num_images)}))
+    assert list(section.tables) == ["trajectory", "velocity", "persistence"]
+    trajectory = section.tables["trajectory"]
+    assert trajectory.images.unique().tolist() == [64.0]
+    assert trajectory.layer.unique().tolist() == ["conv1", "conv2", "depthwise", "reduce"]
+    coupled = section.claims[0].estimate.value
+    assert coupled == pytest.approx(trajectory[trajectory.epoch == 0].rho.mean())
+    assert len(section.claims) == 6
+    assert [len(drawing.draw().axes) for drawing in section.drawings] == [3, 3]
+    assert [drawing.name for drawing in learning_section(inputs, ()).drawings] == ["learning"]
+
+
+def test_several_trainings_are_averaged_over_seeds(inputs):
+    depths = {"conv1": 0.0, "reduce": 1.0}
+    states = layer_states(inputs, ["conv1", "reduce"], ())
+    tables = [f(states, depths) for f in (trajectory_table, velocity_table, persistence_table)]
+    both = [pd.concat([t.assign(seed=1), t.assign(seed=2, rho=t.rho + 0.1)], ignore_index=True) for t in tables]
+    means = mean_by_epoch(both[0], "rho")
+    expected = tables[0].groupby("epoch").rho.mean()
+    np.testing.assert_allclose(means["mean"], expected + 0.05)
+    np.testing.assert_allclose(means["sem"], 0.05)
+    assert len(draw_learning(*both).axes) == 3
+
+
+def test_windows_without_much_choice():
+    assert windows([0, 1, 2, 5]) == {"early": (0, 2), "late": (2, 5)}
+    assert windows([0, 5, 10, 25, 50, 100]) == {"early": (0, 5), "late": (50, 100)}
+
+
+def test_refusals(inputs):
+    snapshots = inputs.snapshots
+    for wrong, message in (
+        ({}, "got 0; train with --snapshots"),
+        ({0: snapshots[0], 1: snapshots[1]}, "got 2"),
+        ({**snapshots, 3: conv_net(width=8).state_dict()}, r"epoch 3 is of another network.*bn1.bias of shape \[16\]"),
+        ({**snapshots, 1: {"conv1.weight": torch.zeros(1)}}, r"bn1.bias of shape \[16\], got nothing"),
+    ):
+        inputs.snapshots = wrong
+        with pytest.raises(NotApplicableError, match=message):
+            learning_section(inputs)
+    inputs.snapshots = snapshots
+    inputs.statistics = calibrate(inputs.model, inputs.calibration, target=None, progress=False)
+    with pytest.raises(NotApplicableError, match="no target"):
+        learning_section(inputs)

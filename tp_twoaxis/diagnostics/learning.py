@@ -1,0 +1,298 @@
+"""When do the two axes part, and which settles first? The network after several epochs (paper, section 3.1, K.4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from torch import Tensor, nn
+
+from tp_twoaxis.diagnostics.channel_quantities import (
+    measurable_cells,
+    quantities_of,
+    relative_depths,
+    rho,
+)
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
+from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
+from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
+from tp_twoaxis.runtime.layers import spread_over_depth
+from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.scores.hull import greedy_hulls
+from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
+
+LAYERS = 6
+IMAGES = 2000
+EARLY_EPOCH = 5
+PARTED_EPOCH = 10
+SYMBOLS = ("I", "R", "M")
+
+Measure = Callable[[LayerStatistics], Mapping[str, float]]
+"""From a layer's statistics to named numbers that are followed over training."""
+
+
+def hull_measures(layer: LayerStatistics) -> dict[str, float]:
+    """Mean size of the replaceability hulls, and the share at the cap, of the channels that vary; NaN for none."""
+    active = layer.variance > 0
+    hulls = greedy_hulls(layer.correlation, active=active)
+    return {
+        "hull_size": float(hulls.size[active].double().mean()),
+        "saturated": float(hulls.saturated[active].double().mean()),
+    }
+
+
+MEASURES: tuple[Measure, ...] = (hull_measures,)
+"""What is followed beside the axes; names must differ."""
+GROWING = {"hull_size": "mean hull size", "saturated": "share of saturated hulls"}
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """A layer after some epoch.
+
+    Attributes:
+        quantities: symbol -> [C], NaN for constant channels.
+        measures: name -> number.
+    """
+
+    quantities: dict[str, Tensor]
+    measures: dict[str, float]
+
+
+def check_snapshots(inputs: EvidenceInputs) -> None:
+    """Refuse snapshots that a course of training cannot be read from.
+
+    Raises:
+        NotApplicableError: there are fewer than three, or they are not of this network.
+    """
+    epochs = list(inputs.snapshots)
+    if len(epochs) < 3:
+        raise NotApplicableError(
+            f"expected snapshots of a start, a middle and an end of training, got {len(epochs)}; "
+            "train with --snapshots 0,1,2,5,10 and name their folder"
+        )
+    own = {name: tensor.shape for name, tensor in unwrap(inputs.model).state_dict().items()}
+    for epoch, weights in inputs.snapshots.items():
+        other = {name: tensor.shape for name, tensor in weights.items()}
+        if wrong := [name for name in sorted({*own, *other}) if own.get(name) != other.get(name)]:
+            shapes = [list(found[wrong[0]]) if wrong[0] in found else "nothing" for found in (own, other)]
+            raise NotApplicableError(
+                f"the snapshot of epoch {epoch} is of another network: expected {wrong[0]} of shape {shapes[0]}, "
+                f"got {shapes[1]}; name the snapshots of this network's training"
+            )
+
+
+def models_by_epoch(inputs: EvidenceInputs) -> Iterator[tuple[int, nn.Module]]:
+    """Give a copy of the network with each snapshot's weights, ascending; the same object every time.
+
+    BatchNorm's statistics are estimated anew on the calibration images, 2,000 at most, at every epoch alike (ours; the
+    paper does not say). Before training BatchNorm has seen no image and passes on what it reads, and in the first
+    epochs its running means lag behind the weights: the network would not be the one that is trained.
+    """
+    model = copy.deepcopy(unwrap(inputs.model))
+    for epoch in sorted(inputs.snapshots):
+        model.load_state_dict(inputs.snapshots[epoch])
+        reestimate_batch_norm(model, inputs.calibration, max_images=IMAGES, progress=inputs.progress)
+        yield epoch, model
+
+
+def layer_states(
+    inputs: EvidenceInputs, layers: Sequence[str], measures: Sequence[Measure] = MEASURES
+) -> dict[int, dict[str, LayerState]]:
+    """Compute both axes of some layers after each snapshot's epoch, from the same images, 2,000 at most.
+
+    Returns:
+        Epoch -> layer -> state, ascending.
+
+    Raises:
+        NotApplicableError: see :func:`check_snapshots`.
+    """
+    check_snapshots(inputs)
+    target = inputs.statistics.target
+    states = {}
+    for epoch, model in models_by_epoch(inputs):
+        found = calibrate(
+            model, inputs.calibration, layers=layers, target=target, max_images=IMAGES, progress=inputs.progress
+        )
+        states[epoch] = {
+            name: LayerState(
+                quantities_of(layer, SYMBOLS), {key: value for f in measures for key, value in f(layer).items()}
+            )
+            for name, layer in found.layers.items()
+        }
+    return states
+
+
+def trajectory_table(states: Mapping[int, Mapping[str, LayerState]], depths: Mapping[str, float]) -> pd.DataFrame:
+    """Both axes' coupling by epoch.
+
+    Returns:
+        A row an epoch and layer: epoch, layer, depth, channels that vary, ``rho`` of I with M, and all measures.
+    """
+    rows = [
+        {
+            "epoch": epoch,
+            "layer": name,
+            "depth": depths[name],
+            "channels": int((~state.quantities["I"].isnan()).sum()),
+            "rho": rho(state.quantities["I"], state.quantities["M"]),
+            **state.measures,
+        }
+        for epoch, layers in states.items()
+        for name, state in layers.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def windows(epochs: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """First and last snapshot of the early and the late part of training.
+
+    Early is from the first snapshot to the one nearest to epoch 5, late from the one nearest to half of the last epoch
+    to the last (paper: 0 to 5 and 50 to 100); of two equally near ones the earlier.
+
+    Args:
+        epochs: ascending, three at least.
+
+    Example:
+        >>> windows([0, 1, 2, 5, 10, 20]), windows([0, 1, 2])
+        ({'early': (0, 5), 'late': (10, 20)}, {'early': (0, 1), 'late': (1, 2)})
+    """
+    first, *inner, last = epochs
+    early = min(inner, key=lambda epoch: abs(epoch - first - EARLY_EPOCH))
+    late = min(inner, key=lambda epoch: abs(epoch - last / 2))
+    return {"early": (first, early), "late": (late, last)}
+
+
+def velocity_table(states: Mapping[int, Mapping[str, LayerState]], depths: Mapping[str, float]) -> pd.DataFrame:
+    """Whether channels that move along one axis move along the other: rho of raw differences dI and dM.
+
+    Returns:
+        A row a window and layer: layer, depth, ``window``, ``start``, ``end``, ``rho``.
+    """
+    rows = []
+    for window, (start, end) in windows(list(states)).items():
+        for name in states[start]:
+            before, after = states[start][name].quantities, states[end][name].quantities
+            moved = rho(after["I"] - before["I"], after["M"] - before["M"])
+            row = {"layer": name, "depth": depths[name], "window": window, "start": start, "end": end, "rho": moved}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def persistence_table(states: Mapping[int, Mapping[str, LayerState]], depths: Mapping[str, float]) -> pd.DataFrame:
+    """How much of a quantity's last order is there after each epoch, ``rho(q_e, q_last)``.
+
+    Returns:
+        A row an epoch before the last, layer and quantity: epoch, layer, depth, quantity, rho.
+    """
+    *before, last = states
+    rows = [
+        {
+            "epoch": epoch,
+            "layer": name,
+            "depth": depths[name],
+            "quantity": symbol,
+            "rho": rho(values, states[last][name].quantities[symbol]),
+        }
+        for epoch in before
+        for name, state in states[epoch].items()
+        for symbol, values in state.quantities.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASURES) -> Section:
+    """Answer when the axes part during training, and which settles first (H2).
+
+    Six convolutions spread over depth are followed (fewer where there are no more).
+
+    Args:
+        inputs: with snapshots.
+        measures: what is followed beside the axes.
+
+    Raises:
+        NotApplicableError: see :func:`check_snapshots` and
+            :func:`~tp_twoaxis.diagnostics.channel_quantities.measurable_cells`.
+    """
+    depths = relative_depths(inputs.cells())
+    states = layer_states(inputs, spread_over_depth(measurable_cells(inputs), LAYERS), measures)
+    trajectory = trajectory_table(states, depths)
+    velocity = velocity_table(states, depths)
+    persistence = persistence_table(states, depths)
+    tables = {"trajectory": trajectory, "velocity": velocity, "persistence": persistence}
+    named = [column for column in trajectory.columns[5:] if trajectory[column].notna().any()]
+    drawings = [Drawing("learning", lambda: draw_learning(trajectory, velocity, persistence), _CAPTION)]
+    if named:
+        drawings.append(Drawing("learning_structure", lambda: draw_measures(trajectory, named), _STRUCTURE))
+    return Section(
+        "learning",
+        "Are the axes coupled before training, when do they part, and which settles first?",
+        tables,
+        _claims(trajectory, velocity, persistence),
+        drawings,
+        follows="Where local ranks settle before task ranks do (second panel), an unfinished training foretells which "
+        "channels are replaceable: pruning early is then safer by the local axis.",
+        fails="Of one training the intervals are over layers and say nothing of other seeds. Task information is about "
+        "the model's own margin, and its mean is no measure of what the network knows. BatchNorm's statistics are "
+        "estimated anew at every snapshot (ours): with those "
+        "that an untrained network has stored, the first point is another.",
+    )
+
+
+def _claims(trajectory: pd.DataFrame, velocity: pd.DataFrame, persistence: pd.DataFrame) -> list[Claim]:
+    epochs = sorted(set(trajectory.epoch))
+    by_epoch = {epoch: part.set_index("layer") for epoch, part in trajectory.groupby("epoch")}
+    first, last = by_epoch[epochs[0]], by_epoch[epochs[-1]]
+    parted = min(epochs[1:], key=lambda epoch: abs(epoch - PARTED_EPOCH))
+    speed = velocity.pivot_table(index="layer", columns="window", values="rho", dropna=False)
+    middle = windows(epochs)["late"][0]
+    settled = persistence[persistence.epoch == middle].pivot_table(
+        index="layer", columns="quantity", values="rho", dropna=False
+    )
+    layers = f"interval over {len(first)} layers"
+    claims = [
+        Claim(
+            "before training, input capture and task information are strongly coupled",
+            "strongly coupled",
+            mean_estimate(list(first.rho)),
+            above=0.0,
+            note=f"epoch {epochs[0]}, {layers}",
+        ),
+        Claim(
+            "within ten epochs the coupling drops",
+            "drops by epoch 10",
+            mean_estimate(list(first.rho - by_epoch[parted].rho)),
+            above=0.0,
+            note=f"epoch {epochs[0]} less epoch {parted}, {layers}",
+        ),
+        Claim(
+            "channels move along both axes together at first, and less so later",
+            "0-5 above 50-100",
+            mean_estimate(list(speed.early - speed.late)),
+            above=0.0,
+            note=f"early less late, {layers}",
+        ),
+        Claim(
+            "the order of input capture settles before that of task information",
+            "I above M at epoch 50",
+            mean_estimate(list(settled.I - settled.M)),
+            above=0.0,
+            note=f"rank correlation with the last epoch, at epoch {middle}, {layers}",
+        ),
+    ]
+    for name, words in GROWING.items():
+        if name in trajectory:
+            grown = mean_estimate(list(last[name] - first[name]))
+            claims.append(Claim(f"the {words} grows with training", "grows", grown, above=0.0, note=layers))
+    return claims
+
+
+_CAPTION = (
+    "Over training, mean over layers with their standard error (over seeds, where there are several): rank correlation "
+    "of input capture with task information; of each quantity with its order at the end; and, layer by layer, of the "
+    "changes along both axes in an early and a late part of training."
+)
+_STRUCTURE = "How channels support each other, by epoch: mean over layers with its standard error."
