@@ -140,7 +140,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content, part):
 def test_a_torchscript_archive_is_refused(tmp_path):
     scripted = torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2))
     torch.jit.save(scripted, tmp_path / "w.pt")
-    with pytest.raises(FileFormatError, match="with TorchScript archives passed to ``torch.load``; other"):
+    with pytest.raises(FileFormatError, match=r"with TorchScript archives passed to ``torch\.load``; other"):
         load_weights(nn.Linear(2, 3), tmp_path / "w.pt")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -291,8 +290,8 @@ class JsonOptions:
 
     @property
     def progress(self) -> bool:
-        """Whether to show bars: they are for people at a terminal."""
-        return sys.stderr.isatty() and not self.json_output
+        """Whether to say on stderr how far a run is: for people, not for programs."""
+        return not self.json_output
 
     def show(self, payload: Mapping[str, Any], *lines: str) -> None:
         """Print the object for programs, or the lines for people."""

@@ -15,7 +15,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tp_twoaxis.data.array_dataset import ArrayDataset, check_positive
 from tp_twoaxis.data.catalog import CATALOG, DATASETS, Normalisation, normalisation_of, open_by_name, split_spec
@@ -23,6 +22,7 @@ from tp_twoaxis.data.image_dataset import ImageDataset, read_pixels
 from tp_twoaxis.data.loaders import draw_rows
 from tp_twoaxis.data.sources import DrawnSource, FolderSource, ParquetSource, Source
 from tp_twoaxis.errors import TwoAxisError, check_name, listing
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 T = TypeVar("T")
 
@@ -170,8 +170,7 @@ def _decode_all(source: Source, image_size: int | None, crop_fraction: float) ->
     """Decode every image to uint8 ``[N, 3, H, W]``."""
     first = read_pixels(source, 0, image_size, crop_fraction)
     images = torch.empty((len(source), *first.shape), dtype=torch.uint8)
-    # None: no bar where the output is not a terminal
-    for index in tqdm(range(len(source)), desc="decoding", leave=False, disable=None if len(source) > 5000 else True):
+    for index in progress_bar(range(len(source)), desc="decoding", unit="image", show=len(source) > 5000):
         pixels = read_pixels(source, index, image_size, crop_fraction)
         if pixels.shape != first.shape:
             raise TwoAxisError(

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.batches import Batch, image_batches
 from tp_twoaxis.runtime.distributed import broadcast_buffers, data_parallel, min_over_ranks, sum_in_place, world_size
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.training import resumption
 from tp_twoaxis.training.loss import DISTILLATION, check_labels, training_loss
 from tp_twoaxis.training.settings import RunSettings, learning_rate
@@ -118,9 +118,7 @@ class TrainingRun:
         progress, total = self.progress, self.steps
         # forwards go through the wrapper, which averages gradients and starts from rank 0's weights
         wrapped = data_parallel(self.network, self.device)
-        with tqdm(
-            total=total, initial=progress.step, desc="training", unit="batch", disable=not show_progress, leave=False
-        ) as bar:
+        with progress_bar(total=total, initial=progress.step, desc="training", unit="batch", show=show_progress) as bar:
             while progress.epoch < self.settings.epochs and progress.step < total:
                 self._epoch(wrapped, path, every, bar)
                 self._read_losses(bar)
