@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, panel
 from tp_twoaxis.cli.options import (
+    CRITERION_HELP,
     DataOptions,
     EvaluationOptions,
     ModelOptions,
@@ -18,19 +20,19 @@ from tp_twoaxis.cli.options import (
     StatisticsOptions,
 )
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import ALIASES, check_criterion, criterion_names, parse_repair
+from tp_twoaxis.known_names import ALIASES, check_criterion, parse_repair
 
-_pruning = panel("Pruning")
+_first, _pruning = panel(None), panel("Pruning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalOptions:
     """How much is removed, and what ranks channels; unknown names and numbers out of range are refused."""
 
-    flops: Annotated[float, _pruning("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
+    flops: Annotated[float, _first("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
-    score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = ALIASES["local"]
-    stats: Annotated[Path | None, _pruning("Statistics that `calibrate` wrote; default calibrate now.")] = None
+    score: Annotated[str, _first(CRITERION_HELP, autocompletion=completion.criterion)] = ALIASES["local"]
+    stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote; default calibrate now.")] = None
 
     def __post_init__(self) -> None:
         check_criterion(self.score)
@@ -44,7 +46,7 @@ def prune_command(
     *,
     model: ModelOptions,
     source: DataOptions,
-    out: Annotated[Path, panel("Output")("The pruned network, .safetensors.", show_default=False)],
+    out: Annotated[Path, _first("The pruned network, .safetensors.", show_default=False)],
     removal: RemovalOptions,
     pruning: PruningOptions,
     statistics: Annotated[StatisticsOptions, omit("layers", "positions")],

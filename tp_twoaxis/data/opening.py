@@ -6,6 +6,7 @@ normalises whole batches; an :class:`~tp_twoaxis.data.ImageDataset` reads, resiz
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
 from collections.abc import Sequence
@@ -192,8 +193,12 @@ def _find_source(spec: str, split: str, label_column: str | None) -> tuple[Norma
         return normalisation_of(path.resolve().name), _folder_source(path, split, label_column)
     files = [path] if path.exists() else sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not files:
-        roots = " or ".join(f"{name}:/root" for name, entry in CATALOG.items() if entry.source is not None)
-        raise TwoAxisError(f"data: expected a file, folder, glob, {roots}, found no {spec!r}; check the path")
+        opened = [name for name, entry in CATALOG.items() if entry.source is not None]
+        roots = " or ".join(f"{name}:/root" for name in opened)
+        name, colon, _ = spec.partition(":")
+        near = difflib.get_close_matches(name, opened, n=1) if colon else []
+        hint = f"did you mean {near[0]!r}?" if near else "check the path"
+        raise TwoAxisError(f"data: expected a file, folder, glob, {roots}, found no {spec!r}; {hint}")
     resolved = files[0].resolve()
     return normalisation_of(f"{resolved.parent.name}/{resolved.name}"), ParquetSource(files, label_column)
 
