@@ -101,6 +101,12 @@ class ModelOptions(WeightOptions):
 
         return build_model(self.model, num_classes=self.num_classes, pretrained=pretrained)
 
+    def factory(self) -> dict[str, str]:
+        """Say in Python how the dense model is built, as keywords of ``model_card``."""
+        classes = "" if self.num_classes is None else f", num_classes={self.num_classes}"
+        build = f"lambda: build_model({self.model!r}{classes})"
+        return {"factory": build, "imports": "from tp_twoaxis.models import build_model"}
+
     @property
     def pruned(self) -> bool:
         """Whether the checkpoint holds a pruned network, whose shapes the model's factory does not know."""

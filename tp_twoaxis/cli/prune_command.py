@@ -54,16 +54,18 @@ def prune_command(
     latency: Annotated[
         bool, panel("Evaluation")("Time batches of 1 and of 64, before and after.", "--latency")
     ] = False,
+    card: Annotated[bool, panel("Output")("Write a model card beside OUT, with .md for its suffix.", "--card")] = False,
     output: ReportOptions,
 ) -> None:
     """Remove channels until a share of the MACs is left, repair, and write the smaller network.
 
     Load it again with tp_twoaxis.load_pruned, or hand it to --checkpoint.
     """
-    output.check(out, output.report)
+    written = [out, *([out.with_suffix(".md")] if card else []), *([output.report] if output.report else [])]
+    output.check(*written)
 
     from tp_twoaxis.importance import PruningState, find_criterion
-    from tp_twoaxis.pruning import prune_to_flops, save_pruned
+    from tp_twoaxis.pruning import model_card, prune_to_flops, save_pruned
     from tp_twoaxis.repair import refits
     from tp_twoaxis.runtime.batches import split_batch
     from tp_twoaxis.runtime.model_state import unwrap
@@ -112,7 +114,8 @@ def prune_command(
             f"top-1 accuracy on {count} images ({test_source.split}): {before[0]:.2%} before, {after:.2%} after, "
             "without fine-tuning"
         )
-    save_pruned(network, out, result)
+    text = model_card(result, name=model.model, file=out.name, accuracy=measured, **model.factory()) if card else False
+    save_pruned(network, out, result, card=text)
     output.show(
         {
             "model": model.model,
@@ -122,5 +125,5 @@ def prune_command(
             "report": json.loads(result.to_json()),
         },
         *lines,
-        f"wrote {out}" + (f" and {output.report}" if output.report is not None else ""),
+        f"wrote {' and '.join(map(str, written))}",
     )
