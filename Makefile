@@ -25,10 +25,10 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	@touch $@ $(VENV)/.cli
 
 docs: $(VENV)/.docs ## Build the documentation site in site/; warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: $(VENV)/.docs ## Show the site at http://localhost:8000 while pages are written
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 demo: $(VENV)/.cli ## Train, calibrate, prune and compare on real digits (two minutes, no network)
 	$(BIN)/tp-twoaxis demo --out demo-output --force
@@ -46,7 +46,7 @@ lint: $(VENV)/.all ## Check style, types and the documentation site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.all ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,7 @@
-"""Draw the pictures of the documentation from committed results: python scripts/docs_figures.py"""
+"""Draw the pictures of the documentation from committed results.
+
+python scripts/docs_figures.py
+"""
 
 from __future__ import annotations
 
@@ -64,9 +67,9 @@ def idea() -> Figure:
                 Rectangle((0, 3 - channel), 0.9, 0.7, facecolor="none" if gone else color, edgecolor=color, alpha=0.8)
             )
             if not gone:
-                repaired = title.endswith("repaired")
-                style = {"color": GREEN if repaired else GREY, "linewidth": 2.6 if repaired else 1.2}
-                axes.add_patch(FancyArrowPatch((0.95, 3.35 - channel), (2.5, 1.85), arrowstyle="-|>", mutation_scale=9, **style))
+                color, width = (GREEN, 2.6) if title.endswith("repaired") else (GREY, 1.2)
+                ends = (0.95, 3.35 - channel), (2.5, 1.85)
+                axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=9, color=color, linewidth=width))
         axes.add_patch(Rectangle((2.55, 1.4), 0.9, 0.9, facecolor=GREY, alpha=0.6))
         axes.set_title(title, fontsize=11)
         axes.set_xlim(-0.1, 3.6)
