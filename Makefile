@@ -22,7 +22,7 @@ $(VENV)/.all: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	@touch $@ $(VENV)/.cli
+	@touch $@
 
 docs: $(VENV)/.docs ## Build the documentation site in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

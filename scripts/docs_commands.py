@@ -11,8 +11,8 @@ PAGE = "commands.md"
 INTRODUCTION = """# Commands
 
 `tp-twoaxis COMMAND --help` prints the same on a terminal, with the options in the same groups. `--install-completion`
-lets the shell complete commands, options and names. Errors are one line and status 2; `TP_TWOAXIS_TRACEBACK=1` shows the
-traceback. Without a terminal a line every 30 seconds says how far a long run is.
+lets the shell complete commands, options and names. Errors are one line and status 2; `TP_TWOAXIS_TRACEBACK=1` shows
+the traceback. Without a terminal a line every 30 seconds says how far a long run is.
 """
 
 
