@@ -6,11 +6,14 @@ from typing import get_args
 
 from tp_twoaxis import known_names
 from tp_twoaxis.dependency.attention import AttentionUnit
+from tp_twoaxis.diagnostics.explain import Removal
 from tp_twoaxis.importance import CRITERIA
+from tp_twoaxis.models.factory import BUILT_IN
 from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
 from tp_twoaxis.statistics.targets import TARGETS
 from tp_twoaxis.training import RECIPES
+from tp_twoaxis.training.settings import Precision
 
 
 def test_they_are_those_of_the_tables():
@@ -22,6 +25,9 @@ def test_they_are_those_of_the_tables():
     assert tuple(REPAIRS) == known_names.REPAIRS
     assert known_names.TARGETS == TARGETS
     assert tuple(RECIPES) == known_names.RECIPES
+    assert tuple(BUILT_IN) == known_names.MODELS
+    assert get_args(Removal) == known_names.REMOVALS
+    assert (*get_args(Precision), "none") == known_names.AMP
     assert get_args(AttentionUnit) == known_names.ATTENTION_UNITS
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, panel
 from tp_twoaxis.cli.options import (
+    CRITERION_HELP,
     DataOptions,
     EvaluationOptions,
     ModelOptions,
@@ -18,19 +20,19 @@ from tp_twoaxis.cli.options import (
     StatisticsOptions,
 )
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import ALIASES, check_criterion, criterion_names, parse_repair
+from tp_twoaxis.known_names import ALIASES, check_criterion, parse_repair
 
-_pruning = panel("Pruning")
+_first, _pruning = panel(None), panel("Pruning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalOptions:
     """How much is removed, and what ranks channels; unknown names and numbers out of range are refused."""
 
-    flops: Annotated[float, _pruning("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
+    flops: Annotated[float, _first("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
-    score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = ALIASES["local"]
-    stats: Annotated[Path | None, _pruning("Statistics that `calibrate` wrote; default calibrate now.")] = None
+    score: Annotated[str, _first(CRITERION_HELP, autocompletion=completion.criterion)] = ALIASES["local"]
+    stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote; default calibrate now.")] = None
 
     def __post_init__(self) -> None:
         check_criterion(self.score)
@@ -44,7 +46,7 @@ def prune_command(
     *,
     model: ModelOptions,
     source: DataOptions,
-    out: Annotated[Path, panel("Output")("The pruned network, .safetensors.", show_default=False)],
+    out: Annotated[Path, _first("The pruned network, .safetensors.", show_default=False)],
     removal: RemovalOptions,
     pruning: PruningOptions,
     statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
@@ -52,16 +54,18 @@ def prune_command(
     latency: Annotated[
         bool, panel("Evaluation")("Time batches of 1 and of 64, before and after.", "--latency")
     ] = False,
+    card: Annotated[bool, panel("Output")("Write a model card beside OUT, with .md for its suffix.", "--card")] = False,
     output: ReportOptions,
 ) -> None:
     """Remove channels until a share of the MACs is left, repair, and write the smaller network.
 
     Load it again with tp_twoaxis.load_pruned, or hand it to --checkpoint.
     """
-    output.check(out, output.report)
+    written = [out, *([out.with_suffix(".md")] if card else []), *([output.report] if output.report else [])]
+    output.check(*written)
 
     from tp_twoaxis.importance import PruningState, find_criterion
-    from tp_twoaxis.pruning import prune_to_flops, save_pruned
+    from tp_twoaxis.pruning import model_card, prune_to_flops, save_pruned
     from tp_twoaxis.repair import refits
     from tp_twoaxis.runtime.batches import split_batch
     from tp_twoaxis.runtime.model_state import unwrap
@@ -110,7 +114,8 @@ def prune_command(
             f"top-1 accuracy on {count} images ({test_source.split}): {before[0]:.2%} before, {after:.2%} after, "
             "without fine-tuning"
         )
-    save_pruned(network, out, result)
+    text = model_card(result, name=model.model, file=out.name, accuracy=measured, **model.factory()) if card else False
+    save_pruned(network, out, result, card=text)
     output.show(
         {
             "model": model.model,
@@ -120,5 +125,5 @@ def prune_command(
             "report": json.loads(result.to_json()),
         },
         *lines,
-        f"wrote {out}" + (f" and {output.report}" if output.report is not None else ""),
+        f"wrote {' and '.join(map(str, written))}",
     )

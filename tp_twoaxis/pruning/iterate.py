@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount
@@ -18,6 +17,7 @@ from tp_twoaxis.pruning.history import RemovalHistory
 from tp_twoaxis.pruning.step import prune_step
 from tp_twoaxis.repair import RepairReport
 from tp_twoaxis.runtime.model_state import ModelSnapshot
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.runtime.timing import timed
 
 
@@ -102,7 +102,7 @@ def prune_in_steps(
     history, count, unrepaired = RemovalHistory(), dense, None
     notes: dict[str, None] = {}
     steps = config.steps
-    with tqdm(total=steps, unit="step", leave=False, disable=not state.progress or steps == 1) as bar:
+    with progress_bar(total=steps, desc="", unit="step", show=state.progress and steps > 1) as bar:
         for step, share in enumerate(step_shares(config.flops, steps), 1):
             bar.set_description(f"step {step} of {steps}")
             with _named_in_errors(step, steps):

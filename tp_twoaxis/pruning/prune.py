@@ -34,6 +34,7 @@ from tp_twoaxis.importance import (
 from tp_twoaxis.importance.baselines import READ_FROM_MODEL
 from tp_twoaxis.importance.pruning_state import iterated_once
 from tp_twoaxis.known_names import AUTO
+from tp_twoaxis.pruning.checkpoint import loading_notes
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.iterate import PruningOutcome, prune_in_steps
 from tp_twoaxis.pruning.pruning_report import PruningReport, Size
@@ -230,7 +231,7 @@ def _prune(
         list(repairs),
         seconds,
         {key: (first, later[key]) for key, first in milliseconds.items()},
-        _notes(outcome),
+        [*_notes(outcome), *loading_notes(network)],
         config.budget,
         outcome.repair.consumers,
         config.steps,

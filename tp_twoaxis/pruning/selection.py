@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.dependency.flops import ExampleInputs
@@ -25,6 +24,7 @@ from tp_twoaxis.runtime.batches import image_batches, mixed_labels
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.inputs import CallSignature, Inputs
 from tp_twoaxis.runtime.model_state import fork_rng, unwrap
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 Factory = Callable[..., Importance]
 Batches = list[tuple[Inputs, Tensor]] | list[Inputs]
@@ -128,7 +128,7 @@ def select_score(
         table: list[SelectionRow] = []
         hits: dict[tuple[str, float], Tensor] = {}
         trials = [(name, config) for name in criteria for config in configs]
-        for name, config in tqdm(trials, desc="select", unit="trial", disable=not progress, leave=False):
+        for name, config in progress_bar(trials, desc="select", unit="trial", show=progress):
             row, right = _attempt(name, criteria[name], config, example_inputs, state, judge)
             table.append(row)
             if right is not None:
