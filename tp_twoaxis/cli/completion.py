@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from tp_twoaxis.known_names import ALIASES, FAMILIES, NO_REPAIR, REPAIRS, criterion_names
+from tp_twoaxis.known_names import ALIASES, AUTO, FAMILIES, NO_REPAIR, REPAIRS, criterion_names
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
@@ -58,5 +58,5 @@ def criteria(incomplete: str) -> list[str]:
     return several_of([*criterion_names(), *ALIASES, *FAMILIES])(incomplete)
 
 
-repair = several_of((*REPAIRS, NO_REPAIR), "+,")
+repair = several_of((AUTO, *REPAIRS, NO_REPAIR), "+,")
 """Offer repairs, for the last of several."""

@@ -18,7 +18,7 @@ from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.option_values import names, numbers, position_rule
 from tp_twoaxis.errors import TwoAxisError, check_name
-from tp_twoaxis.known_names import ATTENTION_UNITS, MODELS, REPAIRS, TARGETS, parse_repair
+from tp_twoaxis.known_names import ATTENTION_UNITS, AUTO, MODELS, REPAIRS, TARGETS, parse_repair
 
 if TYPE_CHECKING:
     from torch import nn
@@ -268,7 +268,10 @@ class StatisticsOptions:
 class PruningOptions:
     """What every pruning of a network keeps to; unknown names and numbers out of range are refused."""
 
-    repair: Annotated[str, _first(f"{', '.join(REPAIRS)}, or ridge+bn; none.", autocompletion=completion.repair)] = "bn"
+    repair: Annotated[
+        str,
+        _first(f"auto: what keeps most; {', '.join(REPAIRS)}, or ridge+bn; none.", autocompletion=completion.repair),
+    ] = AUTO
     min_keep: Annotated[float, _pruning("Share of every group's channels that always stays.", min=0, max=1)] = 0.1
     round_to: Annotated[int | None, _pruning("Keep multiples of this many channels.", min=1)] = None
     attention: Annotated[
@@ -284,19 +287,24 @@ class PruningOptions:
     ignore: Annotated[str | None, _pruning("Layers that keep their channels: conv1,fc.")] = None
 
     def __post_init__(self) -> None:
-        parse_repair(self.repair)
+        self.named_repair  # noqa: B018  # a wrong name is refused
         check_name("attention", self.attention, ATTENTION_UNITS)
+
+    @property
+    def named_repair(self) -> str | tuple[str, ...]:
+        """The repairs, or ``auto``."""
+        return AUTO if self.repair == AUTO else parse_repair(self.repair)
 
     def check(self, network: nn.Module) -> None:
         """Refuse layers of ``--ignore`` that the network does not have, before images are read."""
         from tp_twoaxis.pruning.config import PruningConfig
 
-        PruningConfig(**self.keywords()).ignored_in(network)
+        PruningConfig(**{**self.keywords(), "repair": ()}).ignored_in(network)
 
     def keywords(self) -> dict[str, Any]:
         """Give these options as keywords of ``prune_to_flops`` and ``select_score``."""
         return {
-            "repair": parse_repair(self.repair),
+            "repair": self.named_repair,
             "min_keep": self.min_keep,
             "round_to": self.round_to,
             "attention": self.attention,

@@ -20,7 +20,7 @@ from tp_twoaxis.cli.options import (
     StatisticsOptions,
 )
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import ALIASES, check_criterion, parse_repair
+from tp_twoaxis.known_names import AUTO, check_criterion, parse_repair
 
 _first, _pruning = panel(None), panel("Pruning")
 
@@ -31,11 +31,14 @@ class RemovalOptions:
 
     flops: Annotated[float, _first("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
-    score: Annotated[str, _first(CRITERION_HELP, autocompletion=completion.criterion)] = ALIASES["local"]
+    score: Annotated[
+        str, _first(f"auto: what keeps most; or {CRITERION_HELP}", autocompletion=completion.criterion)
+    ] = AUTO
     stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote; default calibrate now.")] = None
 
     def __post_init__(self) -> None:
-        check_criterion(self.score)
+        if self.score != AUTO:
+            check_criterion(self.score)
         if not 0.0 < self.flops <= 1.0:
             raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {self.flops:g}")
         if self.steps < 1:
@@ -66,13 +69,15 @@ def prune_command(
 
     from tp_twoaxis.importance import PruningState, find_criterion
     from tp_twoaxis.pruning import model_card, prune_to_flops, save_pruned
+    from tp_twoaxis.pruning.recipe import choose_recipe
     from tp_twoaxis.repair import refits
     from tp_twoaxis.runtime.batches import split_batch
     from tp_twoaxis.runtime.model_state import unwrap
     from tp_twoaxis.statistics import CalibrationStatistics
     from tp_twoaxis.training.evaluation import accuracy
 
-    criterion = find_criterion(removal.score)
+    if removal.score != AUTO:
+        find_criterion(removal.score)  # wrong options are refused before the network is built
     test_source = evaluation.beside(source)
     network = model.build()
     pruning.check(network)
@@ -80,17 +85,19 @@ def prune_command(
     stats, loaded = None, None if removal.stats is None else CalibrationStatistics.load(removal.stats)
     if loaded is not None:
         loaded.verify(network)
+    example = split_batch(next(iter(loader)))[0][:1]
+    recipe = choose_recipe(network, example, removal.score, pruning.named_repair, loader=loader, stats=loaded)
+    criterion, repairs = find_criterion(str(recipe.importance)), parse_repair(recipe.repair)
     if "statistics" in criterion.needs:
         state = PruningState(
             network, loader, stats=loaded, **statistics.keywords(), max_images=None, progress=output.progress
         )
-        refitted = refits(parse_repair(pruning.repair))
-        stats = criterion.statistics(state, also=("consumers",) if refitted else ())
+        stats = criterion.statistics(state, also=("consumers",) if refits(repairs) else ())
     test = None if test_source is None else test_source.loader()
     before = None if test is None else accuracy(network, test, progress=output.progress)
     result = prune_to_flops(
         network,
-        split_batch(next(iter(loader)))[0][:1],
+        example,
         criterion.seeded(source.seed),
         flops=removal.flops,
         steps=removal.steps,
@@ -100,11 +107,13 @@ def prune_command(
         latency=latency,
         other_counters=True,
         progress=output.progress,
-        **pruning.keywords(),
+        **{**pruning.keywords(), "repair": repairs},
     )
     # gradients of `taylor` are of no use any more
     unwrap(network).zero_grad(set_to_none=True)
-    result = dataclasses.replace(result, importance=criterion.name, notes=[*result.notes, *model.notes()])
+    result = dataclasses.replace(
+        result, importance=criterion.name, notes=[*recipe.notes, *result.notes, *model.notes()]
+    )
     measured: dict[str, Any] | None = None
     lines = [str(result)]
     if test is not None and before is not None and test_source is not None:

@@ -6,7 +6,7 @@ import json
 from typing import Annotated
 
 from tp_twoaxis.cli import completion
-from tp_twoaxis.cli.option_groups import omit, panel
+from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names, numbers
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, PruningOptions, ReportOptions, StatisticsOptions, noted
 from tp_twoaxis.errors import TwoAxisError
@@ -30,7 +30,7 @@ def select_command(
     ] = "all-local",
     exclude: Annotated[str | None, _selection("Candidates to leave out.", autocompletion=completion.criteria)] = None,
     held_out: Annotated[float, _selection("Share of the images that judge; the others calibrate.")] = 0.5,
-    pruning: PruningOptions,
+    pruning: Annotated[PruningOptions, override(repair="bn")],
     statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
     output: ReportOptions,
 ) -> None:

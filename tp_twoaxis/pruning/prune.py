@@ -161,11 +161,11 @@ def prune_to_flops(
     config.ignored_in(network)
     if not is_auto(importance):
         as_criterion(importance)  # a wrong name is said before images are read
-    inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
-    recipe = choose_recipe(network, inputs, importance, repair, loader=loader, stats=stats)
+    recipe = choose_recipe(network, example_inputs, importance, repair, loader=loader, stats=stats)
     criterion = as_criterion(recipe.importance)
     repairs = check_repair(recipe.repair, network, loader, stats)
     _check_steps(config.steps, criterion, recipe.importance, loader)
+    inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
     state = PruningState(network, loader, stats, max_images=max_images, progress=progress)
     snapshot = ModelSnapshot(network)
     try:

@@ -18,6 +18,7 @@ from tp_twoaxis.importance import FAMILIES, Criterion, Importance, PruningState,
 from tp_twoaxis.importance.criterion import criterion_from_factory
 from tp_twoaxis.pruning.config import PruningConfig, listed_layers
 from tp_twoaxis.pruning.prune import prune_to_flops
+from tp_twoaxis.pruning.recipe import choose_recipe
 from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, rank_candidates, tied_with_best
 from tp_twoaxis.repair import check_repair
 from tp_twoaxis.runtime.batches import image_batches, mixed_labels
@@ -109,6 +110,7 @@ def select_score(
     ignored = [
         names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in listed_layers(ignored_layers)
     ]
+    repair = choose_recipe(network, example_inputs, "l2", repair, loader=loader).repair
     configs = [
         PruningConfig(share, "macs", 1, repair, ignored, min_keep, round_to, attention, tolerance, guard)
         for share in shares
