@@ -95,7 +95,8 @@ def lesion(
     calibration (paper, appendix K.2). Each channel is replaced by itself, the others stay. The loader is read
     once; every batch takes one forward pass for the whole network, and for each channel and replacement what
     comes behind the layer: modules that finished before it return what they returned
-    (:class:`~tp_twoaxis.runtime.replay.PrefixReplay`). The model runs in eval mode and comes back exactly as it was, also when something raises.
+    (:class:`~tp_twoaxis.runtime.replay.PrefixReplay`). The model runs in eval mode and comes back exactly as it
+    was, also when something raises.
 
     Args:
         model: a classifier that returns logits; wrappers are looked through.
