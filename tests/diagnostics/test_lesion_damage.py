@@ -69,14 +69,18 @@ def test_neither_order_nor_monotone_maps_matter():
         pd.testing.assert_frame_equal(first, second, rtol=1e-12)
 
 
-def test_reliability_is_the_share_that_is_no_sampling_error():
-    rng = np.random.default_rng(0)
-    truth, noise = rng.normal(0, 0.03, 20_000), rng.normal(0, 0.01, 20_000)
-    table = lesion_table(("conv",), 20_000).assign(damage=truth + noise, damage_error=0.01, constant=False)
-    row = damage_by_layer(table).iloc[0]
-    assert row.reliability == pytest.approx(0.9, abs=0.01)
-    assert row.reliability == pytest.approx(np.corrcoef(truth, truth + noise)[0, 1] ** 2, abs=0.01)
-    assert row.helped_by_removal == pytest.approx(0.5, abs=0.02)
+def test_harm_and_good_are_beyond_two_standard_errors():
+    table = lesion_table(damage_error=0.01)
+    found = damage_by_layer(table).set_index("layer")
+    for name, part in cells_of(table).items():
+        row, damages = found.loc[name], list(part.damage)
+        assert (row["mean"], row["median"], row.largest) == pytest.approx(
+            (sum(damages) / len(damages), np.median(damages), max(damages))
+        )
+        assert (row.harm, row.good) == pytest.approx(
+            (sum(d > 0.02 for d in damages) / len(damages), sum(d < -0.02 for d in damages) / len(damages))
+        )
+        assert row.error == pytest.approx(0.01)
 
 
 def test_too_few_channels_say_nothing():
@@ -84,5 +88,4 @@ def test_too_few_channels_say_nothing():
     assert math.isnan(damage_correlations(table).capture[0])
     one = lesion_table(("conv",), 1, constant=False)
     assert matched_pairs(one)["pairs"].tolist() == [0, 0, 0]
-    assert math.isnan(damage_by_layer(one).reliability[0])
     assert pooled_pairs(matched_pairs(one)).win_rate.isna().all()

@@ -111,7 +111,11 @@ def test_few_damaged_channels_say_nothing():
     assert found[["peer_explanation", "win_rate", "task_mi_lower"]].isna().all(axis=None)
     recovered = recovery_table(lesion_table(("conv",), 3, damage=-1.0))
     assert recovered[["share", "helped", "advantage"]].isna().all(axis=None)
-    # of four equal shares no correlation is defined
-    same = recovery_table(lesion_table(("conv",), 4, damage=1.0, peer_damage=0.5, constant=False)).iloc[0]
+    few = lesion_table(("conv",), 8, damage=1.0, constant=False)
+    matched = matched_recovery_table(few).iloc[0]
+    assert not np.isnan(matched.peer_explanation)
+    assert np.isnan(matched.peer_explanation_lower)
+    # of equal shares no correlation is defined
+    same = recovery_table(lesion_table(("conv",), 12, damage=1.0, peer_damage=0.5, constant=False)).iloc[0]
     assert same["share"] == same["share_lower"] == 0.5
     assert np.isnan(same["advantage"])

@@ -15,6 +15,7 @@ from tp_twoaxis.diagnostics.lesion_probe import lesion_probe
 from tp_twoaxis.diagnostics.peer_recovery import matched_recovery_table, recovery_table
 
 LOST = "number lost"
+FEW_CELLS = 10  # a bootstrap of fewer is narrower than it says
 
 
 def interventions_section(inputs: EvidenceInputs, *, removal: Literal["mean", "zero"] = "mean") -> Section:
@@ -47,6 +48,14 @@ def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
     Args:
         channels: from :func:`~tp_twoaxis.diagnostics.lesion_probe.lesion_probe`.
         seed: of the resamples.
+
+    Example:
+        >>> import numpy as np
+        >>> from tp_twoaxis.diagnostics.lesion_probe import COLUMNS
+        >>> values = np.random.default_rng(0).uniform(size=(30, len(COLUMNS)))
+        >>> table = pd.DataFrame(values, columns=list(COLUMNS)).assign(layer="conv1", depth=0.0, constant=False)
+        >>> interventions_of(table).claims[0].verdict  # one cell has no interval
+        'UNDECIDED'
     """
     correlations = damage_correlations(channels)
     pairs = matched_pairs(channels)
@@ -76,7 +85,7 @@ def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
         fails=(
             "Single channels of three convolutions are removed, from the stored output before BatchNorm; whole groups, "
             "as a pruner removes them, also lose the peers. Damages of a few thousandths of a nat are near the images' "
-            "sampling error (reliability in the table of layers), and bins, pairs and thresholds are ours where the "
+            "sampling error (see the table of layers), and bins, pairs and thresholds are ours where the "
             "paper's text lost them. Of one network there are three cells: its intervals say how much hangs on its "
             "layers and channels, not what another training would give."
         ),
@@ -87,6 +96,7 @@ def _damage_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
     rho, pooled = tables["damage_correlations"], tables["matched_capture_pooled"].set_index("property")
     regression = tables["damage_regression"]
     gain = -rho.compact_local - rho.capture
+    over = f"mean over {len(rho)} cells" + ("" if len(rho) >= FEW_CELLS else ", too few for an interval to be trusted")
     pairs = {name: Estimate(row.win_rate, row.lower, row.upper) for name, row in pooled.iterrows()}
     # every set of predictors has the cells in the same order
     sets = {name: part.held_out.to_numpy() for name, part in regression.groupby("predictors", sort=False)}
@@ -97,14 +107,14 @@ def _damage_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
             f"positive, {LOST}",
             mean_estimate(list(gain)),
             above=0.0,
-            note="difference of rank correlations with less damage, mean over cells",
+            note=f"difference of rank correlations with less damage, {over}",
         ),
         Claim(
             "channels with larger hulls do more damage, not less",
             f"positive, {LOST}",
             mean_estimate(list(rho.hull_size)),
             above=0.0,
-            note="rank correlation of hull size and damage, mean over cells",
+            note=f"rank correlation of hull size and damage, {over}",
         ),
         Claim(
             "at equal capture, whether the larger hull costs less is a matter of chance",
@@ -133,7 +143,7 @@ def _damage_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
             f"positive, {LOST}",
             mean_estimate(list(added)),
             above=0.0,
-            note="gain of R^2 in cells that the regression did not see, mean over cells",
+            note=f"gain of R^2 in cells that the regression did not see, {over}",
         ),
     ]
 
@@ -157,7 +167,7 @@ def _recovery_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
             f"positive, {LOST}",
             _estimate(recovery, "advantage"),
             above=0.0,
-            note=f"difference of rank correlations; {at}",
+            note=f"difference of rank correlations over all layers together; {at}",
         ),
         Claim(
             "at equal task information, the peers' explanation E_8 tells the recovered share",

@@ -13,7 +13,7 @@ from tp_twoaxis.diagnostics.lesion_damage import SCORES
 from tp_twoaxis.diagnostics.peer_recovery import DAMAGES, MATCHED
 
 DPI = 120
-WIDTH = 6.4
+WIDTH = 5.4
 SHOWN_SHARES = (-1.0, 1.3)  # ratios of small numbers go far beyond
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart by every kind of colour vision
 PAPER = "#bbbbbb"
@@ -50,11 +50,12 @@ def correlations_figure(correlations: pd.DataFrame) -> Figure:
         2
     """
     figure, axes = _figure(3.6)
+    beside = np.linspace(-0.2, 0.2, len(correlations)) if len(correlations) > 1 else 0.0  # so that points stay apart
     for place, score in enumerate(SCORES):
         values = correlations[score]
         points = axes.scatter(
             values,
-            np.full(len(values), place),
+            np.full(len(values), place) + beside,
             c=correlations.depth,
             cmap="viridis",
             vmin=0.0,
@@ -111,7 +112,7 @@ def recovery_figure(channels: pd.DataFrame) -> Figure:
         channels: from :func:`~tp_twoaxis.diagnostics.lesion_probe.lesion_probe`.
 
     Example:
-        >>> table = pd.DataFrame({"constant": False, "depth": [0.0, 1.0], "damage": 0.1, "peer_damage": [0.02, 0.5],
+        >>> table = pd.DataFrame({"constant": False, "depth": [0.0, 1.0], "damage": 0.1, "peer_damage": [0.02, 0.09],
         ...                       "peer_explanation": [0.9, 0.2]})
         >>> recovery_figure(table).axes[0].get_title(loc="left")
         '2 channels'
@@ -165,12 +166,12 @@ def matched_figure(matched: pd.DataFrame) -> Figure:
             y = place + 0.26 * (step - 1)
             left, right = PAPER_MATCHED[name][step]
             axes.barh(y, right - left, left=left, height=0.2, color=PAPER, zorder=1)
-            label = f"{row['rule']} damages ({row['channels']})" if place == 0 else None
+            label = f"{row['rule']} of damages ({row['channels']} channels)" if place == 0 else None
             _interval(axes, y, row[name], row[f"{name}_lower"], row[f"{name}_upper"], colour, label)
     _rows(axes, [LABELS[name] for name in MATCHED])
     axes.axvline(0.0, color="0.5", linewidth=0.8)
     axes.set_xlabel("correlation with the share given back; grey: the paper")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 

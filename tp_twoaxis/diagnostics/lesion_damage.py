@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,26 +33,25 @@ def spearman(first: pd.Series, second: pd.Series) -> float:
 
 
 def damage_by_layer(channels: pd.DataFrame) -> pd.DataFrame:
-    """Say how much removals cost in each cell, and how much of their differences the images can tell.
+    """Say how much removals cost in each cell, and for how many channels the images can tell.
 
     Args:
         channels: from :func:`~tp_twoaxis.diagnostics.lesion_probe.lesion_probe`.
 
     Returns:
-        One row a cell: channels that vary, mean, median and largest damage in nats, the share of channels whose removal
-        helps, and ``reliability``, the share of the damages' variance that is not the images' sampling error,
-        ``1 - mean(error^2) / var(damage)``, at most 1; NaN below two channels. Below 0 the error is larger than all
-        differences. The square root of the reliability bounds the correlation of anything with the damage.
+        One row a cell: channels that vary; mean, median and largest damage and its mean standard error over images, in
+        nats; the shares of channels that do ``harm`` or ``good`` by leaving, beyond two of their standard errors. The
+        rest is too close to 0 for these images.
 
     Example:
         >>> table = pd.DataFrame({"layer": "conv1", "depth": 0.0, "constant": False,
         ...                       "damage": [0.0, 0.4], "damage_error": 0.1})
-        >>> damage_by_layer(table)[["mean", "reliability"]].round(3).values.tolist()
-        [[0.2, 0.875]]
+        >>> damage_by_layer(table)[["mean", "error", "harm", "good"]].round(3).values.tolist()
+        [[0.2, 0.1, 0.5, 0.0]]
     """
     rows = []
     for names, part in by_cell(channels):
-        damage, noise = part.damage, part.damage_error.pow(2).mean()
+        damage, error = part.damage, part.damage_error
         rows.append(
             {
                 **names,
@@ -59,8 +59,9 @@ def damage_by_layer(channels: pd.DataFrame) -> pd.DataFrame:
                 "mean": damage.mean(),
                 "median": damage.median(),
                 "largest": damage.max(),
-                "helped_by_removal": (damage < 0).mean(),
-                "reliability": 1.0 - noise / damage.var() if damage.nunique() > 1 else math.nan,
+                "error": error.mean(),
+                "harm": (damage > 2 * error).mean(),
+                "good": (damage < -2 * error).mean(),
             }
         )
     return pd.DataFrame(rows)
@@ -145,6 +146,7 @@ def pooled_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _differences(values: pd.Series) -> np.ndarray:
+def _differences(values: pd.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Signs of second minus first of each two."""
-    return np.sign(np.diff(values.to_numpy(np.float64).reshape(-1, 2), axis=1))[:, 0]
+    pairs = np.asarray(values, dtype=np.float64).reshape(-1, 2)
+    return np.sign(pairs[:, 1] - pairs[:, 0])

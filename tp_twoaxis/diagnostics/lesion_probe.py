@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from tp_twoaxis.diagnostics.channel_table import channel_table
 from tp_twoaxis.diagnostics.evidence import EvidenceInputs, NotApplicableError
@@ -69,10 +70,10 @@ def probed_channels(count: int, seed: int = 0) -> list[int]:
 def lesion_probe(inputs: EvidenceInputs, *, removal: Literal["mean", "zero"] = "mean") -> pd.DataFrame:
     """Remove channels of three convolutions one by one, and let their peers predict each (paper, appendix K.2).
 
-    What is replaced is the layer's stored output, before BatchNorm: the mean there leaves BatchNorm's bias, zero leaves
-    a constant that lies off it by the channel's mean in units of its deviation. The paper does not say which it takes;
-    the mean, what a bias can supply after pruning, is ours, and so is the drawing of the channels. Peers are the first
-    8 that greedy selection takes, their weights are of the calibration.
+    What is replaced is the layer's stored output, before BatchNorm (scale g, bias b, running mean m and deviation s).
+    The mean in its place leaves about b behind BatchNorm, zero leaves ``b - g m / s``, which may be far from it. The
+    paper does not say which it takes; the mean, what a bias can supply after pruning, is ours, and so is the drawing of
+    the channels. Peers are the first 8 that greedy selection takes, their weights are of the calibration.
 
     Args:
         inputs: see :class:`~tp_twoaxis.diagnostics.evidence.EvidenceInputs`; the first 1,000 held-out images serve.
@@ -99,19 +100,25 @@ def lesion_probe(inputs: EvidenceInputs, *, removal: Literal["mean", "zero"] = "
         raise NotApplicableError("lesions are measured on images that did not calibrate; expected held-out ones")
     if inputs.statistics.target is None:
         raise NotApplicableError("task information needs a task variable; calibrate with a target such as margin")
-    table = pd.concat([_layer_probe(inputs, cells, layer, removal) for layer in probed_layers(cells)])
+    held_out = [(_channels_last(images), labels) for images, labels in inputs.held_out]
+    table = pd.concat([_layer_probe(inputs, held_out, cells, layer, removal) for layer in probed_layers(cells)])
     if bool(table.constant.all()):
         raise NotApplicableError(f"no probed channel of {', '.join(table.layer.unique())} varies")
     return table.reset_index(drop=True)
 
 
-def _layer_probe(inputs: EvidenceInputs, cells: list[str], name: str, removal: Literal["mean", "zero"]) -> pd.DataFrame:
-    assert inputs.held_out is not None
+def _layer_probe(
+    inputs: EvidenceInputs,
+    held_out: list[tuple[Any, Tensor]],
+    cells: list[str],
+    name: str,
+    removal: Literal["mean", "zero"],
+) -> pd.DataFrame:
     layer = inputs.statistics[name]
     channels = probed_channels(layer.num_channels, inputs.seed)
     measured = lesion(
         inputs.model,
-        inputs.held_out,
+        held_out,
         name,
         channels,
         (removal, "peers"),
@@ -135,6 +142,13 @@ def _layer_probe(inputs: EvidenceInputs, cells: list[str], name: str, removal: L
         accuracy_drop=[entry.accuracy_drop for entry in removed],
         peer_damage=[measured.find(channel, "peers").loss_increase for channel in channels],
     )[list(COLUMNS)]
+
+
+def _channels_last(images: Any) -> Any:
+    """Lay images out as convolutions on CPUs read them: a pass of a ResNet-20 takes a fifth less time."""
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images
 
 
 def by_cell(channels: pd.DataFrame) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:

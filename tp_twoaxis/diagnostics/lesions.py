@@ -276,7 +276,8 @@ class AblationHook:
         replay = PrefixReplay(self.run.network, partial(self.run, batch))
         if not replay.advance([self.module], including=True):
             raise TwoAxisError(f"{self.layer}: the layer did not run in the forward pass; choose one that does")
-        for self.substitute in substitutes:
+        for substitute in substitutes:
+            self.substitute = substitute
             with replay.replaying():
                 logits = self.run.logits(batch)
             if logits.ndim != 2 or len(logits) != len(batch.inputs):

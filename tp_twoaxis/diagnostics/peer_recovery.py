@@ -22,10 +22,11 @@ DAMAGES = (0.001, 0.005, 0.02)  # nats
 KEPT = (0.52, 0.39, 0.23)  # shares of the channels; the paper's 1,409, 1,069 and 624 of 2,720
 BATCH = 1_000  # resamples at a time
 BINS = 5  # of task information, in a cell
+FEWEST_RESAMPLED = 10  # channels that intervals are made for; ours
 MATCHED = ("peer_explanation", "capture", "task_mi")
 
 
-def damaged_channels(channels: pd.DataFrame) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+def damaged_channels(channels: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Keep the channels whose removal costs more than each of six thresholds.
 
     The paper's thresholds are lost, its numbers of channels are not; so there are three in nats, and the three
@@ -64,14 +65,13 @@ def recovery_table(channels: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         One row a threshold: number of channels, median ``share`` that is given back, share of channels that are
         ``helped`` (by any amount), Spearman's correlations of the share with E_8 and with M over all these channels,
         whatever their cell, and their difference ``advantage``; the share, ``helped`` and the difference with 95 %
-        intervals (bootstrap over channels, Wilson's, bootstrap of the ranks).
+        intervals (bootstrap over channels, Wilson's, bootstrap of the ranks; none by bootstrap below ten channels).
 
     Example:
         >>> table = pd.DataFrame({"constant": False, "damage": [0.1, 0.2, 0.5], "peer_damage": [0.3, 0.1, 0.1],
         ...                       "peer_explanation": [0.1, 0.5, 0.9], "task_mi": [0.3, 0.1, 0.2]})
-        >>> first = recovery_table(table).iloc[0]
-        >>> first["channels"], first["share"], round(first["helped"], 3), round(first["peer_explanation"], 3)
-        (3, 0.5, 0.667, 1.0)
+        >>> recovery_table(table)[["channels", "share", "helped", "peer_explanation"]].round(3).values.tolist()[0]
+        [3.0, 0.5, 0.667, 1.0]
     """
     rows = []
     for names, part in damaged_channels(channels):
@@ -98,8 +98,9 @@ def matched_recovery_table(channels: pd.DataFrame, *, seed: int = 0) -> pd.DataF
     The channels of a cell above the threshold are cut into five bins of equally many by M. Within a bin, share, E_8, I
     and M are ranked and their mean rank is taken away; correlations are of these ranks, over all bins and cells, and
     intervals resample channels with the ranks they have. A bin is won where the half with the larger E_8 gives back
-    more, by the halves' medians; the middle one of an odd number is in neither half. The paper does not fix whether
-    channels are binned or ranked before the threshold, nor how halves are compared: ours.
+    more, by the halves' medians; the middle one of an odd number is in neither half. A bin of one channel says nothing.
+    The paper does not fix whether channels are binned or ranked before the threshold, nor how halves are compared:
+    ours.
 
     Args:
         channels: from :func:`~tp_twoaxis.diagnostics.lesion_probe.lesion_probe`.
@@ -107,15 +108,15 @@ def matched_recovery_table(channels: pd.DataFrame, *, seed: int = 0) -> pd.DataF
 
     Returns:
         One row a threshold: number of channels, correlations of the share with ``peer_explanation``, ``capture`` and
-        ``task_mi`` in [-1, 1], the ``win_rate`` over ``bins`` that hold at least two channels, all with intervals.
+        ``task_mi`` in [-1, 1], the ``win_rate`` over ``bins``, all with 95 % intervals; correlations of fewer than ten
+        channels have none.
 
     Example:
         >>> table = pd.DataFrame({"layer": "conv1", "depth": 0.0, "constant": False, "damage": 1.0,
         ...                       "peer_damage": [0.9, 0.1] * 5, "peer_explanation": [0.2, 0.8] * 5,
         ...                       "capture": range(10), "task_mi": range(10)})
-        >>> first = matched_recovery_table(table).iloc[0]
-        >>> first["bins"], first["win_rate"], round(first["peer_explanation"], 3)
-        (5, 1.0, 1.0)
+        >>> matched_recovery_table(table)[["bins", "win_rate", "peer_explanation"]].round(3).values.tolist()[0]
+        [5.0, 1.0, 1.0]
     """
     rows = []
     for names, part in damaged_channels(channels):
@@ -130,17 +131,15 @@ def matched_recovery_table(channels: pd.DataFrame, *, seed: int = 0) -> pd.DataF
 
 
 def _task_bins(cell: pd.DataFrame) -> list[pd.DataFrame]:
-    """Cut a cell into bins by task information; of equal numbers, up to one."""
+    """Cut a cell into bins by task information, of equal numbers up to one; those of one channel are left out."""
     ordered = cell.sort_values("task_mi", kind="stable")
     number = np.arange(len(ordered)) * BINS // max(len(ordered), 1)
-    return [ordered[number == bin_] for bin_ in range(BINS) if bool((number == bin_).any())]
+    return [ordered[number == bin_] for bin_ in range(BINS) if (number == bin_).sum() > 1]
 
 
 def _upper_half_wins(group: pd.DataFrame) -> bool | None:
-    """Whether the better explained half gives back more; None where there are no two halves or they give the same."""
+    """Whether the better explained half gives back more; None where both give the same."""
     half = len(group) // 2
-    if half == 0:
-        return None
     share = group.sort_values("peer_explanation", kind="stable").share.to_numpy(np.float64)
     low, high = float(np.median(share[:half])), float(np.median(share[-half:]))
     return None if low == high else high > low
@@ -160,7 +159,8 @@ def _correlation(first: Array, second: Array, axis: int = -1) -> Array:
     """Pearson's correlation; NaN where a side never varies."""
     a, b = (values - values.mean(axis, keepdims=True) for values in (first, second))
     spread = np.sqrt((a * a).sum(axis) * (b * b).sum(axis))
-    return np.divide((a * b).sum(axis), spread, out=np.full_like(spread, np.nan), where=spread > 0)
+    found: Array = np.divide((a * b).sum(axis), spread, out=np.full_like(spread, np.nan), where=spread > 0)
+    return found
 
 
 def _advantage(share: Array, peers: Array, task: Array, axis: int = -1) -> Array:
@@ -168,18 +168,14 @@ def _advantage(share: Array, peers: Array, task: Array, axis: int = -1) -> Array
 
 
 def _resampled(statistic: Callable[..., Array], *samples: Array, seed: int) -> Estimate:
-    """Percentile bootstrap over channels, the samples' entries staying together; without an interval below three."""
-    if len(samples[0]) < FEWEST_CHANNELS:
-        return Estimate(math.nan)
-    value = float(statistic(*samples))
+    """Percentile bootstrap over channels, the samples' entries staying together; few channels have no interval."""
     count, rng = len(samples[0]), np.random.default_rng(seed)
+    value = float(statistic(*samples)) if count >= FEWEST_CHANNELS else math.nan
+    if math.isnan(value) or count < FEWEST_RESAMPLED:
+        return Estimate(value)
     batches = (rng.integers(count, size=(BATCH, count)) for _ in range(RESAMPLES // BATCH))
     drawn = np.concatenate([statistic(*(sample[rows] for sample in samples), axis=-1) for rows in batches])
-    # resamples of few channels may not vary
-    drawn = drawn[~np.isnan(drawn)]
-    if math.isnan(value) or not len(drawn):
-        return Estimate(value)
-    lower, upper = np.percentile(drawn, [2.5, 97.5])
+    lower, upper = np.nanpercentile(drawn, [2.5, 97.5])  # a resample in which nothing varies has no correlation
     return Estimate(value, float(lower), float(upper))
 
 
