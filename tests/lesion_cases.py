@@ -27,6 +27,7 @@ def lesion_table(layers=("conv1", "conv2", "conv3"), channels=24, seed=0, **fixe
             "compact_local": _z(support) - _z(capture),
             "task_mi": rng.exponential(0.02, channels),
             "peer_explanation": rng.uniform(0.0, 1.0, channels),
+            "removal": "mean",
             "damage": damage,
             "damage_error": 0.005,
             "accuracy_drop": damage / 4,

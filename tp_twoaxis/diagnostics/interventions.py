@@ -54,16 +54,16 @@ def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
         >>> from tp_twoaxis.diagnostics.lesion_probe import COLUMNS
         >>> values = np.random.default_rng(0).uniform(size=(30, len(COLUMNS)))
         >>> table = pd.DataFrame(values, columns=list(COLUMNS)).assign(layer="conv1", depth=0.0, constant=False)
+        >>> table["removal"] = "mean"
         >>> interventions_of(table).claims[0].verdict  # one cell has no interval
         'UNDECIDED'
     """
-    correlations = damage_correlations(channels)
-    pairs = matched_pairs(channels)
-    regression = damage_regression(channels)
+    pairs, regression = matched_pairs(channels), damage_regression(channels)
+    in_place = " or ".join({"mean": "their mean", "zero": "zero"}[removal] for removal in channels.removal.unique())
     tables = {
         "lesion_channels": channels,
         "lesion_layers": damage_by_layer(channels),
-        "damage_correlations": correlations,
+        "damage_correlations": damage_correlations(channels),
         "matched_capture": pairs,
         "matched_capture_pooled": pooled_pairs(pairs),
         "peer_recovery": recovery_table(channels, seed=seed),
@@ -75,7 +75,7 @@ def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
         "interventions",
         "Does the damage of removing a channel follow what its peers can supply, beyond capture and task information?",
         tables,
-        _damage_claims(tables) + _recovery_claims(tables),
+        [*_damage_claims(tables), *_pair_claims(tables), *_recovery_claims(tables), *_matched_claims(tables)],
         _drawings(tables),
         follows=(
             "Where the peers' explanation tells the recovered share, a pruner gains by repairing with peers what it "
@@ -83,29 +83,25 @@ def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
             "little to the ranking."
         ),
         fails=(
-            "Single channels of three convolutions are removed, from the stored output before BatchNorm; whole groups, "
-            "as a pruner removes them, also lose the peers. Damages of a few thousandths of a nat are near the images' "
-            "sampling error (see the table of layers), and bins, pairs and thresholds are ours where the "
-            "paper's text lost them. Of one network there are three cells: its intervals say how much hangs on its "
-            "layers and channels, not what another training would give."
+            f"Single channels of three convolutions are removed, with {in_place} in their place in the stored output, "
+            "before BatchNorm; whole groups, as a pruner removes them, also lose the peers. Damages of a few "
+            "thousandths of a nat are near the images' sampling error (see the table of layers), and bins, pairs and "
+            "thresholds are ours where the paper's text lost them. Of one network there are three cells: its intervals "
+            "say how much hangs on its layers and channels, not what another training would give."
         ),
     )
 
 
 def _damage_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
-    rho, pooled = tables["damage_correlations"], tables["matched_capture_pooled"].set_index("property")
-    regression = tables["damage_regression"]
-    gain = -rho.compact_local - rho.capture
+    rho, regression = tables["damage_correlations"], tables["damage_regression"]
     over = f"mean over {len(rho)} cells" + ("" if len(rho) >= FEW_CELLS else ", too few for an interval to be trusted")
-    pairs = {name: Estimate(row.win_rate, row.lower, row.upper) for name, row in pooled.iterrows()}
     # every set of predictors has the cells in the same order
-    sets = {name: part.held_out.to_numpy() for name, part in regression.groupby("predictors", sort=False)}
-    added = list(sets.values())[-1] - next(iter(sets.values())) if sets else []
+    sets = [part.held_out.to_numpy() for _, part in regression.groupby("predictors", sort=False)]
     return [
         Claim(
             "low capture with compact peer support, z K - z I, tells the harmless channels better than low capture",
             f"positive, {LOST}",
-            mean_estimate(list(gain)),
+            mean_estimate(list(-rho.compact_local - rho.capture)),
             above=0.0,
             note=f"difference of rank correlations with less damage, {over}",
         ),
@@ -117,69 +113,79 @@ def _damage_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
             note=f"rank correlation of hull size and damage, {over}",
         ),
         Claim(
+            "capture, overlap, compact support and task information predict damage beyond the weight norm",
+            f"positive, {LOST}",
+            mean_estimate(list(sets[-1] - sets[0]) if sets else []),
+            above=0.0,
+            note=f"gain of R^2 in cells that the regression did not see, {over}; the paper's is over all channels",
+        ),
+    ]
+
+
+def _pair_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
+    pooled = tables["matched_capture_pooled"].set_index("property")
+    won = {name: Estimate(row.win_rate, row.lower, row.upper) for name, row in pooled.iterrows()}
+    share = {name: f"share of {count} pairs" for name, count in pooled["pairs"].items()}
+    return [
+        Claim(
             "at equal capture, whether the larger hull costs less is a matter of chance",
             "0.474",
-            pairs["hull_size"],
+            won["hull_size"],
             above=0.45,
             below=0.55,
-            note="share of pairs; the bounds of chance are ours",
+            note=f"{share['hull_size']}; the bounds of chance are ours",
         ),
         Claim(
             "at equal capture, the channel with more overlap costs less",
             "0.553",
-            pairs["overlap"],
+            won["overlap"],
             above=0.5,
-            note="share of pairs; the paper's is over all channels of its networks, ours over the probed ones",
+            note=f"{share['overlap']}; the paper's is over all channels of its networks, ours over the probed ones",
         ),
         Claim(
             "at equal capture, the channel with the more compact peer support costs less",
             f"above 0.5, {LOST}",
-            pairs["compact_support"],
+            won["compact_support"],
             above=0.5,
-            note="share of pairs",
-        ),
-        Claim(
-            "capture, overlap, compact support and task information predict damage beyond the weight norm",
-            f"positive, {LOST}",
-            mean_estimate(list(added)),
-            above=0.0,
-            note=f"gain of R^2 in cells that the regression did not see, {over}",
+            note=share["compact_support"],
         ),
     ]
 
 
 def _recovery_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
-    recovery, matched = tables["peer_recovery"].iloc[0], tables["matched_task_recovery"]
-    first = matched[matched.rule.str.startswith("largest")].iloc[0]
-    at = f"damage {recovery.rule}, {recovery.channels} channels; the paper's threshold is lost"
-    inside = f"{first.rule} damages, {first.channels} channels, ranks within bins of task information"
+    row = tables["peer_recovery"].iloc[0]
+    at = f"damage {row.rule}, {row.channels} channels; the paper's threshold is lost"
     return [
-        Claim("peers give back most of the damage", "0.687 (median)", _estimate(recovery, "share"), above=0.5, note=at),
+        Claim("peers give back most of the damage", "0.687 (median)", _estimate(row, "share"), above=0.5, note=at),
         Claim(
-            "peers help more often than they harm",
-            "0.843 of channels",
-            _estimate(recovery, "helped"),
-            above=0.5,
-            note=at,
+            "peers help more often than they harm", "0.843 of channels", _estimate(row, "helped"), above=0.5, note=at
         ),
         Claim(
             "the recovered share goes with the peers' explanation E_8 more than with task information",
             f"positive, {LOST}",
-            _estimate(recovery, "advantage"),
+            _estimate(row, "advantage"),
             above=0.0,
             note=f"difference of rank correlations over all layers together; {at}",
         ),
+    ]
+
+
+def _matched_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
+    matched = tables["matched_task_recovery"]
+    row = matched[matched.rule.str.startswith("largest")].iloc[0]
+    inside = f"{row.rule} of damages, {row.channels} channels, ranks within bins of task information"
+    return [
         Claim(
             "at equal task information, the peers' explanation E_8 tells the recovered share",
             "[0.077, 0.183]",
-            _estimate(first, "peer_explanation"),
+            _estimate(row, "peer_explanation"),
             above=0.0,
             note=inside,
         ),
         Claim(
             "at equal task information, capture does not tell the recovered share",
             "[-0.060, 0.038]",
-            _estimate(first, "capture"),
+            _estimate(row, "capture"),
             above=-0.1,
             below=0.1,
             note=f"{inside}; the bounds are ours",
@@ -187,7 +193,7 @@ def _recovery_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
         Claim(
             "in bins of task information, what is left of it does not tell the recovered share",
             "[-0.013, 0.088]",
-            _estimate(first, "task_mi"),
+            _estimate(row, "task_mi"),
             above=-0.1,
             below=0.1,
             note=f"{inside}; the bounds are ours",
@@ -195,9 +201,9 @@ def _recovery_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
         Claim(
             "at equal task information, the half that peers explain better recovers more",
             "[0.537, 0.665]",
-            _estimate(first, "win_rate"),
+            _estimate(row, "win_rate"),
             above=0.5,
-            note=f"share of {first.bins} bins; {inside}",
+            note=f"share of {row.bins} bins; {inside}",
         ),
     ]
 

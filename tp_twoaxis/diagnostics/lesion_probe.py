@@ -31,6 +31,7 @@ COLUMNS = {
     "compact_local": "the paper's safe-to-remove score z(K_k) - z(I_k), z over the layer's varying channels",
     "task_mi": "task information M_k, nats",
     "peer_explanation": "share of the variance that the best 8 peers predict E_k(P_8), 0..1",
+    "removal": "what stands in a removed channel's place, mean or zero",
     "damage": "rise of the mean held-out loss without the channel, nats",
     "damage_error": "standard error of the damage over images, nats",
     "accuracy_drop": "share of the images",
@@ -137,6 +138,7 @@ def _layer_probe(
         peer_explanation=[prediction.explained for prediction in predict_from_peers(layer, PEERS)],
     )
     return table.iloc[channels].assign(
+        removal=removal,
         damage=[entry.loss_increase for entry in removed],
         damage_error=[entry.standard_error for entry in removed],
         accuracy_drop=[entry.accuracy_drop for entry in removed],
