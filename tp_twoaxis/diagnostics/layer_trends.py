@@ -1,0 +1,75 @@
+"""What changes from the first layer of a network to its last, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+
+from tp_twoaxis.diagnostics.evidence import RESAMPLES, Estimate
+from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, rank_correlation
+
+
+def relative_depths(layers: Sequence[str]) -> dict[str, float]:
+    """Give each layer its place: 0 for the first, 1 for the last.
+
+    Example:
+        >>> relative_depths(["conv1", "conv2", "conv3"])
+        {'conv1': 0.0, 'conv2': 0.5, 'conv3': 1.0}
+    """
+    return {name: place / max(len(layers) - 1, 1) for place, name in enumerate(layers)}
+
+
+def depth_trend(depth: Sequence[float], values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Correlate a quantity with depth by ranks, with a percentile bootstrap interval over layers (10,000 resamples).
+
+    Args:
+        depth: a number a layer.
+        values: a number a layer; NaN is left out.
+        level: of the interval, in (0, 1).
+        seed: of the resamples.
+
+    Returns:
+        Spearman's correlation in [-1, 1]: 1 where the quantity always rises; NaN for fewer than 3 layers.
+
+    Example:
+        >>> depth_trend([0.0, 0.5, 1.0], [3.0, 2.0, 1.0]).value
+        -1.0
+    """
+    known = [(d, v) for d, v in zip(depth, values, strict=True) if not math.isnan(v)]
+    if len(known) < FEWEST_CHANNELS:
+        return Estimate(math.nan)
+    pairs = torch.tensor(known, dtype=torch.float64)
+    drawn = np.random.default_rng(seed).integers(len(known), size=(RESAMPLES, len(known)))
+    resampled = pairs[torch.from_numpy(drawn)]
+    found = rank_correlation(resampled[..., 0], resampled[..., 1]).numpy()
+    found = found[~np.isnan(found)]  # one layer drawn throughout has no ranks
+    value = float(rank_correlation(pairs[None, :, 0], pairs[None, :, 1]))
+    if not len(found):
+        return Estimate(value)
+    lower, upper = np.quantile(found, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Estimate(value, float(lower), float(upper))
+
+
+def share_estimate(flags: Sequence[bool], *, level: float = 0.95) -> Estimate:
+    """Share of cells of which something is true, with Wilson's interval (1927).
+
+    Args:
+        flags: one a cell.
+        level: of the interval, in (0, 1).
+
+    Returns:
+        The share in [0, 1]; NaN where there are no cells.
+
+    Example:
+        >>> str(share_estimate([True] * 9 + [False]))
+        '0.900 [0.596, 0.982]'
+    """
+    if not len(flags):
+        return Estimate(math.nan)
+    test = binomtest(sum(map(bool, flags)), len(flags))
+    interval = test.proportion_ci(confidence_level=level, method="wilson")
+    return Estimate(float(test.statistic), float(interval.low), float(interval.high))
