@@ -136,7 +136,9 @@ def contrast_figure(table: pd.DataFrame) -> Figure:
         axes.plot(table.depth, ratio, color=colour, linewidth=1.0, zorder=2)
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6, "zorder": 3}
         axes.plot(table.depth[beyond], ratio[beyond], label=f"{label}, beyond chance", **style)
-        axes.plot(table.depth[~beyond], ratio[~beyond], markerfacecolor="white", label=f"{label}, not", **style)
+        axes.plot(
+            table.depth[~beyond], ratio[~beyond], markerfacecolor="white", label=f"{label}, within chance", **style
+        )
     axes.set_ylabel("within over between groups")
     _finish(figure, axes)
     return figure
@@ -156,7 +158,7 @@ def matrix_figure(layers: list[LayerStatistics], seed: int = 0) -> Figure:
         >>> len(matrix_figure([stats["1"]]).axes)
         2
     """
-    figure = Figure(figsize=(6.4, 2.9), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.4), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(layers), squeeze=False)[0]
     for axes, layer in zip(panels, layers, strict=True):
         groups = local_groups(layer, seed=seed)
