@@ -63,7 +63,7 @@ def family_figure(areas: pd.DataFrame, trials: pd.DataFrame, network: str) -> Fi
         axes.plot(100 * entry.auc, row, color=colour, marker=marker, markersize=5, linestyle="none")
     axes.set_yticks(range(len(own)), own.method, fontsize=8)
     axes.set_ylim(len(own) - 0.5, -0.5)
-    figure.supxlabel("mean accuracy retention on the common interval of MACs (%)", size=9)
+    axes.set_xlabel("accuracy retention, mean over common MACs (%)", fontsize=9)
     axes.set_title(network, loc="left", fontsize=11, fontweight="bold")
     axes.grid(True, axis="x", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
