@@ -26,7 +26,7 @@ from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.passes import Survey
 from tp_twoaxis.statistics.recorder import PENDING_IMAGES, LayerRecord, Positions, Recorder
 from tp_twoaxis.statistics.store import CalibrationStatistics
-from tp_twoaxis.statistics.targets import LABEL_FREE, TARGETS, count_columns, task_variables
+from tp_twoaxis.statistics.targets import TARGETS, batch_variables, class_logits, count_columns
 
 
 def calibrate(
@@ -262,14 +262,14 @@ def _gather_pass(
             output = run(batch)
             values = None
             if request.target is not None:
-                logits = _class_logits(output, run.network)
-                variables = _variables(logits, batch.labels, request.target, batch.number, len(batch.inputs))
+                logits = class_logits(output, run.network)
+                variables = batch_variables(logits, batch, request.target)
                 survey.columns = survey.columns or _columns(variables)
                 if list(variables) != list(survey.columns):
                     raise TwoAxisError(mixed_labels(batch.number, batch.labels))
                 values = torch.cat(list(variables.values()), dim=1)
             if part.saliency is not None:
-                _backward(part.saliency, _class_logits(output, run.network), batch.labels, batch.number)
+                _backward(part.saliency, class_logits(output, run.network), batch.labels, batch.number)
             part.finish(values, len(batch.inputs))
     for shard in begun:
         parts[shard].keep(survey.columns)
@@ -326,36 +326,6 @@ def _statistics(part: _Part, layers: dict[str, nn.Module], request: CalibrationR
         num_images=part.images,
         explicit=request.layers is not None,
     )
-
-
-def _class_logits(output: Any, network: nn.Module) -> Tensor:
-    """Find the logits, unless a tuple holds several things that could be them: features, coarse and fine classes."""
-    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
-        tables = [list(value.shape) for value in output if isinstance(value, Tensor) and value.ndim == 2]
-        if len({width for _, width in tables}) > 1:
-            raise TwoAxisError(
-                f"expected logits from {type(network).__name__}, got a tuple with {listing(map(str, tables))}, of "
-                "which any may be logits; wrap the model so that it returns them alone or as 'logits', or pass "
-                "target=None to calibrate the local axis alone"
-            )
-    return find_logits(output, network)
-
-
-def _variables(logits: Tensor, labels: Tensor | None, target: str, index: int, images: int) -> dict[str, Tensor]:
-    if labels is None and target not in (*LABEL_FREE, "margin"):
-        raise TwoAxisError(
-            f"target {target!r} needs labels and batch {index} has none; yield (images, labels) or choose one of "
-            f"{', '.join(LABEL_FREE)}"
-        )
-    if logits.ndim == 2 and len(logits) != images:
-        raise TwoAxisError(
-            f"expected logits [{images}, K] of the {images} images of batch {index}, got {list(logits.shape)}; "
-            "pass target=None to calibrate the local axis alone"
-        )
-    try:
-        return task_variables(logits if logits.device.type != "mps" else logits.cpu(), labels)
-    except TwoAxisError as error:
-        raise TwoAxisError(f"batch {index}: {error}") from error
 
 
 def _backward(saliency: OutputSaliency, logits: Tensor, labels: Tensor | None, index: int) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.layers import in_channels_of, out_channels_of
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
 from tp_twoaxis.statistics.memory import LayerSize
 from tp_twoaxis.statistics.moments import CoMoments, float64_device
-from tp_twoaxis.statistics.pooling import pooled_means
+from tp_twoaxis.statistics.pooling import PooledOutputs, runs_in_some
 from tp_twoaxis.statistics.row_queue import RowQueue, SideStream
 from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select_rows
 
@@ -134,8 +134,7 @@ class Recorder:
         self.records: dict[str, LayerRecord] = {}
         self._handles: list[RemovableHandle] = []
         self._batch_size = 0
-        self._ran: set[str] | None = None
-        self._pooled: dict[str, tuple[Tensor, int]] = {}
+        self._pooled = PooledOutputs(layers)
         self._queues: dict[int, RowQueue] = {}
         self._sides: dict[torch.device, SideStream] = {}
         self._pending: dict[str, list[Tensor]] = {}
@@ -189,7 +188,7 @@ class Recorder:
         """
         self._images, self._batch_size = images, len(images[0])
         self._keys, self._sampled = None, {}
-        self._pooled = {}
+        self._pooled.begin()
 
     def finish(self, task: Tensor | None = None) -> None:
         """Close the batch.
@@ -200,14 +199,8 @@ class Recorder:
         Raises:
             TwoAxisError: a layer ran in this batch and not in the first one, or the other way round.
         """
-        ran = set(self._pooled)
-        if self._ran is None:
-            self._ran = ran
-        if changing := [name for name in self.layers if (name in ran) != (name in self._ran)]:
-            raise TwoAxisError(_runs_in_some(changing))
-        for name, (pooled, _) in self._pooled.items():
+        for name, pooled in self._pooled.finish().items():
             self._pending.setdefault(name, []).append(pooled)
-        self._pooled = {}
         if task is not None:
             self._pending_task.append(task)
         self._pending_images += self._batch_size
@@ -262,20 +255,14 @@ class Recorder:
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = self._layout(name, layer).rows(y, layer, self._batch_size, name)
-        count = view.shape[1]
-        pooled = pooled_means(view)
-        if name in self._pooled:  # called again in this batch: average over the positions of all calls
-            before, seen = self._pooled[name]
-            pooled = (before.double() * seen + pooled.double() * count) / (seen + count)
-            count += seen
-        self._pooled[name] = (pooled, count)
+        self._pooled.add(name, view)
         self._update(self._record(name, view).rows, view, self._wanted(view.shape[2]))
 
     def _layout(self, name: str, layer: nn.Module) -> BatchLayout:
         if self.layouts is None:
             return usual_layout(layer)
         if name not in self.layouts:
-            raise TwoAxisError(_runs_in_some([name]))
+            raise TwoAxisError(runs_in_some([name]))
         return self.layouts[name]
 
     def _update(self, moments: CoMoments, view: Tensor, wanted: int | None) -> None:
@@ -312,10 +299,3 @@ class Recorder:
         # a power of two: shards of slightly unequal length still agree on the number
         exponent = round(math.log2(rows / max(self.expected_images, 1)))
         return max(1 << max(exponent, 0), FEWEST_POSITIONS)
-
-
-def _runs_in_some(names: list[str]) -> str:
-    return (
-        f"{listing(names)}: expected a layer to run in every batch or in none, got both, so its statistics "
-        "would be of fewer images than the others'; leave it out with layers=[...]"
-    )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from tp_twoaxis.errors import TwoAxisError
+import torch
+from torch import Tensor, nn
+
+from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.runtime.batches import Batch
+from tp_twoaxis.runtime.forward import find_logits
 
 LABELLED = ("margin", "correct_logit", "negative_loss", "one_vs_rest")
 LABEL_FREE = ("predicted_margin", "predicted_logit")
@@ -50,6 +54,65 @@ def task_variables(logits: Tensor, labels: Tensor | None = None) -> dict[str, Te
     variables["negative_loss"] = z.log_softmax(1).gather(1, y)
     variables["one_vs_rest"] = torch.zeros_like(z).scatter_(1, y, 1.0)
     return variables
+
+
+def class_logits(output: Any, network: nn.Module) -> Tensor:
+    """Find the logits, unless a tuple holds several things that could be them: features, coarse and fine classes.
+
+    Args:
+        output: what the model returned.
+        network: the model, for the message.
+
+    Raises:
+        TwoAxisError: there are none, or it cannot be known which they are.
+
+    Example:
+        >>> class_logits((torch.zeros(3, 2), torch.zeros(3, 8, 4)), nn.Identity()).shape
+        torch.Size([3, 2])
+    """
+    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
+        tables = [list(value.shape) for value in output if isinstance(value, Tensor) and value.ndim == 2]
+        if len({width for _, width in tables}) > 1:
+            raise TwoAxisError(
+                f"expected logits from {type(network).__name__}, got a tuple with {listing(map(str, tables))}, of "
+                "which any may be logits; wrap the model so that it returns them alone or as 'logits', or pass "
+                "target=None to calibrate the local axis alone"
+            )
+    return find_logits(output, network)
+
+
+def batch_variables(logits: Tensor, batch: Batch, target: str) -> dict[str, Tensor]:
+    """Compute every task variable of a batch from a loader; see :func:`task_variables`.
+
+    Args:
+        logits: [n, K] of the batch.
+        batch: with labels or without.
+        target: the task variable that is needed; without labels ``margin`` is not insisted on.
+
+    Raises:
+        TwoAxisError: the target needs labels that the batch does not have; logits or labels do not fit.
+
+    Example:
+        >>> from tp_twoaxis.runtime.inputs import Inputs
+        >>> batch = Batch(0, Inputs((torch.zeros(3, 4),)), None)
+        >>> list(batch_variables(torch.zeros(3, 2), batch, "margin"))
+        ['predicted_margin', 'predicted_logit']
+    """
+    if batch.labels is None and target not in (*LABEL_FREE, "margin"):
+        raise TwoAxisError(
+            f"target {target!r} needs labels and batch {batch.number} has none; yield (images, labels) or choose one "
+            f"of {', '.join(LABEL_FREE)}"
+        )
+    images = len(batch.inputs)
+    if logits.ndim == 2 and len(logits) != images:
+        raise TwoAxisError(
+            f"expected logits [{images}, K] of the {images} images of batch {batch.number}, got {list(logits.shape)}; "
+            "pass target=None to calibrate the local axis alone"
+        )
+    try:
+        return task_variables(logits if logits.device.type != "mps" else logits.cpu(), batch.labels)
+    except TwoAxisError as error:
+        raise TwoAxisError(f"batch {batch.number}: {error}") from error
 
 
 def count_columns(classes: int, labelled: bool) -> int:
