@@ -16,6 +16,7 @@ from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.runtime.batches import Batch, expected_images, mixed_labels, split_shards
 from tp_twoaxis.runtime.distributed import world_size
 from tp_twoaxis.runtime.forward import ForwardPass, NoImagesError, find_logits, forward_pass
+from tp_twoaxis.runtime.image_rows import image_rows
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.runtime.model_state import unwrap
@@ -191,7 +192,8 @@ def gather(
             f"none of the layers {listing(recorded)} ran in the forward pass; "
             "the model calls their weights as functions, or runs code that was traced before: pass the eager model"
         )
-    return [_statistics(part, recorded, request) for _, part in sorted(parts.items())]
+    rows = image_rows(loader, run.images) if shards == 1 else None
+    return [_statistics(part, recorded, request, rows) for _, part in sorted(parts.items())]
 
 
 def _survey(
@@ -314,7 +316,9 @@ class _Part:
             self.saliencies |= self.saliency.records
 
 
-def _statistics(part: _Part, layers: dict[str, nn.Module], request: CalibrationRequest) -> CalibrationStatistics:
+def _statistics(
+    part: _Part, layers: dict[str, nn.Module], request: CalibrationRequest, rows: Tensor | None
+) -> CalibrationStatistics:
     target = request.target
     return CalibrationStatistics.from_records(
         layers,
@@ -325,6 +329,7 @@ def _statistics(part: _Part, layers: dict[str, nn.Module], request: CalibrationR
         target=target if target in part.columns else ("predicted_margin" if target else None),
         num_images=part.images,
         explicit=request.layers is not None,
+        image_rows=rows,
     )
 
 
