@@ -61,9 +61,9 @@ def _positions(loader: Iterable[Any]) -> tuple[Tensor | None, bool]:
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, list):
         return torch.tensor(sampler, dtype=torch.int64), not getattr(loader, "shuffle", False)
-    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) not in (BatchSampler, type(None)):
-        return None, False
-    if loader.batch_sampler is not None and loader.batch_sampler.sampler is not sampler:
+    batches = getattr(loader, "batch_sampler", None)
+    own_order = batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)
+    if not isinstance(loader, DataLoader) or not own_order:
         return None, False
     if type(sampler) is SequentialSampler:
         return torch.arange(len(sampler)), True

@@ -25,6 +25,7 @@ from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
 from tp_twoaxis.statistics.memory import GIB, MemoryPlan
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.passes import Survey
+from tp_twoaxis.statistics.pooling import POOLINGS, Pooling
 from tp_twoaxis.statistics.recorder import PENDING_IMAGES, LayerRecord, Positions, Recorder
 from tp_twoaxis.statistics.store import CalibrationStatistics
 from tp_twoaxis.statistics.targets import TARGETS, batch_variables, class_logits, count_columns
@@ -42,6 +43,7 @@ def calibrate(
     gradients: bool = False,
     consumers: bool = False,
     max_memory: float | None = None,
+    pooling: Pooling = "mean",
     progress: bool = True,
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass; without gradients by default.
@@ -84,6 +86,8 @@ def calibrate(
         max_memory: GiB that statistics may take on the model's device while they are gathered; where all layers need
             more, they are gathered in several passes, for which the loader must give the same images in the same
             order every time. Layers that are done wait in the CPU's memory, and are not counted. Default: all in one.
+        pooling: what correlates with the task: the ``"mean"`` over positions; or ``"cls"``, the first token of layers
+            that write tokens, where a vision transformer's head reads that one alone.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -103,7 +107,7 @@ def calibrate(
         (torch.Size([8, 8]), 48, 'margin')
     """
     request = CalibrationRequest(
-        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory
+        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory, pooling
     )
     try:
         return gather(model, loader, request)[0]
@@ -130,10 +134,12 @@ class CalibrationRequest:
     consumers: bool
     progress: bool
     max_memory: float | None = None
+    pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_name("target", self.target, TARGETS, more=" or None")
+        check_name("pooling", self.pooling, POOLINGS)
         if self.max_images is not None and not (isinstance(self.max_images, int) and self.max_images > 0):
             raise TwoAxisError(f"max_images: expected a positive whole number or None, got {self.max_images!r}")
         if self.max_memory is not None and not self.max_memory > 0:
@@ -239,7 +245,12 @@ def _recorder(
     layers: dict[str, nn.Module], layouts: dict[str, BatchLayout], expected: int | None, request: CalibrationRequest
 ) -> Recorder:
     return Recorder(
-        layers, positions=request.positions, expected_images=expected, consumers=request.consumers, layouts=layouts
+        layers,
+        positions=request.positions,
+        expected_images=expected,
+        consumers=request.consumers,
+        layouts=layouts,
+        pooling=request.pooling,
     )
 
 

@@ -135,6 +135,7 @@ class CalibrationStatistics:
                 record.inputs,
                 gradients,
                 record.dtype,
+                record.pooling,
             )
         return cls(statistics, task=task, columns=columns, target=target, num_images=num_images, image_rows=image_rows)
 
@@ -156,10 +157,8 @@ class CalibrationStatistics:
     @property
     def extras(self) -> tuple[Literal["gradients", "consumers"], ...]:
         """What they hold besides the usual: ``"gradients"``, ``"consumers"``."""
-        held: dict[Literal["gradients", "consumers"], bool] = {
-            "gradients": self.has_gradients,
-            "consumers": self.consumers,
-        }
+        held: dict[Literal["gradients", "consumers"], bool]
+        held = {"gradients": self.has_gradients, "consumers": self.consumers}
         return tuple(extra for extra, there in held.items() if there)
 
     def __getitem__(self, name: str) -> LayerStatistics:
@@ -308,6 +307,7 @@ class CalibrationStatistics:
                     "shape": s.shape,
                     "fingerprint": s.fingerprint,
                     "dtype": str(s.dtype).removeprefix("torch."),
+                    "pooling": s.pooling,
                 }
                 for s in self.layers.values()
             ],
@@ -357,6 +357,7 @@ class CalibrationStatistics:
                 unpack(f"{name}/inputs", tensors, sizes),
                 unpack(f"{name}/gradients", tensors, sizes),
                 getattr(torch, item.get("dtype", "float32")),
+                item.get("pooling", "mean"),
             )
         return cls(
             layers,
@@ -374,6 +375,7 @@ class CalibrationStatistics:
             "target": self.target,
             "task variables": list(self._columns.items()),
             "gradients": self.has_gradients,
+            "pooling": sorted({s.pooling for s in self.layers.values()}),
             "layers": [(s.name, s.shape) for s in self.layers.values()],
             "weights": [s.fingerprint for s in self.layers.values()],
             "recorded inputs": [s.name for s in self.layers.values() if s.inputs is not None],
