@@ -64,7 +64,7 @@ def explain_command(
         Path | None, panel("Statistics")("Statistics that `calibrate` wrote, instead of --images.")
     ] = None,
     source: DataOptions | None,
-    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions", "pooling")],
     out: Annotated[Path | None, _output("Write one HTML file that opens offline.")] = None,
     png: Annotated[Path | None, _output("Write the two axes with the channels marked.")] = None,
     output: OutputOptions,

@@ -29,7 +29,7 @@ def select_command(
     exclude: Annotated[str | None, _selection("Candidates to leave out.")] = None,
     held_out: Annotated[float, _selection("Share of the images that judge; the others calibrate.")] = 0.5,
     pruning: PruningOptions,
-    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions", "pooling")],
     output: ReportOptions,
 ) -> None:
     """Try scores on copies of the network and judge them on images held out of the calibration; changes nothing.
