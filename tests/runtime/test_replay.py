@@ -132,6 +132,33 @@ def test_a_replay_gives_what_a_whole_pass_gives_to_the_bit(name):
     assert not any("forward" in module.__dict__ for module in net.modules())
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_replay_from_behind_a_layer_lets_its_hooks_change_what_it_wrote(name):
+    net = made(name)
+    replay = PrefixReplay(net, lambda: net(X.clone()))
+    for layer in dict.fromkeys(called(net, layers_of(net))):
+        assert replay.advance([layer], including=True)
+        original, runs = layer.forward, []
+        layer.forward = lambda *args, original=original, runs=runs, **kwargs: (
+            runs.append(1),
+            original(*args, **kwargs),
+        )[1]
+        calls = called(net, [layer])
+        runs.clear()
+        for scale in (1.0, -2.0):
+            handle = layer.register_forward_hook(
+                lambda _, inputs, y, scale=scale: (scale * y[0], *y[1:]) if isinstance(y, tuple) else scale * y
+            )
+            with replay.replaying():
+                got = net(X.clone())
+            assert len(runs) == len(calls) - 1  # the first call is not made again
+            torch.testing.assert_close(got, net(X.clone()), rtol=0, atol=0)
+            runs.clear()
+            handle.remove()
+        del layer.forward
+
+
 @torch.no_grad()
 def test_a_walk_through_all_layers_costs_one_pass():
     net = made("conv")

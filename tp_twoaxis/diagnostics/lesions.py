@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from tp_twoaxis.diagnostics.peers import PEERS, Prediction, predict_from_peers
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.runtime.batches import mixed_labels
-from tp_twoaxis.runtime.forward import forward_pass
+from tp_twoaxis.runtime.batches import Batch, mixed_labels
+from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
 from tp_twoaxis.runtime.layers import channel_axis, channel_layers, out_channels_of
 from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.replay import PrefixReplay
 from tp_twoaxis.statistics.store import CalibrationStatistics
 from tp_twoaxis.statistics.targets import task_variables
 
@@ -91,8 +93,10 @@ def lesion(
     The stored output of the layer, before BatchNorm and activation, gets another value at every position of
     the channel: 0; the channel's mean; or the prediction from its best peers, whose weights come from the
     calibration (paper, appendix K.2). Each channel is replaced by itself, the others stay. The loader is read
-    once; every batch takes one forward pass for the whole network and one for each channel and replacement.
-    The model runs in eval mode and comes back exactly as it was, also when something raises.
+    once; every batch takes one forward pass for the whole network, and for each channel and replacement what
+    comes behind the layer: modules that finished before it return what they returned
+    (:class:`~tp_twoaxis.runtime.replay.PrefixReplay`). The model runs in eval mode and comes back exactly as it
+    was, also when something raises.
 
     Args:
         model: a classifier that returns logits; wrappers are looked through.
@@ -123,43 +127,26 @@ def lesion(
     module = channel_layers(network, [layer])[layer]
     wanted = checked_channels(channels, out_channels_of(module), layer)
     substitutes = _substitutes(network, layer, wanted, _checked_replacements(replacement), stats, peers)
-    ablation = AblationHook(module)
     losses: list[list[Tensor]] = [[] for _ in range(len(substitutes) + 1)]
-    right = [0] * len(losses)
+    right = torch.zeros(len(losses), dtype=torch.int64)
     reference: str | None = None
     with forward_pass(
         network, loader, what=f"lesions of {layer}", max_images=max_images, labels=True, progress=progress
     ) as run:
-        run.hook(module, ablation)
+        ablation = AblationHook(run, module, layer)
         for batch in run.batches:
-            labels, index = batch.labels, batch.number
+            labels = batch.labels
             kind = "dense predictions" if labels is None else "labels"
             if kind != (reference or kind):
-                raise TwoAxisError(mixed_labels(index, labels))
+                raise TwoAxisError(mixed_labels(batch.number, labels))
             reference = kind
-            for place, substitute in enumerate([None, *(substitute for _, substitute in substitutes)]):
-                ablation.substitute = substitute
-                logits = run.logits(batch)
-                if logits.ndim != 2 or len(logits) != len(batch.inputs):
-                    raise TwoAxisError(
-                        f"lesions: expected class logits [{len(batch.inputs)}, K] of batch {index}, got "
-                        f"{list(logits.shape)}; pass a classifier"
-                    )
+            for place, logits in enumerate(ablation.passes(batch, [None, *(made for _, made in substitutes)])):
                 if labels is None:
                     labels = logits.argmax(1)  # of the first pass, which leaves the network whole
-                losses[place].append(_losses(logits, labels, index))
-                right[place] += int((logits.argmax(1) == labels.to(logits.device)).sum())
+                losses[place].append(_losses(logits, labels, batch.number))
+                right[place] += (logits.argmax(1) == labels.to(logits.device)).sum().cpu()
     assert reference is not None
-    if not ablation.called:
-        raise TwoAxisError(f"{layer}: the layer did not run in the forward pass; choose one that does")
-    whole = torch.cat(losses[0])
-    count = len(whole)
-    found = []
-    for (name, substitute), own, hits in zip(substitutes, losses[1:], right[1:], strict=True):
-        change = torch.cat(own) - whole
-        error = float(change.std() / count**0.5) if count > 1 else float("inf")
-        found.append(Lesion(substitute.channel, name, float(change.mean()), error, (right[0] - hits) / count))
-    return Lesions(layer, count, reference, float(whole.mean()), right[0] / count, found)
+    return _compared(layer, reference, substitutes, [torch.cat(parts) for parts in losses], right.tolist())
 
 
 def recovered_share(removed: Lesion, replaced: Lesion, minimum_damage: float = MINIMUM_DAMAGE) -> float | None:
@@ -254,17 +241,54 @@ def _substitutes(
     return made
 
 
-class AblationHook:
-    """Forward hook that replaces one channel of a layer's output while ``substitute`` is set."""
+def _compared(
+    layer: str, reference: str, substitutes: list[tuple[str, Prediction]], losses: list[Tensor], right: list[int]
+) -> Lesions:
+    """Compare every lesion's losses and hits with those of the whole network, which come first."""
+    whole, count = losses[0], len(losses[0])
+    found = []
+    for (name, substitute), own, hits in zip(substitutes, losses[1:], right[1:], strict=True):
+        change = own - whole
+        error = float(change.std() / count**0.5) if count > 1 else float("inf")
+        found.append(Lesion(substitute.channel, name, float(change.mean()), error, (right[0] - hits) / count))
+    return Lesions(layer, count, reference, float(whole.mean()), right[0] / count, found)
 
-    def __init__(self, module: nn.Module) -> None:
+
+class AblationHook:
+    """Forward hook that replaces one channel of a layer's output while a substitute is set, until the pass ends."""
+
+    def __init__(self, run: ForwardPass, module: nn.Module, layer: str) -> None:
+        self.run, self.module, self.layer = run, module, layer
         self.axis = channel_axis(module)
         self.substitute: Prediction | None = None
-        self.called = False
+        run.hook(module, self)
+
+    def passes(self, batch: Batch, substitutes: Iterable[Prediction | None]) -> Iterator[Tensor]:
+        """Run a batch with each substitute, from the layer on.
+
+        Yields:
+            Class logits [n, K].
+
+        Raises:
+            TwoAxisError: the layer does not run, or there are no such logits.
+        """
+        self.substitute = None
+        replay = PrefixReplay(self.run.network, partial(self.run, batch))
+        if not replay.advance([self.module], including=True):
+            raise TwoAxisError(f"{self.layer}: the layer did not run in the forward pass; choose one that does")
+        for substitute in substitutes:
+            self.substitute = substitute
+            with replay.replaying():
+                logits = self.run.logits(batch)
+            if logits.ndim != 2 or len(logits) != len(batch.inputs):
+                raise TwoAxisError(
+                    f"lesions: expected class logits [{len(batch.inputs)}, K] of batch {batch.number}, got "
+                    f"{list(logits.shape)}; pass a classifier"
+                )
+            yield logits
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """Replace the channel; attention's output is a tuple that starts with it."""
-        self.called = True
         if self.substitute is None:
             return None
         if isinstance(output, tuple):

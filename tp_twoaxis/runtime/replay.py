@@ -48,8 +48,13 @@ class PrefixReplay:
         self._record: list[tuple[nn.Module, Any]] = []
 
     @torch.no_grad()
-    def advance(self, layers: Iterable[nn.Module]) -> bool:
+    def advance(self, layers: Iterable[nn.Module], *, including: bool = False) -> bool:
         """Remember what finishes before the first call of any of these layers.
+
+        Args:
+            layers: modules of the network.
+            including: remember what that first call returns too, for changes of what a layer writes, made by its
+                forward hooks, which run in a replay as well; without, for changes of the layer itself.
 
         Returns:
             Whether one of them was reached. Not so where a layer's ``forward`` is never called, or is no longer called
@@ -59,10 +64,13 @@ class PrefixReplay:
         known, record = _Cursor(self._record), _Recorder()
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            if module in stops:
+            if module in stops and not including:
                 raise _PrefixFinished
             with record.call(module) as finish:
-                return finish(known.take(module) if known.has(module) else forward(*args, **kwargs))
+                output = finish(known.take(module) if known.has(module) else forward(*args, **kwargs))
+            if module in stops:
+                raise _PrefixFinished
+            return output
 
         reached = False
         try:
