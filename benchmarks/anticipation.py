@@ -48,7 +48,7 @@ CONFIG = Path(__file__).parent / "configs" / "cifar10_selection.json"
 KEEP = 0.5
 SEED = 42
 IMAGES = 1000
-DATA = DataConfig(calibration_images=2048, selection_images=8000, evaluate_on="selection")
+DATA = DataConfig(calibration_images=2048, selection_images=8000, evaluate_on="selection", calibration_draw="seed")
 CURVES = ("hull", "capture", "reconstruction")
 
 

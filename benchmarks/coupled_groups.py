@@ -34,7 +34,7 @@ SITES = (
 )
 KEEP = (0.7, 0.5, 0.35)
 SEED = 42
-DATA = DataConfig(calibration_images=2000, selection_images=2000, evaluate_on="selection")
+DATA = DataConfig(calibration_images=2000, selection_images=2000, evaluate_on="selection", calibration_draw="seed")
 
 
 def measure(shared: Shared) -> list[dict[str, object]]:

@@ -14,7 +14,7 @@ may come in pieces: every call copies the Parquet shards that it finds in --data
 some prints which and ends. Trials of all calls make one folder, also from several machines: copy their ``cells/``
 together. ``tp-twoaxis report OUT`` draws the tables, the paper's comparisons of families among them.
 
-Expected on an H100-class GPU: under 10 minutes a call, by its own clock; 180 trials a network and seed take several.
+Expected on an H100-class GPU: under 10 minutes a call, by its own clock; 210 trials a network and seed take several.
 Not run on a GPU yet; on two CPU cores a small form of it ran, see results/cifar100_resnet20_cpu.
 """
 
@@ -54,8 +54,8 @@ NETWORKS = {
 }
 PAPER = ["resnet18", "vgg16", "mobilenetv2"]
 METHODS = (
-    "capture,variance,hull,composite-local,spectral-rs,cap-qgw,task-mi,composite-pid,pid-no-red,spectral-pid-rs,hybrid,"
-    "taylor,l1,l2,fpgm,chip,network-slimming,random"
+    "capture,variance,hull,composite-local,spectral-rs,cap-qgw,cap-a,norm-local,task-mi,composite-pid,pid-no-red,"
+    "spectral-pid-rs,hybrid,taylor,l1,l2,fpgm,chip,network-slimming,activation-rms,random"
 )
 STORE = "TP_TWOAXIS_STORE"
 

@@ -11,6 +11,7 @@ from tp_twoaxis.importance import CRITERIA
 from tp_twoaxis.models.factory import BUILT_IN
 from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
+from tp_twoaxis.statistics.pooling import POOLINGS
 from tp_twoaxis.statistics.targets import TARGETS
 from tp_twoaxis.training import RECIPES
 from tp_twoaxis.training.settings import Precision
@@ -24,6 +25,7 @@ def test_they_are_those_of_the_tables():
     assert {axis for axes in known_names.FAMILIES.values() for axis in axes} == {c.axis for c in CRITERIA.values()}
     assert tuple(REPAIRS) == known_names.REPAIRS
     assert known_names.TARGETS == TARGETS
+    assert known_names.POOLINGS == POOLINGS
     assert tuple(RECIPES) == known_names.RECIPES
     assert tuple(BUILT_IN) == known_names.MODELS
     assert get_args(Removal) == known_names.REMOVALS

@@ -73,6 +73,8 @@ AUTO = "auto"
 """What ``importance`` and ``repair`` are called where they are left open; see :mod:`tp_twoaxis.pruning.recipe`."""
 TARGETS = ("margin", "correct_logit", "negative_loss", "one_vs_rest", "predicted_margin", "predicted_logit")
 """Task variables; see :mod:`tp_twoaxis.statistics.targets`."""
+POOLINGS = ("mean", "cls")
+"""Which row of an image is compared with the task; see :mod:`tp_twoaxis.statistics.pooling`."""
 RECIPES = ("paper", "fast")
 """The table is in :mod:`tp_twoaxis.training.settings`."""
 REMOVALS = ("mean", "zero")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from tp_twoaxis.benchmark.families import axis_of, axis_table, selector_table
+from tp_twoaxis.benchmark.families import axis_of, axis_table, selector_summary, selector_table, sign_table
+from tp_twoaxis.benchmark.family_figure import family_figure
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.tables import AucResult
 
@@ -35,6 +36,8 @@ def test_axes_of_criteria():
         "cap-qgw": "local",
         "target-excess": "target",
         "hybrid": "both",
+        "spectral-rs": "local",
+        "spectral-rs(affinity='RS')": "both",
         "norm-local": "mixed",
         "norm-local(normalizer='max')": "mixed",
         "anticipating(levels=4)": "mixed",
@@ -72,6 +75,59 @@ def test_weights_and_logits_are_not_in_the_local_family():
         "hull",
     )
     assert rows.loc["best mixed - best local"].points == pytest.approx(100 * (0.25 + 0.15) / 2)
+
+
+def test_norm_and_local_against_magnitude_is_of_scores_alone():
+    """Anticipation looks at logits, and the paper's mixed family does not; hybrids are those of that name."""
+    more = {"norm-local": {1: 0.7, 2: 0.7}, "anticipating": {1: 0.95, 2: 0.95}, "hybrid": {1: 0.6, 2: 0.6}}
+    more["spectral-rs(affinity='S')"] = {1: 0.99, 2: 0.99}
+    rows = axis_table(*made({**AREAS, **more})).set_index("comparison")
+    row = rows.loc["best norm and local - magnitude"]
+    assert (row["first"], row["second"]) == ("norm-local", "l1")
+    assert row.points == pytest.approx(100 * (0.05 + 0.08) / 2)
+    assert rows.loc["best hybrid - best local", "first"] == "hybrid"
+    assert rows.loc["best local - best target", "first"] == "hull"
+
+
+def test_signs_are_counted_over_networks():
+    axes = axis_table(*made())
+    other = axes.assign(network="other", points=-axes.points)
+    third = axes.assign(network="third", points=0.0)
+    signs = sign_table(pd.concat([axes, other, third])).set_index("comparison")
+    assert signs.index.tolist() == ["best local - best target", "best local - taylor"]
+    assert signs[["positive", "networks"]].values.tolist() == [[1, 3], [1, 3]]
+    assert signs.points.tolist() == pytest.approx([0.0, 0.0])
+    gap = axes.set_index("comparison").points["best local - taylor"]
+    half = 4.302653 * gap / 3**0.5  # Student's quantile of two degrees; the deviation of (-gap, 0, gap) is gap
+    assert signs.high["best local - taylor"] == pytest.approx(half, rel=1e-5)
+    one = sign_table(axes).set_index("comparison")
+    assert one.networks.tolist() == [1, 1]
+    assert one.low.isna().all()
+    assert sign_table(axis_table(*made({"capture": {1: 0.5}}))).empty
+
+
+def test_the_selector_is_summed_up_over_held_out_seeds():
+    summary = selector_summary(selector_table(*made())).set_index("comparison")
+    assert summary.loc["chosen - best target", ["positive", "held_out"]].tolist() == [2, 2]
+    assert summary.points["chosen - best target"] == pytest.approx(7.5)
+    assert summary.loc["chosen - taylor", ["positive", "held_out"]].tolist() == [1, 2]
+    assert summary.points["chosen - best local of the seed"] == pytest.approx(-15.0)
+    assert summary.positive["chosen - best local of the seed"] == 0
+    assert "chosen - chip" not in summary.index
+    assert selector_summary(selector_table(*made({"capture": {1: 0.5}}))).empty
+
+
+def test_the_figure_has_families_together_the_best_first():
+    areas = {**AREAS, "norm-local": {1: 0.9, 2: 0.9}}
+    trials = made(areas)[1]
+    methods = trials.set_index("criterion").method
+    rows = [["net", methods[c], sum(own.values()) / 2, 0.1, 0.9] for c, own in areas.items()]
+    table = pd.DataFrame(rows, columns=["network", "method", "auc", "low", "high"])
+    figure = family_figure(table, trials, "net")
+    order = ["hull", "capture", "norm-local", "l1", "l2", "task-mi", "target-excess", "taylor"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [methods[c] for c in order]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["local", "norm or logits, and local", "magnitude", "target", "other baselines"]
 
 
 def test_families_and_selector_compare_on_the_same_seeds():

@@ -30,9 +30,8 @@ def test_files(folder):
     files = {path.name: path for path in write_report(report)}
     assert {path.parent for path in files.values()} == {folder.path / "report"}
     assert set(files) == {
-        "report.html", "report.md", "cells.parquet", "cells.csv", "summary.csv", "auc.csv", "axes.csv", "selector.csv",
-        "wins.csv", "timing.csv",
-        "curves-net.png",
+        "report.html", "report.md", "cells.parquet", "cells.csv", "summary.csv", "auc.csv", "axes.csv", "signs.csv",
+        "selector.csv", "selected.csv", "wins.csv", "timing.csv", "curves-net.png", "families-net.png",
     }  # fmt: skip
     pd.testing.assert_frame_equal(pd.read_parquet(files["cells.parquet"]), report.trials)
     summary = pd.read_csv(files["summary.csv"], keep_default_na=False)
@@ -63,7 +62,7 @@ def test_unfinished_sweeps_have_reports_and_say_so(folder, tmp_path):
         partial.file(trial).write_bytes(folder.file(trial).read_bytes())
     report = make_report(partial.path)
     assert report.notes[0] == "17 of 20 trials were not run yet"
-    assert len(write_report(report, tmp_path / "elsewhere")) == 11
+    assert len(write_report(report, tmp_path / "elsewhere")) == 14
     with pytest.raises(TwoAxisError, match=r"no config\.json"):
         make_report(tmp_path)
     with pytest.raises(TwoAxisError, match="folder"):

@@ -25,6 +25,7 @@ from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, cross, run_benchmar
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report
 from tp_twoaxis.benchmark.results import claim_folder, open_folder
+from tp_twoaxis.benchmark.sweep_images import rows_from_text, split_rows
 from tp_twoaxis.benchmark.trial_runner import chunks
 from tp_twoaxis.importance import pruning_state
 
@@ -62,6 +63,9 @@ def test_a_trial_records_what_made_it(complete, config):
     assert record["images"] == {
         "evaluated": 40, "evaluated_on": "test", "calibration": 24, "selection": 10, "training": 0
     }  # fmt: skip
+    rows = rows_from_text(record["calibration_rows"])
+    assert torch.equal(rows, split_rows(60, config.data, 42)[0])
+    assert all(other["calibration_rows"] == record["calibration_rows"] for other in complete.read_all())
     assert {"statistics", "score", "plan", "remove", "repair", "evaluate", "total"} <= set(record["seconds"])
     made = record["provenance"]
     assert made["versions"]["torch"] == version("torch")

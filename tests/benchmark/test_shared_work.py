@@ -13,7 +13,7 @@ from cases import conv_net
 from tp_twoaxis import TwoAxisError, prune_to_flops
 from tp_twoaxis.benchmark import DataConfig, NetworkConfig
 from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared, check_inputs, measure_sizes
-from tp_twoaxis.benchmark.sweep_images import split_rows
+from tp_twoaxis.benchmark.sweep_images import rows_from_text, rows_to_text, split_rows
 from tp_twoaxis.data import ArrayDataset
 from tp_twoaxis.importance import criteria, find_criterion, pruning_state
 from tp_twoaxis.importance.baselines import activation_criteria
@@ -24,15 +24,17 @@ def folders(tmp_path_factory):
     return write_folders(tmp_path_factory.mktemp("images"))
 
 
-def test_parts_do_not_overlap_and_the_selection_is_one_for_all_seeds():
-    data = DataConfig(calibration_images=300, selection_images=200)
+@pytest.mark.parametrize("draw", ["fixed", "seed"])
+def test_parts_do_not_overlap_and_only_a_seed_s_own_draw_depends_on_it(draw):
+    data = DataConfig(calibration_images=300, selection_images=200, calibration_draw=draw)
     parts = {seed: split_rows(1000, data, seed) for seed in (42, 123)}
     for calibration, selection, rest in parts.values():
         assert (len(calibration), len(selection), len(rest)) == (300, 200, 800)
         assert not set(selection.tolist()) & set(rest.tolist())
         assert set(calibration.tolist()) <= set(rest.tolist())
     assert torch.equal(parts[42][1], parts[123][1])
-    assert not torch.equal(parts[42][0], parts[123][0])
+    assert torch.equal(parts[42][0], parts[123][0]) == (draw == "fixed")
+    assert torch.equal(rows_from_text(rows_to_text(parts[42][0])), parts[42][0])
     with pytest.raises(TwoAxisError, match="hold out fewer"):
         split_rows(200, data, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def test_configs_without_a_choice_of_steps_keep_their_digest():
     ]
 
 
+def test_configs_of_draws_by_seed_keep_their_digest():
+    """Before there was a choice every seed drew its own images; that is what these digests stand for."""
+    fixed, own = (BenchmarkConfig.from_dict({**MINIMAL, "data": {"calibration_draw": d}}) for d in ("fixed", "seed"))
+    assert fixed == BenchmarkConfig.from_dict(MINIMAL)
+    assert BenchmarkConfig.from_dict(own.to_dict()) == own
+    assert fixed.digest() != own.digest()
+    assert fixed.conditions() != own.conditions()
+    values = own.to_dict()
+    del values["data"]["calibration_draw"]
+    text = json.dumps(values, sort_keys=True).encode()
+    assert own.digest() == hashlib.blake2b(text, digest_size=12).hexdigest()
+
+
 def test_crossed_methods():
     crossed = {"criteria": "all", "repair": [[], ["bn"]], "finetune_batches": [0, 200], "steps": [1, 3]}
     config = BenchmarkConfig.from_dict({**MINIMAL, "methods": crossed})
@@ -78,6 +92,7 @@ def test_crossed_methods():
         ({"data": {"evaluate_on": "train"}}, "test, selection"),
         ({"data": {"evaluate_on": "selection"}}, "selection_images"),
         ({"data": {"batch_size": 0}}, "at least 1"),
+        ({"data": {"calibration_draw": "fix"}}, "fixed, seed"),
         ({"data": 3}, "an object"),
     ],
 )

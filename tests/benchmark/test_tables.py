@@ -194,6 +194,14 @@ def test_what_makes_trials_hard_to_compare_is_listed(records):
     assert "1 trials keep other MACs" in notes
 
 
+def test_seeds_that_are_all_alike_are_said_to_be():
+    same = [record("a", seed, keep, accuracy) for seed in (1, 2) for keep, accuracy in ((0.7, 0.9), (0.5, 0.8))]
+    random = [record("random", seed, 0.5, 0.1 * seed) for seed in (1, 2)]
+    (note,) = warnings_of(trial_table(same + random))
+    assert "same for all seeds" in note
+    assert "calibration_draw" in note
+
+
 def test_no_trials():
     with pytest.raises(TwoAxisError, match="run the sweep"):
         trial_table([])

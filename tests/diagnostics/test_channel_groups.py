@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import reference_alignment as slow
 import torch
+from cases import batches, conv_net
 from sklearn.metrics import adjusted_rand_score
 
+from tp_twoaxis import calibrate
+from tp_twoaxis.diagnostics.axis_coordinates import local_axis
 from tp_twoaxis.diagnostics.channel_groups import (
     adjusted_rand,
     agreement,
     group_channels,
     grouping_index,
+    local_groups,
     silhouette,
     standardised,
 )
@@ -76,3 +80,16 @@ def test_features_are_z_scores():
     expected = (values - values.mean()) / values.std(correction=0)
     assert standardised(values, torch.ones(3))[:, 0] == pytest.approx(expected.numpy())
     assert not standardised(values, torch.ones(3))[:, 1].any()
+
+
+def test_local_groups_ascend_by_capture_and_leave_constant_channels_out():
+    net = conv_net()
+    with torch.no_grad():
+        net.conv1.weight[3] = 0.0
+    layer = calibrate(net, batches(), progress=False)["conv1"]
+    groups, axis = local_groups(layer), local_axis(layer)
+    assert groups[3] == -1
+    own = groups[layer.variance > 0]
+    assert adjusted_rand_score(own, group_channels(standardised(*axis))) == 1.0
+    means = [float(axis.capture[own == group].mean()) for group in range(3)]
+    assert means == sorted(means)

@@ -180,6 +180,16 @@ def test_everything_else_is_refused(spec):
         parse_expression(spec)
 
 
+def test_options_may_make_a_score_look_at_the_other_axis():
+    names = ("spectral-rs", "spectral-rs(affinity='R')", "spectral-rs(affinity='S')", "spectral-rs(affinity='RS')")
+    found = [find_criterion(name) for name in names]
+    assert [criterion.axis for criterion in found] == ["local", "local", "both", "both"]
+    assert [criterion.reads_task for criterion in found] == [False, False, True, True]
+    state = PruningState(conv_net(), batches(), progress=False)
+    assert find_criterion("spectral-rs").build(state).stats.target is None
+    assert find_criterion("spectral-rs(affinity='S')").build(state).stats.target == "margin"
+
+
 def test_options_reach_the_score_and_the_importance():
     stats = calibrate(conv_net(), batches(), progress=False)
     importance = make_importance("hull(strength=1.0, peers=2, normalizer='max')", stats=stats)

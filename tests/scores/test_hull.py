@@ -135,7 +135,55 @@ def test_wide_layers_run():
     assert hulls.path.shape == (512, 6)
 
 
-@pytest.mark.parametrize("bad", [{"pool": 0}, {"max_size": 0}, {"epsilon": 1.0}, {"epsilon": -0.1}, {"ridge": -1.0}])
+@pytest.mark.parametrize("reference", ["pool", "peers"])
+@pytest.mark.parametrize("tolerance", ["factor", "difference"])
+@pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.4])
+def test_hulls_are_the_shortest_prefixes_that_least_squares_finds_enough(reference, tolerance, epsilon):
+    count, pool, max_size = 24, 8, 5
+    rho, active = correlation(count, seed=3, factors=4), torch.arange(count) != 4
+    rho[4] = rho[:, 4] = 0.0
+    rho[4, 4] = 1.0
+    hulls = greedy_hulls(
+        rho, active=active, pool=pool, max_size=max_size, epsilon=epsilon, tolerance=tolerance, reference=reference
+    )
+    for k in range(count):
+        chosen, _, whole, _ = twin.greedy_hull(rho.numpy(), k, active.numpy(), pool, max_size)
+        if reference == "peers":
+            others = [j for j in range(count) if j != k and active[j]]
+            whole = twin.explanation(rho.numpy(), k, others, 1e-6) if active[k] else 0.0
+        required = (1 - epsilon) * whole if tolerance == "factor" else whole - epsilon
+        # the empty set explains nothing, and is enough where nothing is required
+        explained = [twin.explanation(rho.numpy(), k, chosen[:n], 1e-6) for n in range(len(chosen) + 1)]
+        size = next((n for n, value in enumerate(explained) if value >= required), len(chosen))
+        assert hulls.size[k].item() == (size if active[k] else 0)
+        assert hulls.explanation[k].item() == pytest.approx(explained[size] if active[k] else 0.0, abs=1e-8)
+        assert (bool(hulls.singleton[k]), bool(hulls.saturated[k])) == (size == 1, active[k] and size == max_size)
+
+
+def test_all_peers_ask_more_than_the_pool():
+    rho = correlation(40, seed=5, factors=20)
+    pool, peers = (greedy_hulls(rho, pool=6, max_size=4, reference=name) for name in ("pool", "peers"))
+    assert (peers.size >= pool.size).all()
+    assert peers.saturated.sum() > pool.saturated.sum()
+    assert torch.equal(pool.peers, peers.peers)
+
+
+def test_a_difference_needs_no_peer_where_all_explain_less():
+    rho = torch.eye(4, dtype=torch.float64)
+    rho[0, 1] = rho[1, 0] = 0.2  # 4 % of the variance
+    hulls = greedy_hulls(rho, tolerance="difference")
+    assert hulls.size.tolist() == [0] * 4
+    assert not (hulls.singleton | hulls.saturated).any()
+    assert greedy_hulls(rho).size.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [{"pool": 0}, {"max_size": 0}, {"ridge": -1.0}])
 def test_errors(bad):
     with pytest.raises(TwoAxisError, match="expected pool >= 1"):
+        greedy_hulls(torch.eye(3), **bad)
+
+
+@pytest.mark.parametrize("bad", [{"epsilon": 1.0}, {"epsilon": -0.1}, {"tolerance": "ratio"}, {"reference": "all"}])
+def test_unknown_thresholds_are_refused(bad):
+    with pytest.raises(TwoAxisError, match=next(iter(bad))):
         greedy_hulls(torch.eye(3), **bad)

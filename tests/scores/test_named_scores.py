@@ -9,7 +9,9 @@ from torch import nn
 from tp_twoaxis import TwoAxisError, calibrate
 from tp_twoaxis.scores import SCORES, find_score
 from tp_twoaxis.scores.cluster import spectral_clusters
-from tp_twoaxis.scores.named_scores import evaluate, hull_refined
+from tp_twoaxis.scores.composite import composite_pid, pid_no_red
+from tp_twoaxis.scores.named_scores import capture, evaluate, hull_refined, target_excess
+from tp_twoaxis.scores.spectral import spectral_rs
 
 CORRELATION_ONLY = (
     "low-overlap",
@@ -154,6 +156,46 @@ def test_hull_strength():
     layer = layer_of()
     torch.testing.assert_close(hull_refined(layer, strength=0.0), find_score("variance")(layer))
     assert (hull_refined(layer, strength=1.0) <= hull_refined(layer, strength=0.2)).all()
+
+
+def test_the_noise_floor_is_an_option():
+    layer = layer_of()
+    expected = [0.5 * np.log1p(power / 0.25) for power in layer.variance.tolist()]
+    np.testing.assert_allclose(capture(layer, noise_power=0.25).numpy(), expected)
+    with pytest.raises(TwoAxisError, match="noise_power: expected a variance above 0"):
+        capture(layer, noise_power=0.0)
+
+
+@pytest.mark.parametrize("rule", ["task-mi", "joint-mi", "excess"])
+def test_partners_of_the_excess_are_an_option(rule):
+    layer = layer_of()
+    r, pooled = layer.target_correlation().numpy(), layer.pooled_correlation.numpy()
+    excess = twin.target_excess(r, pooled, partners=4, rule=rule)
+    np.testing.assert_allclose(target_excess(layer, partners=4, rule=rule).numpy(), excess, rtol=1e-6)
+    active = np.ones(12, dtype=bool)
+    pid = twin.z(twin.task_information(r), active) + twin.z(excess, active)
+    np.testing.assert_allclose(pid_no_red(layer, 4, rule).numpy(), pid, rtol=1e-5)
+    redundancy = twin.z(twin.target_redundancy(twin.task_information(r)), active)
+    np.testing.assert_allclose(composite_pid(layer, 4, rule).numpy(), pid - redundancy, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("affinity", ["R", "S", "RS"])
+def test_clusters_are_of_the_chosen_pairs(affinity):
+    layer = layer_of()
+    rho, r, count = layer.correlation.numpy(), layer.target_correlation().numpy(), 12
+    overlap = np.array([[0.0 if k == j else twin.info(rho[k, j] ** 2) for j in range(count)] for k in range(count)])
+    excess = twin.pair_excess(r, layer.pooled_correlation.numpy())
+    both = overlap / overlap.mean() + excess / excess.mean()
+    pairs = {"R": overlap, "S": excess, "RS": both}[affinity]
+    values = twin.capture(layer.variance.numpy())
+    clusters = spectral_clusters(torch.from_numpy(pairs)).tolist()
+    expected = twin.assign_by_rank(values, twin.cluster_quantiles(values, clusters))
+    np.testing.assert_allclose(spectral_rs(layer, affinity).numpy(), expected)
+
+
+def test_an_unknown_affinity_is_refused():
+    with pytest.raises(TwoAxisError, match="affinity"):
+        spectral_rs(layer_of(), "SR")
 
 
 def test_names_and_axes():

@@ -77,6 +77,8 @@ def main(rank, world, folder):
         size = len(cuts) - 1
         if rank < size:
             stats = calibrated(shard(rank, cuts), consumers=True)
+            # as of a loader that says which images it has; a rank without any has no loader to ask
+            stats.image_rows = torch.arange(cuts[rank], cuts[rank + 1]) if len(stats) else None
             collectives.clear()
             with torch.inference_mode():
                 assert stats.all_reduce(groups[size]) is stats

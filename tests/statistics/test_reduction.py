@@ -53,6 +53,7 @@ def test_every_rank_ends_with_the_statistics_of_one_process(folder, name, size):
         stats = CalibrationStatistics.load(folder / f"{name}-{rank}.safetensors")
         assert (stats.num_images, stats.target, stats.extras) == (44, single.target, single.extras)
         assert list(stats) == list(single)
+        assert stats.image_rows.tolist() == list(range(44))
         for (key, mine), (expected, theirs) in zip(stats._named_moments(), single._named_moments(), strict=True):
             assert (key, mine.count, mine.weight) == (expected, theirs.count, pytest.approx(theirs.weight))
             torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-9, atol=1e-12)

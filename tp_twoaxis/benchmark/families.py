@@ -7,12 +7,22 @@ from typing import Any
 
 import pandas as pd
 
-from tp_twoaxis.benchmark.protocol import paired_interval
+from tp_twoaxis.benchmark.protocol import mean_interval, paired_interval
 from tp_twoaxis.benchmark.tables import Areas, AucResult
 from tp_twoaxis.importance import CRITERIA
 from tp_twoaxis.importance.criterion import parse_expression
+from tp_twoaxis.scores.named_scores import SCORES
 
 MAGNITUDES = ("l1", "l2")
+# which of the comparisons the paper counts signs of (its table 12); magnitude beside them
+SIGNED = ("best local - best target", "best local - chip", "best local - taylor", "best norm and local - magnitude")
+SIGNS = ["treatment", "comparison", "positive", "networks", "points", "low", "high"]
+SELECTED = {
+    "over_target": "chosen - best target",
+    "over_chip": "chosen - chip",
+    "over_taylor": "chosen - taylor",
+    "behind_oracle": "chosen - best local of the seed",
+}
 COMPARISONS = ["network", "treatment", "comparison", "first", "second", "points", "low", "high", "seeds"]
 
 
@@ -22,9 +32,13 @@ def axis_of(criterion: str) -> str:
     Example:
         >>> axis_of("capture"), axis_of("norm-local"), axis_of("task-mi"), axis_of("taylor")
         ('local', 'mixed', 'target', 'baseline')
+        >>> axis_of("spectral-rs"), axis_of("spectral-rs(affinity='S')")
+        ('local', 'both')
     """
-    # by the name alone: a report needs no plug-in that the trials needed
-    name = parse_expression(criterion)[0]
+    # from our own tables alone: a report needs no plug-in that the trials needed
+    name, options = parse_expression(criterion)
+    if name in SCORES:
+        return SCORES[name].axis_with(options)
     return CRITERIA[name].axis if name in CRITERIA else "baseline"
 
 
@@ -41,18 +55,22 @@ def axis_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row for each network, treatment (all but the criterion) and comparison: best local minus best target, minus
-        magnitude, minus every baseline, and mixed and hybrids minus best local; ``points`` is the mean paired
-        difference of areas times 100, ``low`` and ``high`` Student's 95 % interval over seeds (missing for one seed).
+        magnitude, minus every baseline; mixed and hybrids minus best local; and the best score of norms and local
+        statistics, which the paper calls mixed, minus magnitude. ``points`` is the mean paired difference of areas
+        times 100, ``low`` and ``high`` Student's 95 % interval over seeds (missing for one seed).
     """
     rows = []
     for network, treatment, own in _families(auc, trials):
-        local, target, mixed, both = (_best(own, axis) for axis in ("local", "target", "mixed", "both"))
+        local, target, mixed = (_best(own, axis) for axis in ("local", "target", "mixed"))
+        hybrid = _best({c: a for c, a in own.items() if parse_expression(c)[0] == "hybrid"})
+        norm_and_local = _best({c: a for c, a in own.items() if axis_of(c) == "mixed" and _is_score(c)})
         others = [("best local - best target", target)]
         magnitude = _best({c: a for c, a in own.items() if c in MAGNITUDES})
         others += [("best local - magnitude", magnitude)]
         others += [(f"best local - {c}", c) for c in own if axis_of(c) == "baseline" and c not in MAGNITUDES]
         pairs = [(name, local, other) for name, other in others]
-        pairs += [("best mixed - best local", mixed, local), ("best hybrid - best local", both, local)]
+        pairs += [("best mixed - best local", mixed, local), ("best hybrid - best local", hybrid, local)]
+        pairs += [("best norm and local - magnitude", norm_and_local, magnitude)]
         for name, first, second in pairs:
             if first is None or second is None:
                 continue
@@ -60,6 +78,33 @@ def axis_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
             gap = paired_interval([100 * own[first][s] for s in seeds], [100 * own[second][s] for s in seeds])
             rows.append([network, treatment, name, first, second, *gap, len(seeds)])
     return pd.DataFrame(rows, columns=COMPARISONS)
+
+
+def sign_table(axes: pd.DataFrame) -> pd.DataFrame:
+    """Count the networks on which a family is ahead, as the paper's table 12 does.
+
+    Args:
+        axes: of :func:`axis_table`, of one or several results folders.
+
+    Returns:
+        A row for each treatment and comparison of :data:`SIGNED`: on how many ``networks`` the mean difference is
+        ``positive``, and its mean over networks in ``points`` with Student's 95 % interval ``low`` to ``high``
+        (missing for one network). A tie is not positive. Intervals of single networks are in ``axes``.
+
+    Example:
+        >>> axes = pd.DataFrame([["a", "bn", "best local - taylor", "hull", "taylor", 2.0, 1.0, 3.0, 5]],
+        ...                     columns=COMPARISONS)
+        >>> sign_table(axes)[["comparison", "positive", "networks", "points"]].values.tolist()
+        [['best local - taylor', 1, 1, 2.0]]
+    """
+    rows: list[list[Any]] = []
+    for treatment in axes.treatment.unique():
+        for comparison in SIGNED:
+            own = axes[(axes.treatment == treatment) & (axes.comparison == comparison)]
+            if len(own):
+                over = mean_interval(own.points.tolist())
+                rows.append([treatment, comparison, int((own.points > 0).sum()), len(own), *over])
+    return pd.DataFrame(rows, columns=SIGNS)
 
 
 def selector_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
@@ -99,6 +144,39 @@ def selector_table(auc: AucResult, trials: pd.DataFrame) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def selector_summary(selector: pd.DataFrame) -> pd.DataFrame:
+    """Sum the selector up over networks and held-out seeds (appendix H: ahead on 52, 53 and 43 of 53).
+
+    Args:
+        selector: of :func:`selector_table`, of one or several results folders.
+
+    Returns:
+        A row for each treatment and rival (best target score, CHIP, Taylor, and the best local score of the seed
+        itself, which nothing is ahead of): on how many of the ``held_out`` seeds that have the rival the chosen score
+        is ahead (``positive``), and by how many ``points`` of area on average.
+
+    Example:
+        >>> row = {"network": "a", "treatment": "bn", "held_out": 1, "over_target": 3.0, "over_chip": float("nan"),
+        ...        "over_taylor": -1.0, "behind_oracle": 0.0}
+        >>> selector_summary(pd.DataFrame([row])).values.tolist()
+        [['bn', 'chosen - best target', 1, 1, 3.0], ['bn', 'chosen - taylor', 0, 1, -1.0],
+         ['bn', 'chosen - best local of the seed', 0, 1, 0.0]]
+    """
+    rows: list[list[Any]] = []
+    for treatment in selector.treatment.unique() if len(selector) else ():
+        own = selector[selector.treatment == treatment]
+        for column, comparison in SELECTED.items():
+            points = own[column].dropna()
+            if len(points):
+                rows.append([treatment, comparison, int((points > 0).sum()), len(points), float(points.mean())])
+    return pd.DataFrame(rows, columns=["treatment", "comparison", "positive", "held_out", "points"])
+
+
+def _is_score(criterion: str) -> bool:
+    """Whether it scores a layer from its statistics, and does not look at logits or consumers."""
+    return parse_expression(criterion)[0] in SCORES
 
 
 def _families(auc: AucResult, trials: pd.DataFrame) -> Iterable[tuple[str, str, Areas]]:

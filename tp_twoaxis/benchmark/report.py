@@ -16,7 +16,8 @@ import pandas as pd
 
 from tp_twoaxis.benchmark import tables
 from tp_twoaxis.benchmark.curves import curves_figure
-from tp_twoaxis.benchmark.families import axis_table, selector_table
+from tp_twoaxis.benchmark.families import axis_table, selector_summary, selector_table, sign_table
+from tp_twoaxis.benchmark.family_figure import family_figure
 from tp_twoaxis.benchmark.results import ResultsFolder, open_folder
 from tp_twoaxis.diagnostics.html_page import image_element, page, png_bytes, table_element
 from tp_twoaxis.errors import TwoAxisError
@@ -36,7 +37,9 @@ class Report:
         summary: means over seeds.
         auc: areas under curves.
         axes: families compared; see :func:`~tp_twoaxis.benchmark.families.axis_table`.
+        signs: on how many networks a family is ahead.
         selector: the local score chosen without the seed it is judged on.
+        selected: the same summed up over networks and seeds.
         wins: the win matrix.
         timing: seconds by phase.
         failures: failed trials.
@@ -49,7 +52,9 @@ class Report:
     summary: pd.DataFrame
     auc: tables.AucResult
     axes: pd.DataFrame
+    signs: pd.DataFrame
     selector: pd.DataFrame
+    selected: pd.DataFrame
     wins: pd.DataFrame
     timing: pd.DataFrame
     failures: pd.DataFrame
@@ -94,14 +99,17 @@ def make_report(folder: str | Path) -> Report:
     failures = tables.failure_table(trials)
     notes = [f"{absent} of {len(records) + absent} trials were not run yet"] if absent else []
     notes += [f"{len(failures)} trials failed"] if len(failures) else []
+    axes, selector = axis_table(auc, trials), selector_table(auc, trials)
     latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
     return Report(
         results,
         trials,
         tables.summary_table(trials),
         auc,
-        axis_table(auc, trials),
-        selector_table(auc, trials),
+        axes,
+        sign_table(axes),
+        selector,
+        selector_summary(selector),
         tables.win_matrix(trials),
         tables.timing_table(trials),
         failures,
@@ -131,23 +139,30 @@ def write_report(report: Report, folder: str | Path | None = None) -> list[Path]
     figures = {
         network: png_bytes(curves_figure(report.summary, network)) for network in report.summary.network.unique()
     }
+    families = {
+        network: png_bytes(family_figure(report.auc.table, report.trials, network))
+        for network in report.auc.table.network.unique()
+    }
     parquet = io.BytesIO()
     report.trials.to_parquet(parquet)
-    files = {"report.html": _html(report, figures).encode(), "report.md": report.markdown().encode()}
+    files = {"report.html": _html(report, figures, families).encode(), "report.md": report.markdown().encode()}
     files |= {"cells.parquet": parquet.getvalue()}
     frames = {
         "cells": report.trials,
         "summary": report.summary,
         "auc": report.auc.table,
         "axes": report.axes,
+        "signs": report.signs,
         "selector": report.selector,
+        "selected": report.selected,
         "wins": report.wins.reset_index(),
         "timing": report.timing,
     }
     files |= {f"{name}.csv": frame.to_csv(index=False).encode() for name, frame in frames.items()}
-    for network, png in figures.items():
-        safe = re.sub(r"[^\w.-]", "_", network)
-        files[f"curves-{safe}.png"] = png
+    for kind, drawn in (("curves", figures), ("families", families)):
+        for network, png in drawn.items():
+            safe = re.sub(r"[^\w.-]", "_", network)
+            files[f"{kind}-{safe}.png"] = png
     for name, data in files.items():
         write_bytes(target / name, data)
     return [target / name for name in files]
@@ -186,7 +201,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _html(report: Report, figures: dict[str, bytes]) -> str:
+def _html(report: Report, figures: dict[str, bytes], families: dict[str, bytes]) -> str:
     config = report.folder.config
     failures = report.failures
     return page(
@@ -198,7 +213,7 @@ def _html(report: Report, figures: dict[str, bytes]) -> str:
             "split, the config below shows.</p>",
             *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),
             *_accuracy_sections(report, figures),
-            *_comparison_sections(report),
+            *_comparison_sections(report, families),
             "<h2>Three counters</h2><p class='soft'>Mean share of MACs kept by our counter, by Torch-Pruning's and by "
             "thop's.</p>",
             _table(_counters(report.trials)),
@@ -226,22 +241,32 @@ def _accuracy_sections(report: Report, figures: dict[str, bytes]) -> Iterator[st
         )
 
 
-def _comparison_sections(report: Report) -> Iterator[str]:
+def _comparison_sections(report: Report, families: dict[str, bytes]) -> Iterator[str]:
     """Compare methods by areas, by families, by the chosen local score and by wins."""
     yield "<h2>Area under accuracy retention</h2>"
     yield _auc_words(report.auc)
     yield _table(report.auc.table)
+    for network, png in families.items():
+        yield image_element(png, f"areas of {network} by family of criteria")
     yield (
         "<h2>Families</h2><p class='soft'>The best score of a family against the best of another, in points of area; "
         "“best” is by the mean over these seeds, so a family of more members has an advantage.</p>"
     )
     yield f"<div class='text'>{_table(report.axes, '{:.1f}')}</div>"
+    if len(report.signs):
+        yield (
+            "<p class='soft'>On how many networks the difference is positive, and its mean over networks; intervals "
+            "are Student's, over networks.</p>"
+        )
+        yield f"<div class='text'>{_table(report.signs, '{:.1f}')}</div>"
     if len(report.selector):
         yield (
             "<h2>Choosing a local score</h2><p class='soft'>For each held-out seed the local score that was best on "
             "the other seeds, against the best local score of that seed and against others, in points of area.</p>"
         )
         yield f"<div class='text'>{_table(report.selector, '{:.2f}')}</div>"
+        yield "<p class='soft'>The same over all networks and held-out seeds.</p>"
+        yield f"<div class='text'>{_table(report.selected, '{:.2f}')}</div>"
     yield (
         f"<h2>Wins</h2><p class='soft'>Share of trials (%) of equal network, seed and "
         f"{UNITS[report.folder.config.grid]} in which the row's method is more accurate than the column's; ties count "

@@ -121,7 +121,7 @@ class Shared:
 
     Attributes:
         network: the dense network.
-        seed: of the calibration images.
+        seed: of the trials.
         seconds: what was made -> wall-clock seconds it took.
     """
 

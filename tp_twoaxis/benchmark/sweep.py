@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from tp_twoaxis.benchmark import protocol
 from tp_twoaxis.benchmark.methods import Method, Trial, cross
@@ -27,6 +27,8 @@ from tp_twoaxis.training.settings import Precision
 T = TypeVar("T")
 PARTS = ("test", "selection")
 GRIDS = get_args(Budget)
+Draw = Literal["fixed", "seed"]
+DRAWS = get_args(Draw)
 PRECISIONS = get_args(Precision)
 
 
@@ -73,7 +75,10 @@ class DataConfig:
     Attributes:
         train_split: split that calibration, selection and fine-tuning images come from.
         test_split: split of the test images.
-        calibration_images: drawn anew for each seed.
+        calibration_images: how many calibrate.
+        calibration_draw: ``fixed``, the same images for every seed, as in the paper, where each seed is a network of
+            its own; or ``seed``, others for each. Where seeds share their weights and nothing is fine-tuned, a fixed
+            draw makes them all alike.
         selection_images: held out of the training split.
         test_images: drawn once; None takes all.
         evaluate_on: what the accuracies of this sweep are measured on, ``test`` or ``selection``.
@@ -85,6 +90,7 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "test"
     calibration_images: int = protocol.CALIBRATION_IMAGES
+    calibration_draw: Draw = "fixed"
     selection_images: int = 0
     test_images: int | None = None
     evaluate_on: str = "test"
@@ -103,7 +109,7 @@ class BenchmarkConfig:
         keep: shares to keep, in (0, 1].
         grid: what they are shares of: ``macs``, so that all methods are pruned to equal MACs, or ``channels``, the
             paper's levels of sparsity, where each method ends at MACs of its own.
-        seeds: of the calibration images' draw, of ``random``, of fine-tuning.
+        seeds: of ``random``, of fine-tuning, and where :class:`DataConfig` says so of the calibration images.
         data: how the images are split.
         finetune_epochs: at most, where a method has a budget.
         finetune_lr: of SGD.
@@ -200,6 +206,7 @@ class BenchmarkConfig:
             raise TwoAxisError(f"finetune_amp: expected {' or '.join(PRECISIONS)} or null, got {self.finetune_amp!r}")
         data = self.data
         check_name("evaluate_on", data.evaluate_on, PARTS)
+        check_name("calibration_draw", data.calibration_draw, DRAWS)
         if data.evaluate_on == "selection" and data.selection_images < 1:
             raise TwoAxisError("evaluate_on: 'selection' needs selection_images of at least 1, got 0; set it")
         for name in ("calibration_images", "batch_size", "test_batch_size"):
@@ -208,12 +215,18 @@ class BenchmarkConfig:
 
     def digest(self) -> str:
         """Hash the whole config; equal configs, equal digests."""
-        return _digest(self.to_dict())
+        return _digest(self._identity())
 
     def conditions(self) -> str:
         """Hash what every trial shares whatever the grid: data, fine-tuning, pruning options."""
         axes = ("networks", "methods", "keep", "seeds")
-        return _digest({key: value for key, value in self.to_dict().items() if key not in axes})
+        return _digest({key: value for key, value in self._identity().items() if key not in axes})
+
+    def _identity(self) -> Json:
+        values = self.to_dict()
+        if values["data"]["calibration_draw"] == "seed":  # as above
+            del values["data"]["calibration_draw"]
+        return values
 
     def extends(self, older: BenchmarkConfig) -> bool:
         """Whether all trials of an older config are trials of this one, under the same conditions."""

@@ -20,8 +20,10 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.distributed import rank, world_size
 from tp_twoaxis.runtime.factories import load_attribute
 
-# the selection images are the same for all seeds, and no seed of the protocol
+# the selection images are the same for all seeds, and so are calibration images unless each seed draws its own; no
+# seeds of the protocol
 SELECTION_SEED = 20_000
+CALIBRATION_SEED = 0
 
 
 def split_rows(size: int, data: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +32,7 @@ def split_rows(size: int, data: DataConfig, seed: int) -> tuple[Tensor, Tensor, 
     Args:
         size: how many there are.
         data: how many to take for what.
-        seed: of the calibration images; the selection images do not depend on it.
+        seed: of the trials, for calibration images that each seed draws anew.
 
     Returns:
         Rows for calibration, for selection (disjoint) and for fine-tuning (all but selection), each ascending.
@@ -51,8 +53,29 @@ def split_rows(size: int, data: DataConfig, seed: int) -> tuple[Tensor, Tensor, 
     order = torch.randperm(size, generator=torch.Generator().manual_seed(SELECTION_SEED))
     selection = order[: data.selection_images].sort().values
     rest = order[data.selection_images :].sort().values
-    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[: data.calibration_images]
+    generator = torch.Generator().manual_seed(seed if data.calibration_draw == "seed" else CALIBRATION_SEED)
+    drawn = torch.randperm(len(rest), generator=generator)[: data.calibration_images]
     return rest[drawn.sort().values], selection, rest
+
+
+def rows_to_text(rows: Tensor) -> str:
+    """Write ascending rows as a short text, the first one and the steps to each next one.
+
+    Example:
+        >>> rows_to_text(torch.tensor([3, 4, 9]))
+        '3 1 5'
+    """
+    return " ".join(map(str, rows.diff(prepend=rows.new_zeros(1)).tolist()))
+
+
+def rows_from_text(text: str) -> Tensor:
+    """Read what :func:`rows_to_text` wrote.
+
+    Example:
+        >>> rows_from_text("3 1 5").tolist()
+        [3, 4, 9]
+    """
+    return torch.tensor(list(map(int, text.split())), dtype=torch.int64).cumsum(0)
 
 
 def rank_rows(rows: Tensor) -> Tensor:

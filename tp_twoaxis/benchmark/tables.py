@@ -274,6 +274,14 @@ def warnings_of(trials: pd.DataFrame) -> list[str]:
         if own.weights.nunique() > 1:
             which = f"{network} ({checkpoint})" if checkpoint else str(network)
             notes.append(f"{which}: its trials have {own.weights.nunique()} different dense weights; run them anew")
+    for network, own in good.groupby("network", sort=False):
+        outcomes = own.groupby(["method", "keep"]).accuracy.agg(["size", "nunique"])
+        repeated = outcomes[outcomes["size"] > 1]
+        if len(repeated) and (repeated["nunique"] == 1).mean() > 0.5:
+            notes.append(
+                f"{network}: most trials are the same for all seeds, so that intervals over seeds say nothing; seeds "
+                'that share weights differ by calibration images with "calibration_draw": "seed"'
+            )
     if good.commit.nunique() > 1:
         notes.append(f"trials come from {good.commit.nunique()} commits: {', '.join(map(str, good.commit.unique()))}")
     off = good[(good.grid == "macs") & ((good.achieved - good.keep).abs() > 0.02 * good.keep)]

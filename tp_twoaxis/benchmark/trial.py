@@ -21,6 +21,7 @@ from tp_twoaxis.benchmark.methods import ALLOCATIONS, Trial
 from tp_twoaxis.benchmark.results import FORMAT, VERSION
 from tp_twoaxis.benchmark.shared_work import Shared, Sizes, measure_sizes
 from tp_twoaxis.benchmark.sweep import BenchmarkConfig
+from tp_twoaxis.benchmark.sweep_images import rows_to_text
 from tp_twoaxis.importance import Criterion, Importance, PruningState, find_criterion
 from tp_twoaxis.pruning import PruningReport, prune_to_flops
 from tp_twoaxis.repair import refits
@@ -97,6 +98,7 @@ def _measure(shared: Shared, trial: Trial, config: BenchmarkConfig) -> Json:
             "selection": len(shared.rows[1]),
             "training": len(shared.rows[2]) if training is not None else 0,
         },
+        "calibration_rows": rows_to_text(shared.rows[0]),
         "finetuning": training,
         "kept_channels": {
             group.name: [len(group.kept), len(group.kept) + len(group.removed)] for group in report.groups

@@ -28,6 +28,9 @@ class SplitOptions:
     test_split: Annotated[str, _data("Split of the test images.")] = "test"
     test_images: Annotated[int | None, _data("Test images to draw; default all.", min=1)] = None
     selection_images: Annotated[int, _data("Training images to hold out for choices.", min=0)] = 0
+    calibration_draw: Annotated[
+        str, _data("Calibration images: fixed, the same for all seeds; or seed, others for each.")
+    ] = "fixed"
     evaluate_on: Annotated[str, _data("What accuracies are measured on: test, selection.")] = "test"
 
 
@@ -52,7 +55,9 @@ class SweepOptions:
     finetune_batches: Annotated[str, _first("Training batches after pruning; 0,200 compares both.")] = "0"
     finetune_amp: Annotated[str, _sweep("Precision of that training: none, bf16, fp16 (CUDA).")] = "none"
     channels_last: Annotated[bool, _sweep("Memory layout; often faster.", "--channels-last")] = False
-    seeds: Annotated[str, _sweep("Seeds of calibration images and training.")] = "42,123,456,789,1011"
+    seeds: Annotated[str, _sweep("Seeds of training, and of calibration images if they are drawn so.")] = (
+        "42,123,456,789,1011"
+    )
 
     def __post_init__(self) -> None:
         check_criteria(self._read()["methods"]["criteria"])

@@ -66,7 +66,7 @@ def explain_command(
     ],
     stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote, instead of --images.")] = None,
     source: DataOptions | None,
-    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions", "pooling")],
     out: Annotated[Path | None, _first("Write one HTML file that opens offline.")] = None,
     png: Annotated[Path | None, _first("Write the two axes with the channels marked.")] = None,
     output: OutputOptions,

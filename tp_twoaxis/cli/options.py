@@ -18,7 +18,7 @@ from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.option_values import names, numbers, position_rule
 from tp_twoaxis.errors import TwoAxisError, check_name
-from tp_twoaxis.known_names import ATTENTION_UNITS, AUTO, MODELS, REPAIRS, TARGETS, parse_repair
+from tp_twoaxis.known_names import ATTENTION_UNITS, AUTO, MODELS, POOLINGS, REPAIRS, TARGETS, parse_repair
 
 if TYPE_CHECKING:
     from torch import nn
@@ -245,9 +245,11 @@ class StatisticsOptions:
     positions: Annotated[
         str, _statistics("Positions of each image that enter the covariance: auto, all, or a number.")
     ] = "auto"
+    pooling: Annotated[str, _statistics("What the task is compared with: mean over positions, or cls token.")] = "mean"
 
     def __post_init__(self) -> None:
         position_rule(self.positions)
+        check_name("--pooling", self.pooling, POOLINGS)
         check_name("--target", self.target, [*TARGETS, "none"])
 
     @property
@@ -261,6 +263,7 @@ class StatisticsOptions:
             "target": self.task_variable,
             "layers": names(self.layers),
             "positions": position_rule(self.positions),
+            "pooling": self.pooling,
         }
 
 

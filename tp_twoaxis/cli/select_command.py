@@ -31,7 +31,7 @@ def select_command(
     exclude: Annotated[str | None, _selection("Candidates to leave out.", autocompletion=completion.criteria)] = None,
     held_out: Annotated[float, _selection("Share of the images that judge; the others calibrate.")] = 0.5,
     pruning: Annotated[PruningOptions, override(repair="bn")],
-    statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
+    statistics: Annotated[StatisticsOptions, omit("layers", "positions", "pooling")],
     output: ReportOptions,
 ) -> None:
     """Try scores on copies of the network and judge them on images held out of the calibration; changes nothing.

@@ -21,6 +21,7 @@ class ArrayDataset(Dataset[Any]):
         labels: int64 ``[N]``, or None where they are unknown.
         mean: C numbers in 0..1, subtracted from pixels scaled to 0..1.
         std: C positive numbers, which the difference is divided by.
+        rows: int64 ``[N]``, which rows of a larger set these are, where they were drawn from one.
 
     Raises:
         TwoAxisError: if a shape, a dtype or the normalisation does not fit.
@@ -34,7 +35,14 @@ class ArrayDataset(Dataset[Any]):
         [(2, 1, 2, 2), (1, 1, 2, 2)]
     """
 
-    def __init__(self, images: Tensor, labels: Tensor | None, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        rows: Tensor | None = None,
+    ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise TwoAxisError(
                 f"images: expected uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}; convert them"
@@ -48,6 +56,7 @@ class ArrayDataset(Dataset[Any]):
         self.labels = labels
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,7 +74,7 @@ class ArrayDataset(Dataset[Any]):
     def to(self, device: torch.device | str) -> ArrayDataset:
         """Return the data set with its images and labels on a device: CIFAR takes 0.15 GB there."""
         labels = None if self.labels is None else self.labels.to(device)
-        return ArrayDataset(self.images.to(device), labels, self.mean, self.std)
+        return ArrayDataset(self.images.to(device), labels, self.mean, self.std, self.rows)
 
     def loader(
         self,

@@ -18,7 +18,8 @@ class ImageDataset(Dataset[Any]):
     """Images that are read one by one: shorter side to ``image_size / crop_fraction``, then a centre crop.
 
     Items are ``(normalised float32 [3, H, W], label)``, or the image alone where labels are unknown. An image that
-    already is ``image_size`` on both sides is taken as it is. Made by :func:`~tp_twoaxis.data.open_dataset`.
+    already is ``image_size`` on both sides is taken as it is. Made by :func:`~tp_twoaxis.data.open_dataset`. Where
+    images were drawn, ``rows`` says which of the split they are.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ImageDataset(Dataset[Any]):
         check_normalisation(mean, std, 3)
         self.source = source
         self.labels = source.labels
+        self.rows = source.rows
         self.image_size = image_size
         self.mean = tuple(mean)
         self.std = tuple(std)

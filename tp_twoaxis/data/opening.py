@@ -101,7 +101,7 @@ def open_dataset(
     mean = normalisation.mean if mean is None else mean
     std = normalisation.std if std is None else std
     if max(source.image(0).size) <= SMALL and (image_size is None or image_size <= SMALL):
-        return ArrayDataset(_decode_all(source, image_size, crop_fraction), source.labels, mean, std)
+        return ArrayDataset(_decode_all(source, image_size, crop_fraction), source.labels, mean, std, source.rows)
     return ImageDataset(source, image_size or 224, mean, std, crop_fraction)
 
 
@@ -132,7 +132,9 @@ def digits(split: str, seed: int = 0) -> ArrayDataset:
     rows = np.random.default_rng(seed).permutation(len(bunch.target))[parts[split]]
     images = np.rint(bunch.images[rows, None] * (255 / 16)).astype(np.uint8)
     labels = bunch.target[rows].astype(np.int64)
-    return ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels), *DATASETS["digits"])
+    return ArrayDataset(
+        torch.from_numpy(images), torch.from_numpy(labels), *DATASETS["digits"], rows=torch.from_numpy(rows)
+    )
 
 
 def has_splits(spec: str) -> bool:

@@ -18,9 +18,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pg
 
 
 class Source:
-    """Images by index before they are resized, and their labels ``[N]`` if there are any."""
+    """Images by index before they are resized, their labels ``[N]`` if there are any, and which rows were drawn."""
 
     labels: Tensor | None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -51,6 +52,7 @@ class DrawnSource(Source):
 
     def __init__(self, source: Source, indices: Tensor) -> None:
         self.source = source
+        self.rows = indices
         self.indices = indices.tolist()
         self.labels = None if source.labels is None else source.labels[indices]
 

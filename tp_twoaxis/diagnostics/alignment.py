@@ -16,12 +16,10 @@ from tp_twoaxis.diagnostics.axis_coordinates import (
     task_cells,
 )
 from tp_twoaxis.diagnostics.cell_figures import BAND, against_depth, panels
-from tp_twoaxis.diagnostics.channel_groups import agreement, group_channels, silhouette, standardised
+from tp_twoaxis.diagnostics.channel_groups import GROUPS, agreement, group_channels, silhouette, standardised
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, Section
 from tp_twoaxis.diagnostics.run_aggregates import aggregate_runs, best_estimate, share_estimate
 
-# the paper's text lost k; three is that of its ViT table
-GROUPS = 3
 GROUPS_SHOWN = (2, 3, 4, 5)
 WEAK = 0.2
 CHANCE = 0.1

@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
+from tp_twoaxis.diagnostics.axis_coordinates import local_axis
 from tp_twoaxis.scores.composite import z_scores
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 
+# the paper's text lost k; three is that of its ViT table
+GROUPS = 3
+NO_GROUP = -1
 # fewer channels are not grouped: three groups of them would be single channels
 FEWEST_GROUPED = 6
 STARTS = 10
@@ -51,7 +57,7 @@ def standardised(*coordinates: Tensor) -> Floats:
     return np.stack([z_scores(values.double()).cpu().numpy() for values in coordinates], axis=1)
 
 
-def group_channels(features: Floats, groups: int = 3, *, seed: int = 0) -> Labels | None:
+def group_channels(features: Floats, groups: int = GROUPS, *, seed: int = 0) -> Labels | None:
     """Group channels by k-means from ten starts.
 
     Args:
@@ -78,6 +84,29 @@ def group_channels(features: Floats, groups: int = 3, *, seed: int = 0) -> Label
     labels: Labels = np.empty(len(features), dtype=np.int64)
     labels[order] = found
     return labels if len(np.unique(labels)) > 1 else None
+
+
+def local_groups(layer: LayerStatistics, groups: int = GROUPS, *, seed: int = 0) -> Tensor:
+    """Group a layer's channels on the local axis, ``(z I, z R)``; see :func:`group_channels`.
+
+    Returns:
+        [C] int64 from 0, groups ascending by mean capture; -1 for constant channels, and for all channels of a layer
+        without groups.
+
+    Example:
+        >>> from tp_twoaxis import calibrate
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 5))
+        >>> local_groups(calibrate(net, [torch.randn(64, 8)], target=None, progress=False)["1"]).tolist()
+        [-1, -1, -1, -1, -1]
+    """
+    result = torch.full((layer.num_channels,), NO_GROUP, dtype=torch.int64)
+    features = standardised(*local_axis(layer))
+    labels = group_channels(features, groups, seed=seed)
+    if labels is not None:
+        found, own = np.unique(labels, return_inverse=True)
+        captures = [features[own == group, 0].mean() for group in range(len(found))]
+        result[layer.variance > 0] = torch.from_numpy(np.argsort(np.argsort(captures))[own].astype(np.int64))
+    return result
 
 
 def silhouette(features: Floats, labels: Labels | None) -> float:

@@ -35,7 +35,7 @@ from tp_twoaxis.importance.pruning_state import Need, PruningState
 from tp_twoaxis.importance.registry import CRITERIA, find_criterion
 from tp_twoaxis.importance.repair_aware import AnticipatingImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.scores.named_scores import SCORES
+from tp_twoaxis.scores.named_scores import SCORES, entry_of
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 _MAGNITUDE = tp.importance.MagnitudeImportance
@@ -46,8 +46,18 @@ def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImpor
     of_score = {option: options.pop(option) for option in option_names(entry.function) if option in options}
     score = partial(entry.function, **of_score) if of_score else name
     extras: tuple[Need, ...] = ("consumers",) if options.get("site") == "consumer" else ()
-    stats = state.statistics(*extras, target=entry.axis != "local")
+    stats = state.statistics(*extras, target=entry.axis_with(of_score) != "local")
     return TwoAxisImportance(stats, score, **options).with_removed(state)
+
+
+class ScoreCriterion(Criterion):
+    """The row of a score: options may make it look at the other axis too."""
+
+    def configured(self, options: Mapping[str, Any], name: str | None = None) -> Criterion:
+        """Return the criterion with options set, and its axis with them."""
+        made = super().configured(options, name)
+        entry = None if self.score is None else entry_of(self.score)
+        return made if entry is None else replace(made, axis=entry.axis_with(made.bound))
 
 
 def _score(name: str) -> Criterion:
@@ -55,10 +65,10 @@ def _score(name: str) -> Criterion:
     entry = SCORES[name]
     of_groups = (option for option in option_names(TwoAxisImportance) if option != "score")
     options = (*option_names(entry.function), *of_groups)
-    axis: Axis = "mixed" if entry.mixed else entry.axis
+    axis: Axis = entry.axis_with({})
     summary = f"{entry.summary} ({axis} axis)"
     factory = partial(_build_score, name)
-    return Criterion(name, summary, factory, ("statistics",), axis, options, entry.function)
+    return ScoreCriterion(name, summary, factory, ("statistics",), axis, options, entry.function)
 
 
 def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:

@@ -10,6 +10,7 @@ from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError, check_name
 from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.pooling import Pooling
 from tp_twoaxis.statistics.recorder import Positions
 from tp_twoaxis.statistics.store import CalibrationStatistics
 from tp_twoaxis.statistics.targets import TARGETS
@@ -36,6 +37,7 @@ class PruningState:
         target: task variable of statistics that are gathered, as for :func:`~tp_twoaxis.calibrate`.
         layers: layers that are then recorded; default all.
         positions: as for ``calibrate``.
+        pooling: as for ``calibrate``.
         max_images: use at most so many; None reads the loader to its end.
         seed: of criteria that draw random numbers.
         progress: show progress bars on stderr.
@@ -68,6 +70,7 @@ class PruningState:
     progress: bool = True
     removed_outputs: Mapping[str, float] = field(default_factory=dict)
     removed_inputs: Mapping[str, float] = field(default_factory=dict)
+    pooling: Pooling = "mean"
     _gathered: list[CalibrationStatistics] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,7 @@ class PruningState:
                 target=self.target if target else None,
                 layers=self.layers,
                 positions=self.positions,
+                pooling=self.pooling,
                 max_images=self.max_images,
                 gradients="gradients" in wanted,
                 consumers="consumers" in wanted,
@@ -140,7 +144,9 @@ class PruningState:
             loader: instead of this state's, if it is not None.
         """
         images = self.loader if loader is None else loader
-        return replace(self, stats=None, target=stats.target, layers=list(stats), loader=images, _gathered=[])
+        pooling = next((layer.pooling for layer in stats.layers.values()), self.pooling)
+        as_others: dict[str, Any] = {"target": stats.target, "layers": list(stats), "pooling": pooling}
+        return replace(self, stats=None, loader=images, _gathered=[], **as_others)
 
     def after_step(self, outputs: Mapping[str, float], inputs: Mapping[str, float]) -> PruningState:
         """Give the state of the network when channels were removed from it, with nothing gathered yet.

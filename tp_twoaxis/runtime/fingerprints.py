@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.errors import StaleStatisticsError
+from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, out_channels_of
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -44,6 +45,39 @@ def fingerprint(layer: nn.Module) -> str:
         False
     """
     return _digest(layer.named_parameters())
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of a layer's weight; of attention that of its output projection.
+
+    Example:
+        >>> weight_shape(nn.Conv2d(3, 8, 5))
+        (8, 3, 5, 5)
+    """
+    weight = (layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer).weight
+    return tuple(weight.shape)  # type: ignore[arg-type]
+
+
+def described_channels(channels: int, shape: tuple[int, ...]) -> str:
+    """Say how wide a layer is, for messages and for comparison.
+
+    Example:
+        >>> described_channels(8, (8, 3, 5, 5))
+        '8 channels and a weight [8, 3, 5, 5]'
+    """
+    return f"{channels} channels and a weight {list(shape)}"
+
+
+def describe_layer(layer: nn.Module) -> str:
+    """Say how wide a layer is as it stands in a model.
+
+    Example:
+        >>> describe_layer(nn.Linear(3, 2)), describe_layer(nn.ReLU())
+        ('2 channels and a weight [2, 3]', 'no channels of its own (a ReLU)')
+    """
+    if not isinstance(layer, CHANNEL_LAYERS):
+        return f"no channels of its own (a {type(layer).__name__})"
+    return described_channels(out_channels_of(layer), weight_shape(layer))
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.row_blocks import row_blocks
 from tp_twoaxis.scores.information import information_from_correlation, information_of_channel
 
@@ -22,12 +23,19 @@ def input_capture(variance: Tensor, noise_power: float | None = None) -> Tensor:
     Returns:
         [C] nats, not negative; 0 for constant channels.
 
+    Raises:
+        TwoAxisError: ``noise_power`` is not positive.
+
     Example:
         >>> input_capture(torch.tensor([0.0, 1.0, 1.0, 3.0])).tolist()
         [0.0, 0.3465..., 0.3465..., 0.6931...]
     """
     if noise_power is None:
         return information_of_channel(relative_power(variance), 1.0)
+    if not noise_power > 0:
+        raise TwoAxisError(
+            f"noise_power: expected a variance above 0, or None for the layer's median, got {noise_power}"
+        )
     return information_of_channel(variance, noise_power)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class NamedScore:
             and this one which. Weighted sums of z-scores have no zero and no unit that layers share; what peers can
             supply depends on how redundant a layer is as a whole.
         mixed: whether it looks at weights beside the statistics of its axis.
+        other_axis: option -> its values with which the score looks at the other axis too.
     """
 
     function: Score
@@ -40,11 +41,28 @@ class NamedScore:
     normalizer: str = "median"
     allocation: Score | None = None
     mixed: bool = False
+    other_axis: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def axis_with(self, options: Mapping[str, Any]) -> Literal["local", "target", "mixed", "both"]:
+        """Say what the score looks at with some options.
+
+        Example:
+            >>> SCORES["norm-local"].axis_with({}), SCORES["spectral-rs"].axis_with({"affinity": "S"})
+            ('mixed', 'both')
+        """
+        if any(options.get(option) in values for option, values in self.other_axis.items()):
+            return "both"
+        return "mixed" if self.mixed else self.axis
 
 
-def capture(layer: LayerStatistics) -> Tensor:
-    """Input capture ``I_k`` in nats, noise floor at the layer's median power (equation 1)."""
-    return local.input_capture(layer.variance)
+def capture(layer: LayerStatistics, noise_power: float | None = None) -> Tensor:
+    """Input capture ``I_k`` in nats (equation 1).
+
+    Args:
+        layer: statistics.
+        noise_power: the noise floor, a variance above 0; default the layer's median power.
+    """
+    return local.input_capture(layer.variance, noise_power)
 
 
 def relative_variance(layer: LayerStatistics) -> Tensor:
@@ -110,10 +128,17 @@ def target_redundancy(layer: LayerStatistics) -> Tensor:
     return torch.zeros_like(information).masked_scatter(active, target.target_redundancy(information[active]))
 
 
-def target_excess(layer: LayerStatistics) -> Tensor:
-    """Target excess over the ten most task-relevant partners, in nats (equation 5)."""
+def target_excess(layer: LayerStatistics, partners: int = 10, rule: target.PartnerRule = "task-mi") -> Tensor:
+    """Target excess over some partners, in nats (equation 5).
+
+    Args:
+        layer: statistics.
+        partners: how many a channel.
+        rule: which they are; see :func:`~tp_twoaxis.scores.target.target_excess`.
+    """
     active = layer.variance > 0  # constant channels are nobody's partners
-    excess = target.target_excess(layer.target_correlation()[active], layer.pooled_correlation[active][:, active])
+    correlation, pooled = layer.target_correlation()[active], layer.pooled_correlation[active][:, active]
+    excess = target.target_excess(correlation, pooled, partners=partners, rule=rule)
     return torch.zeros_like(layer.variance).masked_scatter(active, excess)
 
 
@@ -130,7 +155,12 @@ SCORES: dict[str, NamedScore] = {
         composite.compact_hull, "local", "capture less compact peer support", allocation=capture
     ),
     "cap-a": NamedScore(cap_a, "local", "capture, in an order annealed from overlap to capture"),
-    "spectral-rs": NamedScore(spectral.spectral_rs, "local", "capture, by rank in spectral clusters of R"),
+    "spectral-rs": NamedScore(
+        spectral.spectral_rs,
+        "local",
+        "capture, by rank in spectral clusters of R",
+        other_axis={"affinity": ("S", "RS")},
+    ),
     "task-mi": NamedScore(task_mi, "target", "task information M_k"),
     "target-redundancy": NamedScore(target_redundancy, "target", "Gaussian MMI redundancy"),
     "target-excess": NamedScore(target_excess, "target", "pairwise target excess X_k"),

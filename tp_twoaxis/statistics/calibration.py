@@ -16,6 +16,7 @@ from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.runtime.batches import Batch, expected_images, mixed_labels, split_shards
 from tp_twoaxis.runtime.distributed import world_size
 from tp_twoaxis.runtime.forward import ForwardPass, NoImagesError, find_logits, forward_pass
+from tp_twoaxis.runtime.image_rows import image_rows
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.runtime.model_state import unwrap
@@ -24,6 +25,7 @@ from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
 from tp_twoaxis.statistics.memory import GIB, MemoryPlan
 from tp_twoaxis.statistics.moments import CoMoments
 from tp_twoaxis.statistics.passes import Survey
+from tp_twoaxis.statistics.pooling import POOLINGS, Pooling
 from tp_twoaxis.statistics.recorder import PENDING_IMAGES, LayerRecord, Positions, Recorder
 from tp_twoaxis.statistics.store import CalibrationStatistics
 from tp_twoaxis.statistics.targets import TARGETS, batch_variables, class_logits, count_columns
@@ -41,6 +43,7 @@ def calibrate(
     gradients: bool = False,
     consumers: bool = False,
     max_memory: float | None = None,
+    pooling: Pooling = "mean",
     progress: bool = True,
 ) -> CalibrationStatistics:
     """Gather every statistic that the scores need, in one forward pass; without gradients by default.
@@ -83,6 +86,8 @@ def calibrate(
         max_memory: GiB that statistics may take on the model's device while they are gathered; where all layers need
             more, they are gathered in several passes, for which the loader must give the same images in the same
             order every time. Layers that are done wait in the CPU's memory, and are not counted. Default: all in one.
+        pooling: what correlates with the task: the ``"mean"`` over positions; or ``"cls"``, the first token of layers
+            that write tokens, where a vision transformer's head reads that one alone.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -102,7 +107,7 @@ def calibrate(
         (torch.Size([8, 8]), 48, 'margin')
     """
     request = CalibrationRequest(
-        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory
+        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory, pooling
     )
     try:
         return gather(model, loader, request)[0]
@@ -129,10 +134,12 @@ class CalibrationRequest:
     consumers: bool
     progress: bool
     max_memory: float | None = None
+    pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_name("target", self.target, TARGETS, more=" or None")
+        check_name("pooling", self.pooling, POOLINGS)
         if self.max_images is not None and not (isinstance(self.max_images, int) and self.max_images > 0):
             raise TwoAxisError(f"max_images: expected a positive whole number or None, got {self.max_images!r}")
         if self.max_memory is not None and not self.max_memory > 0:
@@ -191,7 +198,8 @@ def gather(
             f"none of the layers {listing(recorded)} ran in the forward pass; "
             "the model calls their weights as functions, or runs code that was traced before: pass the eager model"
         )
-    return [_statistics(part, recorded, request) for _, part in sorted(parts.items())]
+    rows = image_rows(loader, run.images) if shards == 1 else None
+    return [_statistics(part, recorded, request, rows) for _, part in sorted(parts.items())]
 
 
 def _survey(
@@ -237,7 +245,12 @@ def _recorder(
     layers: dict[str, nn.Module], layouts: dict[str, BatchLayout], expected: int | None, request: CalibrationRequest
 ) -> Recorder:
     return Recorder(
-        layers, positions=request.positions, expected_images=expected, consumers=request.consumers, layouts=layouts
+        layers,
+        positions=request.positions,
+        expected_images=expected,
+        consumers=request.consumers,
+        layouts=layouts,
+        pooling=request.pooling,
     )
 
 
@@ -314,7 +327,9 @@ class _Part:
             self.saliencies |= self.saliency.records
 
 
-def _statistics(part: _Part, layers: dict[str, nn.Module], request: CalibrationRequest) -> CalibrationStatistics:
+def _statistics(
+    part: _Part, layers: dict[str, nn.Module], request: CalibrationRequest, rows: Tensor | None
+) -> CalibrationStatistics:
     target = request.target
     return CalibrationStatistics.from_records(
         layers,
@@ -325,6 +340,7 @@ def _statistics(part: _Part, layers: dict[str, nn.Module], request: CalibrationR
         target=target if target in part.columns else ("predicted_margin" if target else None),
         num_images=part.images,
         explicit=request.layers is not None,
+        image_rows=rows,
     )
 
 

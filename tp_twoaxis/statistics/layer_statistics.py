@@ -11,6 +11,7 @@ from torch import Tensor
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.row_blocks import row_blocks
 from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.pooling import Pooling
 
 # activations of a constant channel scatter by rounding alone; below this share of mean^2 it is no signal
 CONSTANT, CONSTANT_FLOAT64 = 1e-13, 1e-28
@@ -36,6 +37,7 @@ class LayerStatistics:
             the input as it is given, without the zeros of padding. See ``calibrate(consumers=True)``.
         gradients: moments of first-order saliencies, one row an image, or None without ``gradients=True``.
         dtype: of the values that the layer wrote, which decides from when on a spread is one of rounding.
+        pooling: ``"mean"``, or ``"cls"`` where pooled values of tokens are the first token's.
 
     Example:
         >>> from torch import nn
@@ -60,6 +62,7 @@ class LayerStatistics:
     inputs: CoMoments | None = None
     gradients: CoMoments | None = None
     dtype: torch.dtype = torch.float32
+    pooling: Pooling = "mean"
 
     @property
     def num_channels(self) -> int:
@@ -78,8 +81,8 @@ class LayerStatistics:
 
     @property
     def mean(self) -> Tensor:
-        """Mean output of each channel over all images and positions, [C]."""
-        return self.pooled.mean
+        """Mean output of each channel over all images and positions, [C]; over sampled rows where pooled is no mean."""
+        return self.pooled.mean if self.pooling == "mean" else self.rows.mean
 
     @property
     def covariance(self) -> Tensor:

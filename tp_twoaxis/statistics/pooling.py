@@ -1,13 +1,18 @@
-"""Averages of a layer's output over the positions of an image, exact to the precision that statistics need."""
+"""One row an image of what a layer writes: averages over positions, as exact as statistics need, or the class token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tp_twoaxis.errors import TwoAxisError, listing
+
+Pooling = Literal["mean", "cls"]
+POOLINGS = get_args(Pooling)
 
 # a channel's mean over this many standard deviations of its pooled values: rounding a mean to float32 then adds less
 # than 1e-10 of their variance, so that no task information below 11 nats is lost to it
@@ -56,10 +61,12 @@ def _float64_means(view: Tensor, channels: Tensor) -> Tensor:
 
 
 class PooledOutputs:
-    """Average what layers write over positions, one row an image, batch by batch.
+    """Pool what layers write to one row an image, batch by batch.
 
     Args:
         layers: names of those that are watched.
+        pooling: ``"mean"`` over all positions; or ``"cls"``, of layers that write tokens the first one, which in vision
+            transformers is the class token. Maps, of which no position is special, are averaged all the same.
 
     Example:
         >>> pooled = PooledOutputs(["0"])
@@ -70,8 +77,9 @@ class PooledOutputs:
         [[4.0]]
     """
 
-    def __init__(self, layers: Iterable[str]) -> None:
+    def __init__(self, layers: Iterable[str], pooling: Pooling = "mean") -> None:
         self._layers = list(layers)
+        self._pooling = pooling
         self._ran: set[str] | None = None
         self._means: dict[str, tuple[Tensor, int]] = {}
 
@@ -79,8 +87,16 @@ class PooledOutputs:
         """Announce a batch; what an unfinished one gave is forgotten."""
         self._means = {}
 
-    def add(self, name: str, view: Tensor) -> None:
-        """Take in what a layer wrote, [n, P, C]; of several calls in a batch the average is over all positions."""
+    def add(self, name: str, view: Tensor, *, tokens: bool = False) -> None:
+        """Take in what a layer wrote in a call; of several in a batch the average is over the positions of all.
+
+        Args:
+            name: the layer's.
+            view: [n, P, C].
+            tokens: whether positions are tokens; see :func:`writes_tokens`.
+        """
+        if tokens and self._pooling == "cls":
+            view = view[:, :1]
         pooled, count = pooled_means(view), view.shape[1]
         if name in self._means:
             before, seen = self._means[name]
@@ -104,6 +120,21 @@ class PooledOutputs:
         if changing := [name for name in self._layers if (name in ran) != (name in self._ran)]:
             raise TwoAxisError(runs_in_some(changing))
         return {name: pooled for name, (pooled, _) in means.items()}
+
+
+def writes_tokens(layer: nn.Module, output: Tensor) -> bool:
+    """Whether the positions of a layer's output are tokens, and not those of a map.
+
+    Args:
+        layer: that wrote it.
+        output: as the layer wrote it: [n, tokens, C], sequence first, or flattened.
+
+    Example:
+        >>> layer = nn.Linear(4, 8)
+        >>> writes_tokens(layer, torch.zeros(2, 197, 8)), writes_tokens(layer, torch.zeros(2, 7, 7, 8))
+        (True, False)
+    """
+    return not isinstance(layer, _ConvNd) and output.ndim <= 3
 
 
 def runs_in_some(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from tp_twoaxis.runtime.layers import in_channels_of, out_channels_of
 from tp_twoaxis.statistics.layouts import BatchLayout, usual_layout
 from tp_twoaxis.statistics.memory import LayerSize
 from tp_twoaxis.statistics.moments import CoMoments, float64_device
-from tp_twoaxis.statistics.pooling import PooledOutputs, runs_in_some
+from tp_twoaxis.statistics.pooling import PooledOutputs, Pooling, runs_in_some, writes_tokens
 from tp_twoaxis.statistics.row_queue import RowQueue, SideStream
 from tp_twoaxis.statistics.sampling import image_keys, sampled_positions, select_rows
 
@@ -46,12 +46,16 @@ class LayerRecord:
         cross: moments of pooled outputs with the task variables, or None without them.
         inputs: moments of the rows that the layer reads, C_in wide, or None when they are not recorded.
         dtype: of what the layer writes.
+        pooling: how outputs are pooled.
         product: of the products that rows are multiplied in; what is read is multiplied in float64, as layers are
             reconstructed from it.
     """
 
-    def __init__(self, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, width: int, device: torch.device, dtype: torch.dtype = torch.float32, pooling: Pooling = "mean"
+    ) -> None:
         self.dtype = dtype
+        self.pooling = pooling
         self.product = torch.float64 if dtype == torch.float64 else torch.float32
         self.rows = CoMoments(width, device=device, product=self.product)
         self.pooled = CoMoments(width, device=device, product=self.product)
@@ -103,6 +107,7 @@ class Recorder:
             channels cannot be seen, and inputs of more than 8,192 numbers.
         layouts: name -> where the layer has its images, of every layer that runs
             (:func:`~tp_twoaxis.statistics.layouts.find_layouts`); default where layers of its kind usually have them.
+        pooling: of the pooled outputs; see :class:`~tp_twoaxis.statistics.pooling.PooledOutputs`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -123,6 +128,7 @@ class Recorder:
         expected_images: int | None = None,
         consumers: bool = False,
         layouts: Mapping[str, BatchLayout] | None = None,
+        pooling: Pooling = "mean",
     ) -> None:
         if positions not in ("auto", "all") and not (isinstance(positions, int) and positions > 0):
             raise TwoAxisError(f"positions: expected 'auto', 'all' or a positive number, got {positions!r}")
@@ -131,10 +137,11 @@ class Recorder:
         self.expected_images = expected_images
         self.consumers = consumers
         self.layouts = layouts
+        self.pooling = pooling
         self.records: dict[str, LayerRecord] = {}
         self._handles: list[RemovableHandle] = []
         self._batch_size = 0
-        self._pooled = PooledOutputs(layers)
+        self._pooled = PooledOutputs(layers, pooling)
         self._queues: dict[int, RowQueue] = {}
         self._sides: dict[torch.device, SideStream] = {}
         self._pending: dict[str, list[Tensor]] = {}
@@ -223,7 +230,7 @@ class Recorder:
         if name not in self.records:
             # float64 lives on CPU and CUDA; other accelerators hand their rows over
             device = float64_device(values.device)
-            self.records[name] = LayerRecord(values.shape[-1], device, values.dtype)
+            self.records[name] = LayerRecord(values.shape[-1], device, values.dtype, self.pooling)
         return self.records[name]
 
     def _hook(self, name: str) -> Any:
@@ -255,7 +262,7 @@ class Recorder:
 
     def _take(self, name: str, layer: nn.Module, y: Tensor) -> None:
         view = self._layout(name, layer).rows(y, layer, self._batch_size, name)
-        self._pooled.add(name, view)
+        self._pooled.add(name, view, tokens=writes_tokens(layer, y))
         self._update(self._record(name, view).rows, view, self._wanted(view.shape[2]))
 
     def _layout(self, name: str, layer: nn.Module) -> BatchLayout:

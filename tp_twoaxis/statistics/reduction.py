@@ -24,6 +24,7 @@ class RankPart(NamedTuple):
         header: as it stands in files.
         weight_powers: ``LAYER/weight_power`` -> [C].
         shapes: moments -> the shape of their scatter, and whether they pair two kinds of rows.
+        image_rows: which rows of the data set its images are, or None.
     """
 
     refusal: str | None
@@ -31,6 +32,7 @@ class RankPart(NamedTuple):
     header: dict[str, Any]
     weight_powers: dict[str, Tensor]
     shapes: dict[str, tuple[torch.Size, bool]]
+    image_rows: Tensor | None = None
 
     def without_images(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors of a file with the same layers that has seen no images."""

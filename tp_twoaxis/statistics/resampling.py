@@ -13,6 +13,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.statistics.calibration import CalibrationRequest, gather
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.moments import CoMoments
+from tp_twoaxis.statistics.pooling import Pooling
 from tp_twoaxis.statistics.recorder import Positions
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -34,6 +35,7 @@ def calibrate_shards(
     gradients: bool = False,
     consumers: bool = False,
     max_memory: float | None = None,
+    pooling: Pooling = "mean",
     progress: bool = True,
 ) -> list[CalibrationStatistics]:
     """Calibrate in disjoint shards of equally many images, in one pass over the loader.
@@ -58,6 +60,7 @@ def calibrate_shards(
         gradients: also record saliencies; needs labels.
         consumers: also record what each layer reads.
         max_memory: GiB that the statistics of all shards may take while they are gathered.
+        pooling: what correlates with the task.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -75,7 +78,7 @@ def calibrate_shards(
     if not (isinstance(shards, int) and shards >= 2):
         raise TwoAxisError(f"shards: expected a whole number of at least 2, got {shards!r}; calibrate() makes one")
     request = CalibrationRequest(
-        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory
+        target, layers, device, max_images, positions, gradients, consumers, progress, max_memory, pooling
     )
     return gather(model, loader, request, shards=shards, seed=seed)
 

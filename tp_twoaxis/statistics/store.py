@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
 from tp_twoaxis.runtime.distributed import gather_over_ranks
-from tp_twoaxis.runtime.fingerprints import Fingerprint, ModelFingerprints, fingerprint
-from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_weight, out_channels_of
+from tp_twoaxis.runtime.fingerprints import (
+    Fingerprint,
+    ModelFingerprints,
+    describe_layer,
+    described_channels,
+    fingerprint,
+    weight_shape,
+)
+from tp_twoaxis.runtime.image_rows import joined_rows
+from tp_twoaxis.runtime.layers import channel_weight
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.runtime.serialization import read_tensors, write_tensors
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
@@ -38,6 +46,8 @@ class CalibrationStatistics:
         layers: layer name -> :class:`LayerStatistics`, in the model's order.
         target: the default task variable, or None.
         num_images: images seen.
+        image_rows: which rows of the data set's split they are, [num_images] int64 ascending; None where the loader did
+            not say (:func:`~tp_twoaxis.runtime.image_rows.image_rows`), or for shards.
         mergeable: whether it is known how many positions each row stands for; not so in files of versions before 3.
         reduced: whether images of all ranks are in them, by :meth:`all_reduce` or by a merge with such statistics.
 
@@ -63,12 +73,14 @@ class CalibrationStatistics:
         num_images: int,
         mergeable: bool = True,
         reduced: bool = False,
+        image_rows: Tensor | None = None,
     ) -> None:
         self.layers = layers
         self.target = target
         self.num_images = num_images
         self.mergeable = mergeable
         self.reduced = reduced
+        self.image_rows = image_rows
         self._task = task
         self._columns = columns
 
@@ -84,6 +96,7 @@ class CalibrationStatistics:
         target: str | None,
         num_images: int,
         explicit: bool,
+        image_rows: Tensor | None = None,
     ) -> CalibrationStatistics:
         """Bind what a recorder gathered to its layers; see :func:`~tp_twoaxis.calibrate` for what is refused."""
         silent = [name for name in layers if name not in records]
@@ -110,7 +123,7 @@ class CalibrationStatistics:
             statistics[name] = LayerStatistics(
                 name,
                 type(layer).__name__,
-                _weight_shape(layer),
+                weight_shape(layer),
                 fingerprint(layer),
                 channel_weight(layer).double().square().sum(1).cpu(),
                 record.rows,
@@ -122,8 +135,9 @@ class CalibrationStatistics:
                 record.inputs,
                 gradients,
                 record.dtype,
+                record.pooling,
             )
-        return cls(statistics, task=task, columns=columns, target=target, num_images=num_images)
+        return cls(statistics, task=task, columns=columns, target=target, num_images=num_images, image_rows=image_rows)
 
     @classmethod
     def empty(cls) -> CalibrationStatistics:
@@ -143,10 +157,8 @@ class CalibrationStatistics:
     @property
     def extras(self) -> tuple[Literal["gradients", "consumers"], ...]:
         """What they hold besides the usual: ``"gradients"``, ``"consumers"``."""
-        held: dict[Literal["gradients", "consumers"], bool] = {
-            "gradients": self.has_gradients,
-            "consumers": self.consumers,
-        }
+        held: dict[Literal["gradients", "consumers"], bool]
+        held = {"gradients": self.has_gradients, "consumers": self.consumers}
         return tuple(extra for extra, there in held.items() if there)
 
     def __getitem__(self, name: str) -> LayerStatistics:
@@ -186,6 +198,7 @@ class CalibrationStatistics:
         for moments, others in zip(self._moments(), other._moments(), strict=True):
             moments.merge(others)
         self.num_images += other.num_images
+        self.image_rows = joined_rows([self.image_rows, other.image_rows])
         self.reduced |= other.reduced
         return self
 
@@ -232,6 +245,7 @@ class CalibrationStatistics:
             self._task, self._columns = blank._task, blank._columns
         reduce_moments(list(self._moments()), group)
         self.num_images = sum(part.header["num_images"] for part in parts)
+        self.image_rows = joined_rows(part.image_rows for part in parts if part.header["num_images"])
         self.reduced = True
         return self
 
@@ -241,7 +255,7 @@ class CalibrationStatistics:
             refusal = "the statistics hold the images of all ranks already; reduce those of each rank's own images once"
         powers = {f"{name}/weight_power": entry.weight_power for name, entry in self.layers.items()}
         shapes = {key: (moments.scatter.shape, moments.paired) for key, moments in self._named_moments()}
-        return RankPart(refusal, self._identity(), self._header(), powers, shapes)
+        return RankPart(refusal, self._identity(), self._header(), powers, shapes, self.image_rows)
 
     def verify(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         """Check that a model is the one, in the state, that was calibrated.
@@ -259,10 +273,10 @@ class CalibrationStatistics:
     def fingerprints(self) -> ModelFingerprints:
         """What :meth:`verify` compares with; kept by a caller that checks often, it skips unchanged tensors."""
         recorded = {
-            name: Fingerprint(_described(entry.num_channels, entry.shape), entry.fingerprint)
+            name: Fingerprint(described_channels(entry.num_channels, entry.shape), entry.fingerprint)
             for name, entry in self.layers.items()
         }
-        return ModelFingerprints(recorded, nn.Module.named_parameters, _describe_layer, "call calibrate() again")
+        return ModelFingerprints(recorded, nn.Module.named_parameters, describe_layer, "call calibrate() again")
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically.
@@ -273,6 +287,8 @@ class CalibrationStatistics:
         tensors = {f"{name}/weight_power": entry.weight_power for name, entry in self.layers.items()}
         for key, moments in self._named_moments():
             tensors |= pack(key, moments)
+        if self.image_rows is not None:
+            tensors["image_rows"] = self.image_rows
         write_tensors(path, tensors, self._header(), kind=FORMAT, version=VERSION)
 
     def _header(self) -> dict[str, Any]:
@@ -291,6 +307,7 @@ class CalibrationStatistics:
                     "shape": s.shape,
                     "fingerprint": s.fingerprint,
                     "dtype": str(s.dtype).removeprefix("torch."),
+                    "pooling": s.pooling,
                 }
                 for s in self.layers.values()
             ],
@@ -340,6 +357,7 @@ class CalibrationStatistics:
                 unpack(f"{name}/inputs", tensors, sizes),
                 unpack(f"{name}/gradients", tensors, sizes),
                 getattr(torch, item.get("dtype", "float32")),
+                item.get("pooling", "mean"),
             )
         return cls(
             layers,
@@ -349,6 +367,7 @@ class CalibrationStatistics:
             num_images=int(header["num_images"]),
             mergeable=weights is not None,
             reduced=bool(header.get("reduced", False)),
+            image_rows=tensors.get("image_rows"),
         )
 
     def _identity(self) -> dict[str, object]:
@@ -356,6 +375,7 @@ class CalibrationStatistics:
             "target": self.target,
             "task variables": list(self._columns.items()),
             "gradients": self.has_gradients,
+            "pooling": sorted({s.pooling for s in self.layers.values()}),
             "layers": [(s.name, s.shape) for s in self.layers.values()],
             "weights": [s.fingerprint for s in self.layers.values()],
             "recorded inputs": [s.name for s in self.layers.values() if s.inputs is not None],
@@ -377,18 +397,3 @@ class CalibrationStatistics:
 
     def _moments(self) -> Iterator[CoMoments]:
         return (moments for _, moments in self._named_moments())
-
-
-def _described(channels: int, weight_shape: tuple[int, ...]) -> str:
-    return f"{channels} channels and a weight {list(weight_shape)}"
-
-
-def _describe_layer(layer: nn.Module) -> str:
-    if not isinstance(layer, CHANNEL_LAYERS):
-        return f"no channels of its own (a {type(layer).__name__})"
-    return _described(out_channels_of(layer), _weight_shape(layer))
-
-
-def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    weight = (layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer).weight
-    return tuple(weight.shape)  # type: ignore[arg-type]

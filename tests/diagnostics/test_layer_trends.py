@@ -1,0 +1,49 @@
+"""Trends over depth and shares of layers, with their intervals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import reference_structure as twin
+from scipy.stats import spearmanr
+
+from tp_twoaxis.diagnostics.layer_trends import depth_trend, relative_depths, share_estimate
+
+
+def test_the_trend_is_spearmans_and_its_interval_that_of_resampled_layers() -> None:
+    generator = np.random.default_rng(3)
+    depth = np.linspace(0.0, 1.0, 15)
+    values = depth + generator.normal(size=15) * 0.4
+    found = depth_trend(list(depth), list(values))
+    assert found.value == pytest.approx(spearmanr(depth, values).statistic)
+    draws = []
+    for _ in range(800):
+        chosen = generator.integers(15, size=15)
+        draws.append(spearmanr(depth[chosen], values[chosen]).statistic)
+    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.06)
+    assert depth_trend([*depth, 0.5], [*values, math.nan]) == found
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 2.0], [1.0, math.nan, 2.0, math.nan]])
+def test_two_layers_have_no_trend(values: list[float]) -> None:
+    assert math.isnan(depth_trend([0.1 * place for place in range(len(values))], values).value)
+
+
+def test_a_quantity_that_never_changes_has_no_trend() -> None:
+    found = depth_trend([0.0, 0.5, 1.0], [2.0, 2.0, 2.0])
+    assert math.isnan(found.value)
+    assert math.isnan(found.lower)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 7), (3, 10), (20, 20), (474, 1000)])
+def test_shares_have_wilsons_interval(hits: int, trials: int) -> None:
+    found = share_estimate([True] * hits + [False] * (trials - hits))
+    assert found.value == hits / trials
+    assert (found.lower, found.upper) == pytest.approx(twin.wilson(hits, trials), abs=1e-9)
+
+
+def test_no_cells_have_no_share_and_one_layer_is_the_first() -> None:
+    assert math.isnan(share_estimate([]).value)
+    assert relative_depths(["only"]) == {"only": 0.0}

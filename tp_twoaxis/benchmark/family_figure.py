@@ -1,0 +1,77 @@
+"""Areas under accuracy retention, criteria of a family together: what local statistics add to a norm, or penalties."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tp_twoaxis.benchmark.families import MAGNITUDES, axis_of
+from tp_twoaxis.importance.criterion import parse_expression
+
+DPI = 110
+ROW = 0.24  # inches
+# from the top; colours that differ for every kind of colour vision, shapes too
+FAMILIES = {
+    "local": ("local", "#0072b2", "o"),
+    "mixed": ("norm or logits, and local", "#009e73", "D"),
+    "magnitude": ("magnitude", "#000000", "s"),
+    "target": ("target", "#d55e00", "^"),
+    "both": ("both axes, hybrids", "#cc79a7", "v"),
+    "baseline": ("other baselines", "#777777", "P"),
+}
+
+
+def family_of(criterion: str) -> str:
+    """Name the family that a criterion is drawn in.
+
+    Example:
+        >>> family_of("composite-local(overlap=1)"), family_of("l2"), family_of("taylor")
+        ('local', 'magnitude', 'baseline')
+    """
+    return "magnitude" if parse_expression(criterion)[0] in MAGNITUDES else axis_of(criterion)
+
+
+def family_figure(areas: pd.DataFrame, trials: pd.DataFrame, network: str) -> Figure:
+    """Draw one network's areas with their intervals over seeds, by family, the best of each family first.
+
+    Args:
+        areas: the table of :func:`~tp_twoaxis.benchmark.tables.auc_table`.
+        trials: of :func:`~tp_twoaxis.benchmark.tables.trial_table`, which know each method's criterion.
+        network: which network.
+
+    Example:
+        >>> areas = pd.DataFrame({"network": "net", "method": ["l2", "capture"], "auc": [0.7, 0.8],
+        ...                       "low": float("nan"), "high": float("nan")})
+        >>> trials = pd.DataFrame({"method": ["l2", "capture"], "criterion": ["l2", "capture"]})
+        >>> [label.get_text() for label in family_figure(areas, trials, "net").axes[0].get_yticklabels()]
+        ['capture', 'l2']
+    """
+    criteria = dict(zip(trials.method, trials.criterion, strict=True))
+    own = areas[areas.network == network]
+    own = own.assign(family=[family_of(str(criteria[method])) for method in own.method])
+    own = own.assign(place=[list(FAMILIES).index(family) for family in own.family])
+    own = own.sort_values(["place", "auc"], ascending=[True, False]).reset_index(drop=True)
+    figure = Figure(figsize=(6.4, ROW * len(own) + 1.7), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for row, entry in own.iterrows():
+        _, colour, marker = FAMILIES[entry.family]
+        if not math.isnan(entry.low):
+            axes.plot([100 * entry.low, 100 * entry.high], [row, row], color=colour, linewidth=1.2)
+        axes.plot(100 * entry.auc, row, color=colour, marker=marker, markersize=5, linestyle="none")
+    axes.set_yticks(range(len(own)), own.method, fontsize=8)
+    axes.set_ylim(len(own) - 0.5, -0.5)
+    axes.set_xlabel("accuracy retention, mean over common MACs (%)", fontsize=9)
+    axes.set_title(network, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(True, axis="x", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
+        for family, (label, colour, marker) in FAMILIES.items()
+        if family in set(own.family)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
