@@ -25,6 +25,8 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import (
     AnticipatingImportance,
     Criterion,
+    DistortionCurve,
+    DistortionCurves,
     HybridImportance,
     Importance,
     PruningState,
@@ -226,6 +228,7 @@ def _prune(
         config.budget,
         outcome.repair.consumers,
         config.steps,
+        _sensitivity(outcome.importance, network),
     )
 
 
@@ -241,6 +244,13 @@ def _first_importance(
     if known is None and isinstance(importance, (TwoAxisImportance, AnticipatingImportance)):
         known = importance.stats
     return importance, known
+
+
+def _sensitivity(importance: Importance, network: nn.Module) -> list[DistortionCurve]:
+    curves = getattr(importance, "curves", None)
+    if not isinstance(curves, DistortionCurves):
+        return []
+    return list(curves.in_order_of(name for name, _ in network.named_modules()).values())
 
 
 def _notes(outcome: PruningOutcome) -> list[str]:

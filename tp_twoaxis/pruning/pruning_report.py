@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 
 from tp_twoaxis.dependency.removal import GroupReport
+from tp_twoaxis.importance import DistortionCurve
 from tp_twoaxis.repair.repair_report import ConsumerRepair, consumer_table
 
 UNITS = {"macs": "MACs", "channels": "channels"}
@@ -49,6 +50,9 @@ class PruningReport:
         consumers: every layer that read removed channels, what repaired it, and how far it is from the dense one;
             empty when nothing but BatchNorm was repaired.
         steps: in how many the channels were removed; all of the above is of all steps together.
+        sensitivity: where the criterion measures curves, those of the dense network's groups, in the network's order:
+            how far the repaired logits move for each number of missing channels. As tables and figure:
+            ``diagnostics.SensitivityReport(DistortionCurves(report.sensitivity))``.
     """
 
     importance: str
@@ -65,6 +69,7 @@ class PruningReport:
     budget: str = "macs"
     consumers: list[ConsumerRepair] = field(default_factory=list)
     steps: int = 1
+    sensitivity: list[DistortionCurve] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Serialise everything; one JSON object."""
