@@ -7,6 +7,7 @@ from typing import get_args
 from tp_twoaxis import known_names
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.importance import CRITERIA
+from tp_twoaxis.pruning.config import Budget
 from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
 from tp_twoaxis.statistics.targets import TARGETS
@@ -22,6 +23,7 @@ def test_they_are_those_of_the_tables():
     assert tuple(REPAIRS) == known_names.REPAIRS
     assert known_names.TARGETS == TARGETS
     assert tuple(RECIPES) == known_names.RECIPES
+    assert get_args(Budget) == known_names.BUDGETS
     assert get_args(AttentionUnit) == known_names.ATTENTION_UNITS
 
 

@@ -71,6 +71,8 @@ REPAIRS = ("bn", "bias", "ridge", "patch", "sequential", "joint")
 NO_REPAIR = "none"
 TARGETS = ("margin", "correct_logit", "negative_loss", "one_vs_rest", "predicted_margin", "predicted_logit")
 """Task variables; see :mod:`tp_twoaxis.statistics.targets`."""
+BUDGETS = ("macs", "channels", "latency")
+"""What a share to keep is a share of; see :mod:`tp_twoaxis.pruning.config`."""
 RECIPES = ("paper", "fast")
 """The table is in :mod:`tp_twoaxis.training.settings`."""
 ATTENTION_UNITS = ("heads", "head-dims")

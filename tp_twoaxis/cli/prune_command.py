@@ -17,8 +17,8 @@ from tp_twoaxis.cli.options import (
     ReportOptions,
     StatisticsOptions,
 )
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import ALIASES, check_criterion, criterion_names, parse_repair
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.known_names import ALIASES, BUDGETS, check_criterion, criterion_names, parse_repair
 
 _pruning = panel("Pruning")
 
@@ -27,15 +27,22 @@ _pruning = panel("Pruning")
 class RemovalOptions:
     """How much is removed, and what ranks channels; unknown names and numbers out of range are refused."""
 
-    flops: Annotated[float, _pruning("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
+    flops: Annotated[float, _pruning("Share of the budget to keep, above 0 and up to 1.")] = 0.5
+    budget: Annotated[
+        str, _pruning("What that is a share of: macs, channels, or latency, measured on --device as it is.")
+    ] = "macs"
+    latency_batch: Annotated[int, _pruning("Images at once whose time --budget latency counts.", min=1)] = 1
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
     score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = ALIASES["local"]
     stats: Annotated[Path | None, _pruning("Statistics that `calibrate` wrote; default calibrate now.")] = None
 
     def __post_init__(self) -> None:
         check_criterion(self.score)
+        check_name("--budget", self.budget, BUDGETS)
         if not 0.0 < self.flops <= 1.0:
-            raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {self.flops:g}")
+            raise TwoAxisError(
+                f"--flops: expected the share of the budget to keep, above 0 and up to 1, got {self.flops:g}"
+            )
         if self.steps < 1:
             raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {self.steps}")
 
@@ -86,9 +93,10 @@ def prune_command(
     before = None if test is None else accuracy(network, test, progress=output.progress)
     result = prune_to_flops(
         network,
-        split_batch(next(iter(loader)))[0][:1],
+        split_batch(next(iter(loader)))[0][: removal.latency_batch if removal.budget == "latency" else 1],
         criterion.seeded(source.seed),
         flops=removal.flops,
+        budget=removal.budget,  # type: ignore[arg-type]  # checked with the options
         steps=removal.steps,
         stats=stats,
         loader=loader,

@@ -95,6 +95,11 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
                 part.prepare_groups(groups)
 
     @property
+    def per_macs(self) -> bool:
+        """Whether the allocation's scores are per MAC."""
+        return bool(getattr(self.allocation, "per_macs", False))
+
+    @property
     def curves(self) -> DistortionCurves:
         """What the allocation measured of each group, or else the ranking; empty where neither measures curves."""
         found = (getattr(part, "curves", None) for part in (self.allocation, self.ranking))

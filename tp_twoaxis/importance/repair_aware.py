@@ -169,6 +169,11 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         return self._measured_on
 
     @property
+    def per_macs(self) -> bool:
+        """Whether scores are per MAC: under another budget groups are then compared by what that counts instead."""
+        return self.cost == "macs"
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has images; if not, :func:`~tp_twoaxis.prune_to_flops` measures on those of its loader."""
         return self.loader is not None
