@@ -29,7 +29,7 @@ class FakeClock:
     def __init__(self, width_cost=blocks_of_eight, overhead=0.0, speed=lambda: 1.0):
         self.time, self.width_cost, self.overhead, self.speed = 0.0, width_cost, overhead, speed
 
-    def now(self) -> float:
+    def now(self, devices: set[torch.device]) -> float:
         return self.time
 
     def seconds(self, layer: nn.Module, outputs: torch.Tensor) -> float:

@@ -100,3 +100,13 @@ def test_a_quick_width_is_quicker_than_all_wider_ones():
         widths = tuple(range(10, 0, -1))
         slow = [w for k, w in enumerate(widths) if all(times[k] < times[j] for j in range(k))]
         assert GroupLatency("a", widths, times).quick_widths() == slow
+
+
+def test_layers_of_groups_that_stay_whole_cost_what_they_cost(monkeypatch):
+    net = chain(16, 24, 16)
+    with fake_time(monkeypatch, width_cost=lambda width: width) as clock:
+        table, groups = table_of(net, CHAIN_INPUT, lambda sizes: {"0": [8]})
+        gone = {group_key(group): 8 * (group_key(group) == "0") for group in groups}
+        expected = 1000 * true_seconds(clock, pruned(net, CHAIN_INPUT, gone))
+    assert table.cost.macs({"0": first(16, 8)}) == pytest.approx(expected)
+    assert [(group.name, group.widths) for group in table.groups] == [("0", (16, 8))]

@@ -32,9 +32,18 @@ MOST_REPEATS = 200
 BATCH, MOST_RATIOS, LONGEST, PRECISION = 6, 96, 10.0, 0.005
 
 
-def clock() -> float:
-    """Read the clock, in seconds; all of this package's latencies but ``measure_latency`` come from here."""
-    return time.perf_counter()
+def clock(devices: set[torch.device]) -> float:
+    """Wait for devices and read the clock, in seconds; nothing else reads it here.
+
+    Where a processor computes with one thread, it is that thread's own time, which other jobs on the machine do not
+    lengthen; everywhere else it is the wall's.
+
+    Args:
+        devices: on which something computes.
+    """
+    synchronize({device for device in devices if device.type == "cuda"})
+    alone = all(device.type == "cpu" for device in devices) and torch.get_num_threads() == 1
+    return time.thread_time() if alone else time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,16 @@ def compare_latency(network: nn.Module, other: nn.Module, inputs: ExampleInputs)
     own, beside = (network, inputs), (other, inputs)
     ratios: list[float] = []
     times: list[tuple[float, float]] = []
-    start = clock()
+    spent = 0.0
     with timing_mode([own, beside]):
         pair = _Reading(own), _Reading(beside)
         while len(ratios) < MOST_RATIOS:
             found, readings = _in_turn(pair[1], [pair[0]] * BATCH)
             ratios += found
             times += readings
-            known = len(ratios) >= 2 * BATCH and _error(ratios) <= PRECISION * statistics.median(ratios)
-            if known or (len(ratios) >= 2 * BATCH and clock() - start > LONGEST):
+            spent += sum(one * pair[0].repeats + another * pair[1].repeats for one, another in readings)
+            precise = _error(ratios) <= PRECISION * statistics.median(ratios)
+            if len(ratios) >= 2 * BATCH and (precise or spent > LONGEST):
                 break
     one, another = (1000.0 * statistics.median(part) for part in zip(*times, strict=True))
     return LatencyRatio(statistics.median(ratios), _error(ratios), (one, another))
@@ -129,20 +139,15 @@ def layer_shares(
     """
     found: dict[nn.Module, list[float]] = {layer: [] for layer in layers}
     totals: list[float] = []
-    leaves = [leaf for leaf in (*network.parameters(), *tree_leaves(inputs)) if isinstance(leaf, Tensor)]
-    devices = {leaf.device for leaf in leaves if leaf.is_cuda}
+    devices = _devices(network, inputs)
     taken: dict[nn.Module, float] = {}
     began: dict[nn.Module, float] = {}
 
-    def now() -> float:
-        synchronize(devices)
-        return clock()
-
     def enter(layer: nn.Module, *_: Any) -> None:
-        began[layer] = now()
+        began[layer] = clock(devices)
 
     def leave(layer: nn.Module, *_: Any) -> None:
-        taken[layer] = taken.get(layer, 0.0) + now() - began[layer]
+        taken[layer] = taken.get(layer, 0.0) + clock(devices) - began[layer]
 
     handles = [layer.register_forward_pre_hook(enter) for layer in found]
     handles += [layer.register_forward_hook(leave) for layer in found]
@@ -150,9 +155,9 @@ def layer_shares(
         with timing_mode([(network, inputs)]):
             for _ in range(2 + rounds):
                 taken.clear()
-                start = now()
+                start = clock(devices)
                 call(network, inputs)
-                totals.append(now() - start)
+                totals.append(clock(devices) - start)
                 for layer, shares in found.items():
                     shares.append(taken.get(layer, 0.0) / max(totals[-1], 1e-12))
     finally:
@@ -182,20 +187,21 @@ class _Reading:
 
     def __init__(self, run: Run) -> None:
         self.module, self.inputs = run
-        leaves = [leaf for leaf in (*self.module.parameters(), *tree_leaves(self.inputs)) if isinstance(leaf, Tensor)]
-        self.devices = {leaf.device for leaf in leaves if leaf.is_cuda}
+        self.devices = _devices(*run)
         self.repeats = 1
         self()
         self.repeats = min(MOST_REPEATS, max(1, math.ceil(READING / max(self(), 1e-9))))
 
     def __call__(self) -> float:
         """Seconds of one run."""
-        synchronize(self.devices)
-        start = clock()
+        start = clock(self.devices)
         for _ in range(self.repeats):
             call(self.module, self.inputs)
-        synchronize(self.devices)
-        return (clock() - start) / self.repeats
+        return (clock(self.devices) - start) / self.repeats
+
+
+def _devices(module: nn.Module, inputs: ExampleInputs) -> set[torch.device]:
+    return {leaf.device for leaf in (*module.parameters(), *tree_leaves(inputs)) if isinstance(leaf, Tensor)}
 
 
 def _in_turn(beside: _Reading, readings: Sequence[_Reading]) -> tuple[list[float], list[tuple[float, float]]]:

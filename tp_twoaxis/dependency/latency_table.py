@@ -111,11 +111,11 @@ def measure_latency_table(
     for layer in tqdm(list(layers), desc="time layers", unit="layer", disable=not progress, leave=False):
         sides = {outputs: kept[layer, outputs] for outputs in (True, False) if (layer, outputs) in kept}
         curves |= _time_layer(graph, layer, layers[layer].example, sides, rounds)
-    timed = {layer for layer, _ in curves}
-    rest = whole * max(1.0 - sum(shares[layer] for layer in timed), 0.0)
+    failed = {layer for (layer, _), own in kept.items() if own} - {layer for layer, _ in curves}
+    rest = whole * max(1.0 - sum(share for layer, share in shares.items() if layer not in failed), 0.0)
     written = sum(entry.written for entry in layers.values())
     for layer, entry in layers.items():
-        entry.own = whole * shares[layer] if layer in timed else 0.0
+        entry.own = 0.0 if layer in failed else whole * shares[layer]
         entry.rest = rest * entry.written / max(written, 1)
     measured = _cost_model(groups, layers, curves)
     falling = _cost_model(groups, layers, {side: np.minimum.accumulate(curve) for side, curve in curves.items()})
@@ -135,8 +135,8 @@ class _RunLayer:
         example: its input without values, None where it takes anything but one tensor.
         calls: how often it runs.
         written: numbers that it writes.
-        own: milliseconds of its runs; 0 where it was not timed by itself.
-        rest: milliseconds of what runs behind it and is no layer.
+        own: milliseconds of its runs; 0 where it could not be run by itself.
+        rest: its part of the milliseconds of all that is no such layer.
     """
 
     example: Tensor | None
@@ -204,7 +204,7 @@ def _time_layer(
     except Exception:  # a subclass may be anybody's: its time is then part of the rest
         return {}
     found = dict(zip(trials, ratios, strict=True))
-    curves = {}
+    curves: Curves = {}
     for outputs, kept in sides.items():
         width = out_channels_of(layer) if outputs else in_channels_of(layer)
         lost = [0, *(width - k for k in kept)]
