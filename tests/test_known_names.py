@@ -9,6 +9,7 @@ from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.diagnostics.explain import Removal
 from tp_twoaxis.importance import CRITERIA
 from tp_twoaxis.models.factory import BUILT_IN
+from tp_twoaxis.pruning.config import Budget
 from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
 from tp_twoaxis.statistics.pooling import POOLINGS
@@ -30,6 +31,7 @@ def test_they_are_those_of_the_tables():
     assert tuple(BUILT_IN) == known_names.MODELS
     assert get_args(Removal) == known_names.REMOVALS
     assert (*get_args(Precision), "none") == known_names.AMP
+    assert get_args(Budget) == known_names.BUDGETS
     assert get_args(AttentionUnit) == known_names.ATTENTION_UNITS
 
 

@@ -75,6 +75,8 @@ TARGETS = ("margin", "correct_logit", "negative_loss", "one_vs_rest", "predicted
 """Task variables; see :mod:`tp_twoaxis.statistics.targets`."""
 POOLINGS = ("mean", "cls")
 """Which row of an image is compared with the task; see :mod:`tp_twoaxis.statistics.pooling`."""
+BUDGETS = ("macs", "channels", "latency")
+"""What a share to keep is a share of; see :mod:`tp_twoaxis.pruning.config`."""
 RECIPES = ("paper", "fast")
 """The table is in :mod:`tp_twoaxis.training.settings`."""
 REMOVALS = ("mean", "zero")

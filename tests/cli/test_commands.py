@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import conv_net
 from cli_cases import MODEL, TESTS, refused, run, succeed
+from latency_cases import fake_time
 from safetensors.torch import save_file
 
 from tp_twoaxis import CalibrationStatistics, load_pruned
@@ -184,6 +185,7 @@ def test_plain_weights(folder, tmp_path):
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "half"], "--flops"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "0.01"], "min_keep"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--steps", "0"], "--steps"),
+        (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--budget", "time"], "macs, channels, latency"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--attention", "dims"], "expected one of heads, head-dims"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--repair", "glue"], "repair"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--ignore", "conv9"], "near it: conv"),
@@ -281,6 +283,16 @@ def test_without_typer(monkeypatch, capsys):
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert 'pip install "tp-twoaxis[cli]"' in line
+
+
+def test_prune_to_a_latency(folder, tmp_path, monkeypatch):
+    with fake_time(monkeypatch):
+        options = ("--budget", "latency", "--latency-batch", 4, "--flops", "0.37", "--score", "l1", "--repair", "none")
+        arguments = ("prune", MODEL, "--data", folder / "images", *options, "--out", tmp_path / "p.safetensors")
+        report = json.loads(succeed(*arguments, "--json").stdout)["report"]
+    assert report["budget"] == "latency"
+    assert report["achieved"] == pytest.approx(0.37, rel=0.05)
+    assert any("that of 4 example(s) at once on cpu" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("command", ["prune", "train", "explain"])

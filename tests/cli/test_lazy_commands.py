@@ -50,6 +50,8 @@ BAD_OPTIONS = [
     ["prune", NET, *IMAGES, "--flops", "50"],
     ["prune", NET, *IMAGES, "--flops", "half"],
     ["prune", NET, *IMAGES, "--steps", "0"],
+    ["prune", NET, *IMAGES, "--budget", "time"],
+    ["sensitivity", NET, *IMAGES[:2], "--price", "0"],
     ["prune", NET, *IMAGES, "--min-keep", "2"],
     ["prune", NET, *IMAGES[:2], "--out", "no/such/folder/pruned.safetensors"],
     ["select", NET, *IMAGES[:2], "--candidates", "all-locl"],

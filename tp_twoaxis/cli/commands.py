@@ -29,6 +29,10 @@ COMMANDS = {
         "Say how far scores and ranks would move with other calibration images, and whether these are enough.",
         f"{_RESNET} --data cifar10/ --images 1000 --score hull --plot stability.png",
     ),
+    "sensitivity": (
+        "Measure for every group of channels how far the repaired network's logits move when a share of it is missing.",
+        f"{_RESNET} --data cifar10/ --images 1000 --out sensitivity/",
+    ),
     "select": (
         "Try scores on copies of the network and judge them on images held out of the calibration; changes nothing.",
         f"{_RESNET} --data cifar10/ --flops 0.5 --candidates all-local,l2,taylor",

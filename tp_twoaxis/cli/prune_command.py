@@ -19,8 +19,8 @@ from tp_twoaxis.cli.options import (
     ReportOptions,
     StatisticsOptions,
 )
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import AUTO, check_criterion, parse_repair
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.known_names import AUTO, BUDGETS, check_criterion, parse_repair
 
 _first, _pruning = panel(None), panel("Pruning")
 
@@ -29,7 +29,11 @@ _first, _pruning = panel(None), panel("Pruning")
 class RemovalOptions:
     """How much is removed, and what ranks channels; unknown names and numbers out of range are refused."""
 
-    flops: Annotated[float, _first("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
+    flops: Annotated[float, _first("Share of the budget to keep, above 0 and up to 1.")] = 0.5
+    budget: Annotated[
+        str, _pruning("What that is a share of: macs, channels, or latency, measured on --device as it is.")
+    ] = "macs"
+    latency_batch: Annotated[int, _pruning("Images at once whose time --budget latency counts.", min=1)] = 1
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
     score: Annotated[
         str, _first(f"auto: what keeps most; or {CRITERION_HELP}", autocompletion=completion.criterion)
@@ -39,8 +43,11 @@ class RemovalOptions:
     def __post_init__(self) -> None:
         if self.score != AUTO:
             check_criterion(self.score)
+        check_name("--budget", self.budget, BUDGETS)
         if not 0.0 < self.flops <= 1.0:
-            raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {self.flops:g}")
+            raise TwoAxisError(
+                f"--flops: expected the share of the budget to keep, above 0 and up to 1, got {self.flops:g}"
+            )
         if self.steps < 1:
             raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {self.steps}")
 
@@ -85,8 +92,8 @@ def prune_command(
     stats, loaded = None, None if removal.stats is None else CalibrationStatistics.load(removal.stats)
     if loaded is not None:
         loaded.verify(network)
-    example = split_batch(next(iter(loader)))[0][:1]
-    recipe = choose_recipe(network, example, removal.score, pruning.named_repair, loader=loader, stats=loaded)
+    images = split_batch(next(iter(loader)))[0]
+    recipe = choose_recipe(network, images[:1], removal.score, pruning.named_repair, loader=loader, stats=loaded)
     criterion, repairs = find_criterion(str(recipe.importance)), parse_repair(recipe.repair)
     if "statistics" in criterion.needs:
         state = PruningState(
@@ -97,9 +104,10 @@ def prune_command(
     before = None if test is None else accuracy(network, test, progress=output.progress)
     result = prune_to_flops(
         network,
-        example,
+        images[: removal.latency_batch if removal.budget == "latency" else 1],
         criterion.seeded(source.seed),
         flops=removal.flops,
+        budget=removal.budget,  # type: ignore[arg-type]  # checked with the options
         steps=removal.steps,
         stats=stats,
         loader=loader,

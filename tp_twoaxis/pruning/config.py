@@ -14,7 +14,7 @@ from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.pruning.plan import check_constraints
 from tp_twoaxis.repair import parse_repair
 
-Budget = Literal["macs", "channels"]
+Budget = Literal["macs", "channels", "latency"]
 
 
 @dataclass(frozen=True)
