@@ -29,8 +29,37 @@ def main() -> None:
             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
         }
     )
-    for name, figure in (("repairs", repairs()), ("idea", idea())):
+    for name, figure in (("accuracy", accuracy()), ("repairs", repairs()), ("idea", idea())):
         figure.savefig(PICTURES / f"{name}.svg", transparent=True, metadata={"Date": None})
+
+
+def accuracy() -> Figure:
+    """Draw accuracy against multiply-adds kept: criteria of Torch-Pruning before and after repair, and ours."""
+    table = pd.read_csv(ROOT / "benchmarks/results/cifar10_repair/summary.csv")
+    lines = {
+        "taylor+bn": (GREY, "s", ":", "Taylor, BatchNorm re-estimated"),
+        "l2+bn": (GREY, "o", ":", "L2, BatchNorm re-estimated"),
+        "l2+sequential": (BLUE, "o", "--", "L2, our repair"),
+        "anticipating+joint": (GREEN, "^", "-", "our selection and repair"),
+    }
+    figure = Figure(figsize=(8, 3.9), layout="constrained")
+    for axes, (network, title) in zip(figure.subplots(1, 2, sharey=True), NETWORKS.items(), strict=True):
+        own = table[table.network == network].sort_values("keep")
+        axes.axhline(100 * own.dense.iloc[0], color=GREY, linewidth=1)
+        axes.text(70, 100 * own.dense.iloc[0] + 1, "original network", va="bottom", ha="left", fontsize=9)
+        for method, (color, marker, style, label) in lines.items():
+            shown = own[own.method == method]
+            axes.plot(100 * shown.keep, 100 * shown.accuracy, color=color, marker=marker, linestyle=style, label=label)
+        axes.set_title(f"ResNet-20, {title}", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks([35, 50, 70])
+        axes.set_xlabel("multiply-adds kept, %")
+        axes.invert_xaxis()
+        axes.set_ylim(0, 102)
+    figure.axes[0].set_ylabel("CIFAR-10 test accuracy, %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    return figure
 
 
 def repairs() -> Figure:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_pruning
 from cases import batches, conv_net
 
+from tp_twoaxis import LocalImportance, calibrate
 from tp_twoaxis.cli.commands import COMMANDS, load_command
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```" in path.read_text())
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if "```" in path.read_text())]
 COMMANDS_PAGE = runpy.run_path(str(ROOT / "scripts" / "docs_commands.py"))
 
 
@@ -30,6 +32,12 @@ def test_the_code_of_a_page_runs_in_its_order(page, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.models.resnet50", lambda weights=None: conv_net())
     loader = batches(64)
     names = {"build": conv_net, "model": conv_net(), "dense": conv_net(), "loader": loader, "x": loader[0][0][:1]}
+    names |= {
+        "tp": torch_pruning,
+        "example_inputs": names["x"],
+        "calibrate": calibrate,
+        "LocalImportance": LocalImportance,
+    }
     state = copy.deepcopy(names["model"].state_dict())
     for code in blocks(page, "python"):
         if "prune_to_flops(" in code or "BasePruner(" in code:  # each starts from a network of its own
@@ -50,7 +58,7 @@ def test_the_commands_of_a_page_can_be_parsed(page):
 
 
 def test_links_to_files_of_the_repository_lead_somewhere():
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"tp-twoaxis/tp-twoaxis/blob/main/([^)\s]+)", path.read_text()):
             assert (ROOT / target).is_file(), f"{path.name}: {target}"
 
