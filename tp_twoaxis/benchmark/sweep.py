@@ -224,7 +224,7 @@ class BenchmarkConfig:
 
     def _identity(self) -> Json:
         values = self.to_dict()
-        if values["data"]["calibration_draw"] == "seed":  # as above
+        if values["data"]["calibration_draw"] == "seed":  # what all configs meant before there was a choice of it
             del values["data"]["calibration_draw"]
         return values
 
