@@ -35,7 +35,8 @@ def page(title: str, sections: Iterable[str]) -> str:
         >>> page("a < b", ["<p>text</p>"]).splitlines()[-2:]
         ['<p>text</p>', '</body></html>']
     """
-    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{CSS}</style>"
+    view = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{view}<title>{escape(title)}</title><style>{CSS}</style>"
     return f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
 
 
