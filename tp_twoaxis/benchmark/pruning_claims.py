@@ -30,7 +30,7 @@ def pruning_claims(folders: Sequence[str | Path]) -> list[Claim]:
     """Judge C5 to C9 from results of ``tp-twoaxis bench``, network by network.
 
     Args:
-        folders: of results; their criteria were pruned to equal MACs.
+        folders: of results, or of tables that ``tp-twoaxis report`` wrote; their criteria were pruned to equal MACs.
 
     Returns:
         A claim for each network, treatment and comparison that the results hold. Numbers are differences of areas
@@ -40,7 +40,7 @@ def pruning_claims(folders: Sequence[str | Path]) -> list[Claim]:
     Raises:
         TwoAxisError: a folder holds no results.
     """
-    axes = pd.concat([make_report(folder).axes for folder in folders], ignore_index=True) if folders else pd.DataFrame()
+    axes = [_axes(Path(folder)) for folder in folders]
     return [
         Claim(
             f"{COMPARED[row.comparison][0]} ({row.network}, {row.treatment})",
@@ -49,6 +49,12 @@ def pruning_claims(folders: Sequence[str | Path]) -> list[Claim]:
             above=0.0,
             note=f"{row.first} less {row.second}, points of area, {row.seeds} seeds",
         )
-        for row in axes.itertuples(index=False)
+        for table in axes
+        for row in table.itertuples(index=False)
         if row.comparison in COMPARED
     ]
+
+
+def _axes(folder: Path) -> pd.DataFrame:
+    written = folder / "axes.csv"
+    return pd.read_csv(written) if written.is_file() else make_report(folder).axes

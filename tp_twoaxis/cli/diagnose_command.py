@@ -159,7 +159,7 @@ def _gather(
         {
             "network": model.model,
             "seed": evidence.training_seed or (model.checkpoint.stem if model.checkpoint else "no checkpoint"),
-            "data": source.data,
+            "data": Path(source.data.partition(":/")[0]).name,
             "images": gathered.num_images,
             "held_out": len(getattr(held_out, "sampler", ())),
             "key": key,
