@@ -37,7 +37,7 @@ def records(folder):
 
 def test_claims_come_first_with_their_verdicts(folder):
     html = evidence_html(folder, records(folder))
-    assert html.index("<h2>Claims: 1 holds, 1 do not, 1 are undecided") < html.index("<h2>Alignment (section 2.2, H1)")
+    assert html.index("<h2>Claims: 1 holds, 1 do not, 1 undecided") < html.index("<h2>Alignment (section 2.2, H1)")
     assert [html.count(f">{verdict}</span>") for verdict in ("HOLDS", "DOES NOT", "UNDECIDED")] == [2, 2, 2]
     assert html.count("capture &amp; task &lt;apart&gt;") == 2
     assert "0.010 [-0.050, 0.070]" in html

@@ -86,11 +86,11 @@ def counted(claims: Iterable[Claim]) -> str:
     Example:
         >>> from tp_twoaxis.diagnostics.evidence import Estimate
         >>> counted([Claim("a", "", Estimate(1.0, 0.5, 2.0), above=0.0)])
-        '1 holds, 0 do not, 0 are undecided'
+        '1 holds, 0 do not, 0 undecided'
     """
     count = Counter(claim.verdict for claim in claims)
     verb = "holds" if count["HOLDS"] == 1 else "hold"
-    return f"{count['HOLDS']} {verb}, {count['DOES NOT']} do not, {count['UNDECIDED']} are undecided"
+    return f"{count['HOLDS']} {verb}, {count['DOES NOT']} do not, {count['UNDECIDED']} undecided"
 
 
 def verdict_element(claim: Claim) -> str:
