@@ -21,7 +21,7 @@ def test_a_page_its_tables_and_going_on(folder, tmp_path):
     tables = tmp_path / "r_tables"
     assert {"run.json", "hulls.json", "hulls-hulls.csv", "hulls-hulls.parquet"} <= {f.name for f in tables.iterdir()}
     run = json.loads((tables / "run.json").read_text())
-    assert (run["network"], run["seed"], run["images"], run["held_out"]) == (MODEL, "no checkpoint", 24, 10)
+    assert (run["network"], run["seed"], run["images"], run["held_out"]) == (MODEL, "no checkpoint", 24, [10, "train"])
     assert "--force" in refused(*arguments)
     again = json.loads(succeed(*arguments, "--force", "--json").stdout)
     assert any("nothing was computed" in note for note in again["notes"])

@@ -137,6 +137,8 @@ def _gather(
     if evaluation.eval_data is not None or evaluation.eval_split not in (None, source.split):
         others = replace(evaluation, eval_images=evidence.held_out).beside(source)
     calibration, held_out, notes = calibration_and_held_out(source, others, evidence.held_out)
+    if others is None:
+        notes.append("lesions cost little on images learnt by heart: name others with --eval-split or --eval-data")
     options = {
         "data": [source.data, source.split, source.image_size, source.mean, source.std],
         "others": None if others is None else [others.data, others.split],
@@ -161,7 +163,7 @@ def _gather(
             "seed": evidence.training_seed or (model.checkpoint.stem if model.checkpoint else "no checkpoint"),
             "data": Path(source.data.partition(":/")[0]).name,
             "images": gathered.num_images,
-            "held_out": len(getattr(held_out, "sampler", ())),
+            "held_out": [len(held_out.sampler), source.split if others is None else others.split],
             "key": key,
             **provenance(model.device),
         }

@@ -63,11 +63,11 @@ def described(run: Mapping[str, Any]) -> str:
     """Say what a run is of, in a line.
 
     Example:
-        >>> described({"network": "resnet20", "seed": "a", "data": "cifar10", "images": 2000, "held_out": 1000})
-        'resnet20 (a) on cifar10: 2000 calibration images, 1000 others for lesions'
+        >>> described({"network": "resnet20", "seed": "a", "data": "cifar10", "images": 2000, "held_out": [1000, "test"]})
+        'resnet20 (a) on cifar10: 2000 calibration images; lesions on 1000 others of test'
     """
     images = f"{run['images']} calibration images" if run.get("images") else "images unknown"
-    held_out = f", {run['held_out']} others for lesions" if run.get("held_out") else ""
+    held_out = "; lesions on {} others of {}".format(*run["held_out"]) if run.get("held_out") else ""
     return f"{run.get('network')} ({run.get('seed')}) on {run.get('data')}: {images}{held_out}"
 
 
