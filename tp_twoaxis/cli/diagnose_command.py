@@ -43,16 +43,13 @@ class EvidenceOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        for name in self.names:
+        for name in self.chosen:
             check_name("section", name, SECTIONS)
 
     @property
-    def names(self) -> list[str]:
-        """The sections in the paper's order."""
-        chosen = names(self.sections)
-        return [name for name in (chosen or ()) if name not in SECTIONS] + [
-            name for name in SECTIONS if chosen is None or name in chosen
-        ]
+    def chosen(self) -> list[str]:
+        """The sections to answer."""
+        return list(SECTIONS) if self.sections is None else names(self.sections) or []
 
 
 def diagnose_command(
@@ -123,8 +120,6 @@ def _gather(
     output: OutputOptions,
 ) -> list[str]:
     """Compute what is not finished yet, and give what there is to note."""
-    import time
-
     from tp_twoaxis.benchmark.trial import provenance
     from tp_twoaxis.diagnostics.evidence import EvidenceInputs
     from tp_twoaxis.diagnostics.evidence_report import evidence_key, finished_section, gather_evidence
@@ -146,28 +141,23 @@ def _gather(
         **{name: str(value) for name, value in statistics.keywords().items()},
     }
     key = evidence_key(network, calibration, held_out, snapshots, **options)
-    if all(finished_section(folder, name, key) is not None for name in evidence.names):
-        return [*notes, "all sections were finished before; nothing was computed"]
-    if folder.described and folder.description().get("key") != key and not output.force:
+    same = folder.described and folder.description()["key"] == key
+    if folder.described and not same and not output.force:
         raise TwoAxisError(
             f"{folder.path}: holds evidence of another network, other images or options; choose another --out, or "
             "--force to replace it"
         )
-    start = time.perf_counter()
+    if same and all(finished_section(folder, name, key) is not None for name in evidence.chosen):
+        return [*notes, "all sections were finished before; nothing was computed"]
     gathered = calibrate(network, calibration, max_images=None, progress=output.progress, **statistics.keywords())
-    if output.progress:
-        typer.echo(f"calibration: {time.perf_counter() - start:.1f} s", err=True)
-    folder.describe(
-        {
-            "network": model.model,
-            "seed": evidence.training_seed or (model.checkpoint.stem if model.checkpoint else "no checkpoint"),
-            "data": Path(source.data.partition(":/")[0]).name,
-            "images": gathered.num_images,
-            "held_out": [len(held_out.sampler), source.split if others is None else others.split],
-            "key": key,
-            **provenance(model.device),
-        }
-    )
+    run = {
+        "network": model.model,
+        "seed": evidence.training_seed or (model.checkpoint.stem if model.checkpoint else "no checkpoint"),
+        "data": Path(source.data.partition(":/")[0]).name,
+        "images": gathered.num_images,
+        "held_out": [len(held_out.sampler), source.split if others is None else others.split],
+    }
+    folder.describe({**run, "key": key, **provenance(model.device)})
     inputs = EvidenceInputs(
         network, gathered, calibration, held_out, snapshots, seed=source.seed, progress=output.progress
     )
@@ -176,7 +166,7 @@ def _gather(
         if output.progress:
             typer.echo(_line(record), err=True)
 
-    gather_evidence(inputs, folder, sections=evidence.names, key=key, on_section=report)
+    gather_evidence(inputs, folder, sections=evidence.chosen, key=key, on_section=report)
     return notes
 
 

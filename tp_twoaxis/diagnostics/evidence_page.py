@@ -63,8 +63,8 @@ def described(run: Mapping[str, Any]) -> str:
     """Say what a run is of, in a line.
 
     Example:
-        >>> described({"network": "resnet20", "seed": "a", "data": "cifar10", "images": 2000, "held_out": [1000, "test"]})
-        'resnet20 (a) on cifar10: 2000 calibration images; lesions on 1000 others of test'
+        >>> described({"network": "net", "seed": "a", "data": "cifar10", "images": 2000, "held_out": [1000, "test"]})
+        'net (a) on cifar10: 2000 calibration images; lesions on 1000 others of test'
     """
     images = f"{run['images']} calibration images" if run.get("images") else "images unknown"
     held_out = "; lesions on {} others of {}".format(*run["held_out"]) if run.get("held_out") else ""
