@@ -35,6 +35,7 @@ def test_claims_over_runs_are_those_of_all_tables(tmp_path):
     assert list(over) == ["alignment"]  # hulls are judged network by network
     assert over["alignment"][0].estimate.value == pytest.approx(0.2)
     assert over["alignment"][0].estimate.lower == pytest.approx(0.0)  # models are drawn, not layers
+    assert [run.label for run in combined.runs] == ["resnet20 (1)", "resnet20 (2)"]
     assert [[record.name for record in run.records] for run in combined.runs] == [["alignment", "hulls"]] * 2
 
 
@@ -42,15 +43,16 @@ def test_the_dashboard_shows_every_runs_verdict(tmp_path):
     folders = [written(tmp_path / "a", "1", 0.0), written(tmp_path / "b", "2", 0.4, data="cifar100")]
     pruning = SectionRecord("pruning", claims=(Claim("C5", "+8.0", Estimate(9.0, 1.0, 17.0), above=0.0),))
     combined = combine_evidence(folders, [pruning])
-    assert [run.label for run in combined.runs] == ["resnet20 on cifar10 (1)", "resnet20 on cifar100 (2)"]
+    assert [run.label for run in combined.runs] == ["resnet20 on cifar10", "resnet20 on cifar100"]
     html = combined_html(combined)
     hulls = html[html.index("<section id='hulls'>") : html.index("<section id='pruning'>")]
     assert [hulls.count(f">{verdict}</span>") for verdict in ("HOLDS", "UNDECIDED")] == [1, 1]
-    assert "data-label='resnet20 on cifar100 (2)'" in hulls
+    assert "data-label='resnet20 on cifar100'" in hulls
     assert ">HOLDS</span>" in html[html.index("<section id='pruning'>") :]
     text = combined.markdown()
-    assert "| pruning | C5 | +8.0 | 9.000 [1.000, 17.000] | HOLDS |" in text
-    assert text.count("## ") == 3
+    assert "| pruning | C5 | +8.0 |  |  | 9.000 [1.000, 17.000] HOLDS |" in text
+    assert "| hulls | hulls grow | grows | 0.000 [-0.100, 0.100] UNDECIDED | 0.400 [0.300, 0.500] HOLDS |  |" in text
+    assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
 def test_runs_must_differ(tmp_path):

@@ -90,12 +90,17 @@ def diagnose_command(
     if results is not None:
         raise TwoAxisError("--results: expected with --combine; leave it out, or combine the run with it afterwards")
 
-    from tp_twoaxis.diagnostics.evidence_page import claims_markdown, counted, described, evidence_html
     from tp_twoaxis.diagnostics.evidence_store import EvidenceFolder
-    from tp_twoaxis.runtime.serialization import write_bytes
 
     folder = EvidenceFolder(out.with_name(f"{out.stem}_tables"))
     notes = [*_gather(model, source, evidence, evaluation, statistics, folder, output), *model.notes()]
+    _write(folder, out, markdown, notes, output)
+
+
+def _write(folder: EvidenceFolder, out: Path, markdown: Path | None, notes: list[str], output: OutputOptions) -> None:
+    from tp_twoaxis.diagnostics.evidence_page import claims_markdown, counted, described, evidence_html
+    from tp_twoaxis.runtime.serialization import write_bytes
+
     records = folder.records(SECTIONS, key=folder.description()["key"])
     write_bytes(out, evidence_html(folder, records).encode())
     if markdown is not None:
@@ -134,13 +139,8 @@ def _gather(
     calibration, held_out, notes = calibration_and_held_out(source, others, evidence.held_out)
     if others is None:
         notes.append("lesions cost little on images learnt by heart: name others with --eval-split or --eval-data")
-    options = {
-        "data": [source.data, source.split, source.image_size, source.mean, source.std],
-        "others": None if others is None else [others.data, others.split],
-        "seed": source.seed,
-        **{name: str(value) for name, value in statistics.keywords().items()},
-    }
-    key = evidence_key(network, calibration, held_out, snapshots, **options)
+    settings = {**_read_as(source), "lesions": _read_as(others or source), **statistics.keywords()}
+    key = evidence_key(network, calibration, held_out, snapshots, **settings)
     same = folder.described and folder.description()["key"] == key
     if folder.described and not same and not output.force:
         raise TwoAxisError(
@@ -155,7 +155,7 @@ def _gather(
         "seed": evidence.training_seed or (model.checkpoint.stem if model.checkpoint else "no checkpoint"),
         "data": Path(source.data.partition(":/")[0]).name,
         "images": gathered.num_images,
-        "held_out": [len(held_out.sampler), source.split if others is None else others.split],
+        "held_out": [len(held_out.sampler), (others or source).split],
     }
     folder.describe({**run, "key": key, **provenance(model.device)})
     inputs = EvidenceInputs(
@@ -168,6 +168,13 @@ def _gather(
 
     gather_evidence(inputs, folder, sections=evidence.chosen, key=key, on_section=report)
     return notes
+
+
+def _read_as(source: DataOptions) -> dict[str, Any]:
+    """What images are, but for which rows are drawn."""
+    return {
+        name: getattr(source, name) for name in ("data", "split", "seed", "image_size", "mean", "std", "label_column")
+    }
 
 
 def _combine(folders: list[str], results: list[str], out: Path, markdown: Path | None, output: OutputOptions) -> None:

@@ -132,6 +132,17 @@ def table_details(name: str, table: pd.DataFrame, file: str) -> str:
     )
 
 
+def markdown_row(cells: Iterable[str]) -> str:
+    r"""Join cells to a row of a Markdown table.
+
+    Example:
+        >>> print(markdown_row(["|w|", "0.1"]))
+        | \|w\| | 0.1 |
+    """
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
 def claims_markdown(records: Iterable[SectionRecord]) -> str:
     """Claims as a Markdown table, a row each; then what was skipped.
 
@@ -144,7 +155,7 @@ def claims_markdown(records: Iterable[SectionRecord]) -> str:
     """
     records = list(records)
     rows = [
-        f"| {record.name} | {claim.sentence} | {claim.paper} | {claim.estimate} | {claim.verdict} |"
+        markdown_row([record.name, claim.sentence, claim.paper, str(claim.estimate), claim.verdict])
         for record in records
         for claim in record.claims
     ]
@@ -155,7 +166,7 @@ def claims_markdown(records: Iterable[SectionRecord]) -> str:
 
 def _claims_page(records: Sequence[SectionRecord]) -> str:
     parts = [
-        f"<h3><a href='#{record.name}'>{escape(_title(record.name))}</a></h3>{claims_element(record.claims)}"
+        f"<h3><a href='#{record.name}'>{escape(section_title(record.name))}</a></h3>{claims_element(record.claims)}"
         for record in records
         if record.claims
     ]
@@ -166,7 +177,7 @@ def _claims_page(records: Sequence[SectionRecord]) -> str:
 
 
 def _section(folder: EvidenceFolder, record: SectionRecord) -> str:
-    head = f"<section id='{record.name}'><h2>{escape(_title(record.name))}</h2>"
+    head = f"<section id='{record.name}'><h2>{escape(section_title(record.name))}</h2>"
     if record.skipped is not None:
         return f"{head}<p class='note'>Skipped: {escape(record.skipped)}.</p></section>"
     figures = "".join(
@@ -186,7 +197,12 @@ def _section(folder: EvidenceFolder, record: SectionRecord) -> str:
     )
 
 
-def _title(name: str) -> str:
-    """Section's name and place in the paper; sections that are not of the paper's list have the name alone."""
+def section_title(name: str) -> str:
+    """Section's name and its place in the paper; of one from elsewhere the name alone.
+
+    Example:
+        >>> section_title("calibration-size"), section_title("pruning")
+        ('Calibration size (appendix D)', 'Pruning')
+    """
     words = name.replace("-", " ").capitalize()
     return f"{words} ({SECTIONS[name].place})" if name in SECTIONS else words

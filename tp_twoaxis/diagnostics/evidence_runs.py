@@ -14,11 +14,11 @@ from tp_twoaxis.diagnostics.evidence_page import (
     READING,
     STYLE,
     TITLE,
-    claims_element,
-    claims_markdown,
     counted,
     described,
+    markdown_row,
     provenance,
+    section_title,
     table_details,
     verdict_element,
 )
@@ -39,7 +39,7 @@ class Run:
     """The evidence of one network.
 
     Attributes:
-        label: tells it from the others.
+        label: the network, with the seed where runs are of several trainings of it.
         network: the backbone, with the data where runs are of several.
         seed: of several trainings of one backbone, which.
         folder: its sections.
@@ -67,15 +67,37 @@ class CombinedEvidence:
     over: list[SectionRecord]
     tables: dict[str, dict[str, pd.DataFrame]]
 
-    def markdown(self) -> str:
-        """Claims over runs, then those of each."""
-        parts = [f"## All runs\n\n{claims_markdown(self.over)}"]
-        parts += [
-            f"## {run.label}\n\n{described(run.folder.description())}. "
-            f"{counted(claim for record in run.records for claim in record.claims)}.\n\n{claims_markdown(run.records)}"
-            for run in self.runs
+    def matched(self, name: str) -> list[list[Claim | None]]:
+        """Claims of a section, each run's and the one over runs side by side.
+
+        Args:
+            name: of the section.
+
+        Returns:
+            A row a sentence: a claim a run, then that over runs; None where there is none.
+        """
+        records = [*(run.records for run in self.runs), self.over]
+        columns = [
+            {claim.sentence: claim for record in own if record.name == name for claim in record.claims}
+            for own in records
         ]
-        return "\n\n".join(parts) + "\n"
+        sentences = dict.fromkeys(sentence for column in columns for sentence in column)
+        return [[column.get(sentence) for column in columns] for sentence in sentences]
+
+    def markdown(self) -> str:
+        """All claims as a table: a row each, a column a run, and one over runs."""
+        labels = [*(run.label for run in self.runs), "over runs"]
+        lines = [f"| section | claim | paper | {' | '.join(labels)} |", "|---" * (3 + len(labels)) + "|"]
+        for name in self.sections():
+            for row in self.matched(name):
+                claim = next(claim for claim in row if claim is not None)
+                cells = ["" if found is None else f"{found.estimate} {found.verdict}" for found in row]
+                lines.append(markdown_row([name, claim.sentence, claim.paper, *cells]))
+        return "\n".join(lines) + "\n"
+
+    def sections(self) -> list[str]:
+        """Names of sections in the paper's order, then those from elsewhere."""
+        return list(dict.fromkeys([*SECTIONS, *(record.name for record in self.over)]))
 
 
 def combine_evidence(folders: Sequence[str | Path], more: Iterable[SectionRecord] = ()) -> CombinedEvidence:
@@ -109,37 +131,35 @@ def combine_evidence(folders: Sequence[str | Path], more: Iterable[SectionRecord
 
 
 def combined_html(combined: CombinedEvidence) -> str:
-    """Build the dashboard: claims over runs, every run's verdict on every claim, and all tables.
+    """Build the dashboard: every run's verdict on every claim, and the one over runs; then all tables.
 
     Returns:
         A complete HTML document without references to anything outside itself.
     """
-    names = list(dict.fromkeys([*SECTIONS, *(record.name for record in combined.over)]))
     parts = [STYLE, f"<h1>{TITLE}: {len(combined.runs)} runs</h1>", f"<p class='soft'>{escape(READING)} {OVER}</p>"]
     parts.append(_overview(combined))
-    for name in names:
-        body = _over(combined, name) + _side_by_side(combined, name)
-        if not body:
+    for name in combined.sections():
+        rows = combined.matched(name)
+        if not rows:
             continue
-        details = "".join(
+        tables = "".join(
             table_details(table, frame, f"{name}-{table}.csv of each run")
             for table, frame in combined.tables.get(name, {}).items()
         )
-        parts.append(
-            f"<section id='{name}'><h2>{escape(name.replace('-', ' ').capitalize())}</h2>{body}{details}</section>"
-        )
+        heading = f"<h2>{escape(section_title(name))}</h2>"
+        parts.append(f"<section id='{name}'>{heading}{_claims_table(combined, rows)}{tables}</section>")
     parts += [f"<p class='soft'>{escape(provenance(run.folder.description()))}</p>" for run in combined.runs]
     return page(f"{TITLE}: {len(combined.runs)} runs", parts)
 
 
 def _runs(folders: Sequence[EvidenceFolder]) -> list[Run]:
-    described_runs = [folder.description() for folder in folders]
-    several = len({str(run.get("data")) for run in described_runs}) > 1
+    descriptions = [folder.description() for folder in folders]
+    several = len({run["data"] for run in descriptions}) > 1
+    networks = [f"{run['network']} on {run['data']}" if several else run["network"] for run in descriptions]
     runs = []
-    for folder, run in zip(folders, described_runs, strict=True):
-        network = f"{run.get('network')} on {run.get('data')}" if several else str(run.get("network"))
-        seed = str(run.get("seed"))
-        runs.append(Run(f"{network} ({seed})", network, seed, folder, folder.records(SECTIONS, key=run.get("key"))))
+    for folder, run, network in zip(folders, descriptions, networks, strict=True):
+        label = network if networks.count(network) == 1 else f"{network} ({run['seed']})"
+        runs.append(Run(label, network, run["seed"], folder, folder.records(SECTIONS, key=run["key"])))
     labels = [run.label for run in runs]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise TwoAxisError(
@@ -154,41 +174,26 @@ def _overview(combined: CombinedEvidence) -> str:
         claims = [claim for record in run.records for claim in record.claims]
         skipped = [record.name for record in run.records if record.skipped is not None]
         note = f"; skipped: {', '.join(skipped)}" if skipped else ""
-        rows.append(f"<li><b>{escape(run.label)}</b>: {counted(claims)}{escape(note)}</li>")
+        what = described(run.folder.description())
+        rows.append(f"<li><b>{escape(run.label)}</b>: {counted(claims)}{escape(note)}. {escape(what)}</li>")
     over = [claim for record in combined.over for claim in record.claims]
     rows.append(f"<li><b>over runs</b>: {counted(over)}</li>")
     return f"<ul>{''.join(rows)}</ul>"
 
 
-def _over(combined: CombinedEvidence, name: str) -> str:
-    claims = [claim for record in combined.over if record.name == name for claim in record.claims]
-    return f"<h3>Over runs</h3>{claims_element(claims)}" if claims else ""
-
-
-def _side_by_side(combined: CombinedEvidence, name: str) -> str:
-    """Every run's verdict on every claim; claims are matched by their sentences."""
-    own = [
-        {claim.sentence: claim for record in run.records if record.name == name for claim in record.claims}
-        for run in combined.runs
-    ]
-    sentences: dict[str, Claim] = {}
-    for claims in own:
-        sentences = claims | sentences
-    if not sentences:
-        return ""
-    head = "".join(f"<th>{escape(run.label)}</th>" for run in combined.runs)
-    rows = "".join(
-        f"<tr><td>{escape(sentence)}</td><td data-label='Paper'>{escape(claim.paper) or 'no number'}</td>"
-        + "".join(
-            f"<td data-label='{escape(run.label, quote=True)}'>{_cell(claims.get(sentence))}</td>"
-            for run, claims in zip(combined.runs, own, strict=True)
+def _claims_table(combined: CombinedEvidence, rows: Iterable[Sequence[Claim | None]]) -> str:
+    labels = [*(run.label for run in combined.runs), "over runs"]
+    body = ""
+    for row in rows:
+        claim = next(claim for claim in row if claim is not None)
+        cells = "".join(
+            f"<td data-label='{escape(label, quote=True)}'>{verdict_element(found)} {escape(str(found.estimate))}</td>"
+            if found is not None
+            else "<td></td>"
+            for label, found in zip(labels, row, strict=True)
         )
-        + "</tr>"
-        for sentence, claim in sentences.items()
-    )
-    head = f"<thead><tr><th>Claim</th><th>Paper</th>{head}</tr></thead>"
-    return f"<h3>Run by run</h3><div class='wide'><table class='claims stack'>{head}<tbody>{rows}</tbody></table></div>"
-
-
-def _cell(claim: Claim | None) -> str:
-    return "" if claim is None else f"{verdict_element(claim)} {escape(str(claim.estimate))}"
+        first = f"<td>{escape(claim.sentence)}<span class='soft'>{escape(claim.note)}</span></td>"
+        body += f"<tr>{first}<td data-label='Paper'>{escape(claim.paper) or 'no number'}</td>{cells}</tr>"
+    head = "".join(f"<th>{escape(label)}</th>" for label in ("Claim", "Paper", *labels))
+    table = f"<table class='claims stack'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='wide'>{table}</div>"
