@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test coverage lint format bench bench-speed dist clean
+.PHONY: help docs docs-serve demo examples test coverage lint format bench bench-speed dist clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,7 +18,17 @@ $(VENV)/.cli: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.all: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
-	@touch $@ $(VENV)/.cli
+	@touch $@ $(VENV)/.cli $(VENV)/.docs
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs ## Build the documentation site in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs ## Show the site at http://localhost:8000 while pages are written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 demo: $(VENV)/.cli ## Train, calibrate, prune and compare on real digits (two minutes, no network)
 	$(BIN)/tp-twoaxis demo --out demo-output --force
@@ -32,10 +42,11 @@ test: $(VENV)/.all ## Run all tests and docstring examples
 coverage: $(VENV)/.all ## The tests with a coverage table
 	$(BIN)/python -m pytest --cov
 
-lint: $(VENV)/.all ## Check style and types
+lint: $(VENV)/.all ## Check style, types and the documentation site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.all ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
@@ -51,9 +62,11 @@ bench: $(VENV)/.all ## README's accuracy tables, hours, resumable; needs TP_TWOA
 	        --workers 2 && $(BIN)/tp-twoaxis report benchmarks/results/$$sweep || exit 1; \
 	done
 
-dist: $(VENV)/.all ## Build the wheel and the source archive
-	$(BIN)/python -m pip install --quiet build
+dist: $(VENV)/bin/python ## Build the wheel and the source archive, and check them
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist site *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -7,12 +7,16 @@ from typing import get_args
 from tp_twoaxis import known_names
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.diagnostics.evidence_sections import SECTIONS
+from tp_twoaxis.diagnostics.explain import Removal
 from tp_twoaxis.importance import CRITERIA
+from tp_twoaxis.models.factory import BUILT_IN
+from tp_twoaxis.pruning.config import Budget
 from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE, SCORES
 from tp_twoaxis.statistics.pooling import POOLINGS
 from tp_twoaxis.statistics.targets import TARGETS
 from tp_twoaxis.training import RECIPES
+from tp_twoaxis.training.settings import Precision
 
 
 def test_they_are_those_of_the_tables():
@@ -26,6 +30,10 @@ def test_they_are_those_of_the_tables():
     assert known_names.POOLINGS == POOLINGS
     assert tuple(SECTIONS) == known_names.SECTIONS
     assert tuple(RECIPES) == known_names.RECIPES
+    assert tuple(BUILT_IN) == known_names.MODELS
+    assert get_args(Removal) == known_names.REMOVALS
+    assert (*get_args(Precision), "none") == known_names.AMP
+    assert get_args(Budget) == known_names.BUDGETS
     assert get_args(AttentionUnit) == known_names.ATTENTION_UNITS
 
 

@@ -24,7 +24,7 @@ class StaleStatisticsError(TwoAxisError):
 
 
 class UnreachableTargetError(TwoAxisError):
-    """No allowed removal reaches the MACs target; the message gives the reachable range."""
+    """No allowed removal reaches the target; the message gives the reachable range."""
 
 
 class FileFormatError(TwoAxisError):

@@ -91,8 +91,24 @@ SECTIONS = (
     "magnitude",
 )
 """Questions of the evidence in the paper's order; see :mod:`tp_twoaxis.diagnostics.evidence_sections`."""
+BUDGETS = ("macs", "channels", "latency")
+"""What a share to keep is a share of; see :mod:`tp_twoaxis.pruning.config`."""
 RECIPES = ("paper", "fast")
 """The table is in :mod:`tp_twoaxis.training.settings`."""
+REMOVALS = ("mean", "zero")
+"""What stands in a removed channel's place; see :mod:`tp_twoaxis.diagnostics.lesions`."""
+AMP = ("bf16", "fp16", "none")
+"""Precisions of training; see :mod:`tp_twoaxis.training.settings`."""
+MODELS = (
+    "cifar_resnet20_option_a",
+    "cifar_resnet20_conv_shortcut",
+    "cifar_resnet56_option_a",
+    "cifar_resnet56_conv_shortcut",
+    "cifar_resnet18",
+    "cifar_vgg16_bn",
+    "cifar_mobilenet_v2",
+)
+"""Built-in networks; the table is in :mod:`tp_twoaxis.models.factory`."""
 ATTENTION_UNITS = ("heads", "head-dims")
 """What attention loses; see :mod:`tp_twoaxis.dependency.attention`."""
 

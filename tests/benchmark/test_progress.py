@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 from bench_cases import tiny_config, write_folders
@@ -28,7 +29,8 @@ def text(renderable):
     return console.file.getvalue()
 
 
-def test_the_bar_counts_and_the_table_fills(folder, tmp_path, capsys):
+def test_the_bar_counts_and_the_table_fills(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     live = claim_folder(tmp_path / "out", folder.config)
     trials = folder.config.trials()
     live.file(trials[0]).write_bytes(folder.file(trials[0]).read_bytes())
@@ -44,6 +46,20 @@ def test_the_bar_counts_and_the_table_fills(folder, tmp_path, capsys):
     assert f"{100 * accuracy:.1f}" in shown
     assert "0.7" in shown
     assert capsys.readouterr().out == ""
+
+
+def test_lines_without_a_terminal(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tp_twoaxis.runtime.progress_bar.INTERVAL", 0.0)
+    live = claim_folder(tmp_path / "out", folder.config)
+    trials = folder.config.trials()
+    with Monitor(live, trials, trials, enabled=True) as monitor:
+        for trial in trials:
+            live.file(trial).write_bytes(folder.file(trial).read_bytes())
+            monitor.look()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("bench: trial 0 of 4, 00:00 elapsed")
+    assert lines[-1].startswith("bench: trial 4 of 4")
+    assert lines[-1].endswith("2 failed")
 
 
 def test_nothing_is_drawn_without_a_terminal_or_work(folder, capsys):

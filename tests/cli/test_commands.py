@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import conv_net
 from cli_cases import MODEL, TESTS, refused, run, succeed
+from latency_cases import fake_time
 from safetensors.torch import save_file
 
 from tp_twoaxis import CalibrationStatistics, load_pruned
@@ -88,7 +89,17 @@ def test_score_reads_statistics_alone(folder, tmp_path):
 def test_prune_writes_what_it_prints_and_continues_from_it(folder, tmp_path):
     out, report = tmp_path / "p.safetensors", tmp_path / "r.json"
     data = ("--data", folder / "images")
-    options = ("--flops", 0.6, "--stats", folder / "stats.safetensors", "--score", "hull", "--eval-split", "test")
+    options = (
+        "--flops",
+        0.6,
+        "--stats",
+        folder / "stats.safetensors",
+        "--score",
+        "hull",
+        "--eval-split",
+        "test",
+        "--card",
+    )
     result = succeed("prune", MODEL, *data, *options, "--out", out, "--report", report, "--json")
     payload = json.loads(result.stdout)
     assert payload == json.loads(report.read_text())
@@ -97,6 +108,9 @@ def test_prune_writes_what_it_prints_and_continues_from_it(folder, tmp_path):
     assert payload["accuracy"]["images"] == 20
     for counter in ("tp_macs", "thop_macs"):
         assert payload["report"]["after"][counter] < payload["report"]["before"][counter]
+    card = out.with_suffix(".md").read_text()
+    assert "on 20 images (test)" in card
+    assert f"load_pruned(\"p.safetensors\", lambda: build_model('{MODEL}'))" in card
     pruned = load_pruned(out, conv_net)
     assert pruned(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
     assert json.loads(read_header(out)["report"])["flops"] == 0.6
@@ -150,13 +164,14 @@ def test_plain_weights(folder, tmp_path):
         (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--mean", "a,b,c"], "--mean"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--layers", "conv9"], "no layer 'conv9'"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--positions", "few"], "--positions"),
-        (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--device", "abacus"], "--device"),
+        (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--device", "cdua"], "did you mean 'cuda'"),
+        (["calibrate", MODEL, "--data", "cifra10:/x", "--out", "{o}"], "did you mean 'cifar10'"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--images", "0"], "--images"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{t}/no/s.safetensors"], "create it first"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{t}"], "got a folder"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{s}"], "--force"),
         (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--checkpoint", "{s}"], "--stats"),
-        (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--checkpoint", "{pickle}"], "pickle"),
+        (["calibrate", MODEL, "--data", "{d}", "--out", "{o}", "--checkpoint", "{pickle}"], "1 unexpected (a)"),
         (["calibrate", MODEL, "--out", "{o}"], "--data"),
         (["score"], "--stats or --data"),
         (["score", "--data", "{d}"], "name it first"),
@@ -170,9 +185,10 @@ def test_plain_weights(folder, tmp_path):
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "half"], "--flops"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--flops", "0.01"], "min_keep"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--steps", "0"], "--steps"),
+        (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--budget", "time"], "macs, channels, latency"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--attention", "dims"], "expected one of heads, head-dims"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--repair", "glue"], "repair"),
-        (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--ignore", "conv9"], "conv9"),
+        (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--ignore", "conv9"], "near it: conv"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--eval-images", "3"], "--eval-split"),
         (["prune", MODEL, "--data", "{d}", "--out", "{o}", "--report", "{o}"], "rename"),
         (["prnue"], "prune"),
@@ -214,15 +230,18 @@ def test_demo_contract(tmp_path, monkeypatch):
             return '{"a": 1}'
 
     def run_demo(out, *, seed=0, quick=False, progress=True):
-        assert (seed, quick, progress) == (3, True, False)
+        assert (seed, quick) == (3, True)
+        asked.append(progress)
         return Result()
 
+    asked = []
     module = ModuleType("tp_twoaxis.demo")
     module.run_demo = run_demo
     monkeypatch.setitem(sys.modules, "tp_twoaxis.demo", module)
     options = ("--out", tmp_path / "d", "--quick", "--seed", 3)
     assert "the table and where the report is" in succeed("demo", *options).stdout
     assert json.loads(succeed("demo", *options, "--json").stdout) == {"a": 1}
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (ImportError("no pandas"), 2)])
@@ -264,6 +283,16 @@ def test_without_typer(monkeypatch, capsys):
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert 'pip install "tp-twoaxis[cli]"' in line
+
+
+def test_prune_to_a_latency(folder, tmp_path, monkeypatch):
+    with fake_time(monkeypatch):
+        options = ("--budget", "latency", "--latency-batch", 4, "--flops", "0.37", "--score", "l1", "--repair", "none")
+        arguments = ("prune", MODEL, "--data", folder / "images", *options, "--out", tmp_path / "p.safetensors")
+        report = json.loads(succeed(*arguments, "--json").stdout)["report"]
+    assert report["budget"] == "latency"
+    assert report["achieved"] == pytest.approx(0.37, rel=0.05)
+    assert any("that of 4 example(s) at once on cpu" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("command", ["prune", "train", "explain"])

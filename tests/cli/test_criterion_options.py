@@ -8,7 +8,7 @@ import pytest
 from cli_cases import MODEL, refused, succeed
 
 from tp_twoaxis import CalibrationStatistics
-from tp_twoaxis.importance import criterion_names, expand_criteria
+from tp_twoaxis.importance import expand_criteria
 from tp_twoaxis.scores.named_scores import DEFAULT_SCORE
 
 
@@ -129,6 +129,6 @@ def test_scores_with_options(folder):
 
 
 @pytest.mark.parametrize("command", ["prune", "select"])
-def test_help_lists_every_criterion(command):
+def test_help_says_where_the_criteria_are_listed(command):
     text = " ".join(succeed(command, "--help").stdout.replace("│", " ").split())
-    assert ", ".join(criterion_names()) in text
+    assert "`tp-twoaxis scores` lists" in text

@@ -51,7 +51,7 @@ def test_overview_from_statistics_alone(folder, tmp_path):
         ("conv1", ("--channel", "16"), "expected channels of 0 to 15, got 16"),
         ("conv1", ("--channel", "a"), "--channel: expected numbers"),
         ("conv1", ("--channel", ""), "--channel: expected numbers"),
-        ("conv1", ("--channel", "1", "--removal", "median"), "--removal: expected mean or zero"),
+        ("conv1", ("--channel", "1", "--removal", "median"), "--removal: expected one of mean, zero"),
         ("conv1", ("--peers", "20"), "peers: expected 1 to 10"),
         ("conv1", ("--target", "none", "--png", "e.png"), "--png: the picture needs two axes"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -49,12 +50,15 @@ BAD_OPTIONS = [
     ["prune", NET, *IMAGES, "--flops", "50"],
     ["prune", NET, *IMAGES, "--flops", "half"],
     ["prune", NET, *IMAGES, "--steps", "0"],
+    ["prune", NET, *IMAGES, "--budget", "time"],
+    ["sensitivity", NET, *IMAGES[:2], "--price", "0"],
     ["prune", NET, *IMAGES, "--min-keep", "2"],
     ["prune", NET, *IMAGES[:2], "--out", "no/such/folder/pruned.safetensors"],
     ["select", NET, *IMAGES[:2], "--candidates", "all-locl"],
     ["select", NET, *IMAGES[:2], "--flops", "half"],
     ["train", NET, *IMAGES, "--recipe", "quick"],
     ["train", NET, *IMAGES, "--distillation", "4"],
+    ["train", NET, *IMAGES, "--amp", "bf17"],
     ["explain", NET, "conv1", "--channel", "first"],
     ["explain", NET, "conv1", "--channel", "1"],
     ["diagnose", NET, *IMAGES[:2], "--out", "report.html", "--sections", "hull"],
@@ -62,6 +66,8 @@ BAD_OPTIONS = [
     ["bench", "--model", NET, *IMAGES, "--methods", "tailor"],
     ["bench", "--model", NET, *IMAGES, "--repair", "rigde"],
     ["bench", "--model", NET, *IMAGES, "--seeds", "one"],
+    ["bench", "--model", NET, *IMAGES, "--engine", "rya"],
+    ["bench", "--model", NET, *IMAGES, "--finetune-amp", "bf17"],
     ["bench", "--out", "results"],
     *([name, "--nonsense"] for name in COMMANDS),
 ]
@@ -104,11 +110,52 @@ def test_a_command_is_what_the_table_says(name):
     summary, arguments = COMMANDS[name]
     command = load_command(name)
     assert inspect.cleandoc(command.help).split("\n\n")[0] == summary
-    assert command.epilog == f"Example: tp-twoaxis {name} {arguments}"
+    assert command.epilog == f"Example: tp-twoaxis {name} {arguments}".rstrip()
     text = succeed(name, "--help").stdout
     assert f"Usage: tp-twoaxis {name} [OPTIONS]" in text
     assert "--json" in text
     assert all(option.help for option in command.params if option.name != "help")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_first_panel_is_short_and_holds_what_must_be_given(name):
+    options = [option for option in load_command(name).params if option.param_type_name == "option"]
+    first = [option for option in options if option.rich_help_panel is None]
+    assert len(first) <= 15
+    assert all(option.rich_help_panel is None for option in options if option.required)
+
+
+def completions(line):
+    """What bash is offered for the last word of a line, by the process that it would start."""
+    environment = {"_TP_TWOAXIS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    code = (
+        "import sys; from tp_twoaxis.cli import main; main([]); "
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'slow imports'"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("tp-twoaxis stab", ["stability"]),
+        ("tp-twoaxis prune --min", ["--min-keep"]),
+        ("tp-twoaxis prune --score antic", ["anticipating"]),
+        ("tp-twoaxis prune --repair ridge+b", ["ridge+bn", "ridge+bias"]),
+        ("tp-twoaxis bench --methods l2,all-l", ["l2,all-local"]),
+        ("tp-twoaxis prune cifar_vgg", ["cifar_vgg16_bn"]),
+    ],
+)
+def test_completion(line, offered):
+    assert completions(line) == offered
 
 
 @pytest.mark.parametrize("name", COMMANDS)

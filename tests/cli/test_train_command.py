@@ -130,7 +130,7 @@ def test_augmentation_is_for_training_alone(tmp_path, arguments, monkeypatch):
     [
         (("--recipe", "slow"), "expected one of paper, fast, got 'slow'"),
         (("--amp", "fp16"), "fp16 needs a model on a CUDA GPU"),
-        (("--amp", "fp8"), "expected None, 'bf16' or 'fp16', got 'fp8'"),
+        (("--amp", "fp8"), "--amp: expected one of bf16, fp16, none, got 'fp8'"),
         (("--lr", "-1"), "lr: expected a positive number"),
         (("--epochs", "0"), "--epochs"),
         (("--device", "nowhere", "--recipe", "fast"), "--device"),

@@ -53,7 +53,7 @@ def test_a_row_makes_a_data_set_known(clothes, tmp_path):
     assert has_splits("clothes:/data")
     assert not same_images(("clothes:/data", "train"), ("clothes:/data", "test"))
     assert open_dataset(folder_of(tmp_path / "my-clothes", "train")).mean == (0.1,) * 3
-    with pytest.raises(TwoAxisError, match="clothes:/data: expected split train or test, got 'val'"):
+    with pytest.raises(TwoAxisError, match="clothes:/data: split: expected one of train, test, got 'val'"):
         open_dataset("clothes:/data", split="val")
     with pytest.raises(TwoAxisError, match=r"expected FashionMNIST in .* there, torchvision says: not found"):
         open_dataset("clothes:/data", split="test")

@@ -42,7 +42,9 @@ class Simulated:
 
 def orders_of(curves, size=32):
     every = torch.arange(size)
-    return [RemovalOrder(name, every, {name: [(every, every, size)]}, 0.01, 0.01) for name in curves]
+    return [
+        RemovalOrder(name, every, {name: [(every, every, size)]}, ((0.01 * size, (1.0,)),), 0.01) for name in curves
+    ]
 
 
 def smooth(a, b):

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel
 
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.errors import FileFormatError
-from tp_twoaxis.pruning.checkpoint import FORMAT, VERSION, load_pruned, read_header, save_pruned
+from tp_twoaxis.pruning.checkpoint import FORMAT, VERSION, load_pruned, loading_notes, read_header, save_pruned
 from tp_twoaxis.runtime.serialization import write_tensors
 
 
@@ -490,3 +490,39 @@ def test_damaged_recipes_are_refused(tmp_path, changes):
     write_with_header(path, **changes)
     with pytest.raises(FileFormatError, match=r"bad\.safetensors: the recipe is incomplete or damaged .* again"):
         load_pruned(path, lambda: nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("net.safetensors", nn.Linear(2, 2)), "model: expected an nn.Module, got str; the order is save_pruned"),
+        ((nn.Linear(2, 2), None), "path: expected the name of a file, got NoneType"),
+        ((nn.Linear(2, 2).state_dict(), "net.safetensors"), "model: expected an nn.Module, got OrderedDict"),
+        (
+            (nn.Linear(2, 2), "net.safetensors", {"flops": 0.5}),
+            "report: expected what prune_to_flops returned, got dict",
+        ),
+        ((nn.Linear(2, 2), "net.safetensors", None, True), "positional"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(tmp_path, monkeypatch, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TwoAxisError, TypeError), match=part):
+        save_pruned(*arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_needs_a_report(tmp_path):
+    with pytest.raises(TwoAxisError, match="report: expected what prune_to_flops returned, got NoneType"):
+        save_pruned(nn.Linear(2, 2), tmp_path / "net.safetensors", card=True)
+
+
+def test_a_network_of_a_hub_is_told_what_loads_it():
+    class Hub(nn.Linear):
+        @classmethod
+        def from_pretrained(cls): ...
+
+    (note,) = loading_notes(nn.Sequential(Hub(2, 2), Hub(2, 2)))
+    assert note.startswith("Hub: from_pretrained cannot load the pruned network")
+    assert "load_pruned(path, factory)" in note
+    assert loading_notes(resnet()) == []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tp_twoaxis import TwoAxisError
 from tp_twoaxis.dependency.cost import CostModel, Side, Term
 from tp_twoaxis.errors import UnreachableTargetError
-from tp_twoaxis.pruning.plan import make_plan
+from tp_twoaxis.pruning.plan import least_share, make_plan
 from tp_twoaxis.pruning.portions import ScoredGroup
 
 
@@ -216,6 +216,7 @@ def test_unreachable_target_gives_the_range():
     with pytest.raises(UnreachableTargetError, match=r"between 0\.(\d+) and 1.*min_keep=0.9") as info:
         make_plan(groups, cost, flops=0.2, min_keep=0.9)
     least = float(str(info.value).split("between ")[1].split(" ")[0])
+    assert least_share(groups, cost, min_keep=0.9) == pytest.approx(least, abs=5e-4)
     assert make_plan(groups, cost, flops=least + 0.002, min_keep=0.9).error <= 0.01
     with pytest.raises(UnreachableTargetError, match="round_to=8"):
         make_plan(groups, cost, flops=0.01, round_to=8)

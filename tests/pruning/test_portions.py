@@ -34,7 +34,7 @@ def slow_portions(group, min_keep, round_to):
     portions, waiting, kept = [], [], size
     for score, channels in ranked:
         waiting, kept = waiting + channels, kept - len(channels)
-        if kept >= floor and kept % round_to == 0:
+        if kept >= floor and kept % round_to == 0 and (group.widths is None or kept in group.widths):
             portions.append((score, sorted(waiting)))
             waiting = []
     return portions
@@ -47,9 +47,9 @@ def test_twin(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     size = blocks * run * units
     constant = rng.random(size) < 0.4 if data.draw(st.booleans()) else None
-    group = ScoredGroup(
-        "g", rng.integers(0, 5, size).astype(float), blocks, run, aligned=data.draw(st.booleans()), constant=constant
-    )
+    widths = tuple(range(0, size, 4)) if data.draw(st.booleans()) else None
+    scores, aligned = rng.integers(0, 5, size).astype(float), data.draw(st.booleans())
+    group = ScoredGroup("g", scores, blocks, run, aligned=aligned, constant=constant, widths=widths)
     min_keep, round_to = data.draw(st.sampled_from([0.01, 0.3, 1.0])), data.draw(st.sampled_from([1, 2, 6]))
     portions, slow = portions_of(group, min_keep, round_to), slow_portions(group, min_keep, round_to)
     assert len(portions) == len(slow)

@@ -14,7 +14,7 @@ from tp_twoaxis.importance.criterion import parse_expression
 from tp_twoaxis.scores.named_scores import SCORES
 
 MAGNITUDES = ("l1", "l2")
-# which of the comparisons the paper counts signs of (its table 12); magnitude beside them
+# the comparisons whose signs the paper counts over networks (its table 12)
 SIGNED = ("best local - best target", "best local - chip", "best local - taylor", "best norm and local - magnitude")
 SIGNS = ["treatment", "comparison", "positive", "networks", "points", "low", "high"]
 SELECTED = {

@@ -1,7 +1,8 @@
-"""A bar with the time left and a preview of the table, while a sweep runs."""
+"""A bar with the time left and a preview of the table, while a sweep runs; lines where there is no terminal."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tp_twoaxis.benchmark.methods import Trial
 from tp_twoaxis.benchmark.results import ResultsFolder
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +29,7 @@ class Monitor:
         results: the folder.
         trials: all that the preview shows.
         missing: those that this call runs, which the bar counts.
-        enabled: draw on stderr; needs rich.
+        enabled: draw on stderr, which needs rich; without a terminal a line is printed now and then.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class Monitor:
         self.sums: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         self.started = time.time()
         self._live: Any = None
+        self._lines: Any = None
         if self.enabled:
             for trial in trials:
                 if trial.file_name not in self.waiting:
                     self._add(trial)
 
     def __enter__(self) -> Monitor:
-        if self.enabled:
+        if self.enabled and not sys.stderr.isatty():
+            self._lines = progress_bar(total=len(self.waiting), desc="bench", unit="trial", show=True)
+        elif self.enabled:
             from rich.console import Console
             from rich.live import Live
             from rich.progress import (
@@ -79,6 +84,8 @@ class Monitor:
     ) -> None:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
+        if self._lines is not None:
+            self._lines.close()
 
     def look(self) -> None:
         """Take in the trials that were written since the last look."""
@@ -92,8 +99,13 @@ class Monitor:
                 self._add(trial)
                 if self._live is not None:
                     self._bar.advance(self._task)
+                if self._lines is not None:
+                    self._lines.set_postfix_str(f"{self.failures} failed" if self.failures else "", refresh=False)
+                    self._lines.update()
         if self._live is not None:
             self._live.update(self._draw())
+        if self._lines is not None:
+            self._lines.refresh()
 
     def _add(self, trial: Trial) -> None:
         record = self.results.read(trial)

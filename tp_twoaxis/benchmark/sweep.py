@@ -224,7 +224,7 @@ class BenchmarkConfig:
 
     def _identity(self) -> Json:
         values = self.to_dict()
-        if values["data"]["calibration_draw"] == "seed":  # as above
+        if values["data"]["calibration_draw"] == "seed":  # what all configs meant before there was a choice of it
             del values["data"]["calibration_draw"]
         return values
 
@@ -306,7 +306,7 @@ def _make(cls: type[T], values: Any, where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = [name for name in values if name not in fields]
     if unknown:
-        raise TwoAxisError(f"{where}: expected keys among {', '.join(fields)}, got {unknown[0]!r}; correct it")
+        check_name(f"{where}: key", unknown[0], fields)
     missing = [
         name
         for name, f in fields.items()
@@ -330,7 +330,7 @@ def _methods(given: Any) -> tuple[Method, ...]:
         known = ("criteria", "allocation", "repair", "finetune_batches", "steps")
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise TwoAxisError(f"methods: expected keys among {', '.join(known)}, got {unknown[0]!r}; correct it")
+            check_name("methods: key", unknown[0], known)
         criteria = given.get("criteria", "all")
         return cross(
             expand_criteria([criteria] if isinstance(criteria, str) else criteria),

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names, numbers
 from tp_twoaxis.cli.options import MODEL_HELP, DataOptions, JsonOptions, WeightOptions
 from tp_twoaxis.cli.report_command import report_lines, report_payload
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import check_criteria, parse_repair
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.known_names import AMP, MODELS, check_criteria, parse_repair
 
 if TYPE_CHECKING:
     # pandas and matplotlib: not for a help page
     from tp_twoaxis.benchmark.engines import Engine
 
-_data, _sweep, _scale = panel("Data"), panel("Sweep"), panel("Scale")
+_first, _data, _sweep, _scale = panel(None), panel("Data"), panel("Sweep"), panel("Scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +40,19 @@ class SweepOptions:
 
     methods: Annotated[
         str,
-        _sweep("Criteria: local,taylor,l2, entry points or module:factory; all, all-local, all-target, all-baselines."),
+        _first(
+            "Criteria: local,taylor,l2, entry points or module:factory; all, all-local, all-target, all-baselines.",
+            autocompletion=completion.criteria,
+        ),
     ] = "local,taylor,l2"
     allocation: Annotated[str, _sweep("Who decides how many: global, uniform.")] = "global"
-    keep: Annotated[str, _sweep("Shares to keep.")] = "0.7,0.5,0.35"
+    keep: Annotated[str, _first("Shares to keep.")] = "0.7,0.5,0.35"
     grid: Annotated[str, _sweep("What --keep is a share of: macs, or channels (the paper's levels).")] = "macs"
-    repair: Annotated[str, _sweep("Repairs to cross with: none,bn; join several by a +.")] = "bn"
+    repair: Annotated[
+        str, _first("Repairs to cross with: none,bn; join several by a +.", autocompletion=completion.repair)
+    ] = "bn"
     steps: Annotated[str, _sweep("Steps of pruning; 1,3 compares both.")] = "1"
-    finetune_batches: Annotated[str, _sweep("Training batches after pruning; 0,200 compares both.")] = "0"
+    finetune_batches: Annotated[str, _first("Training batches after pruning; 0,200 compares both.")] = "0"
     finetune_amp: Annotated[str, _sweep("Precision of that training: none, bf16, fp16 (CUDA).")] = "none"
     channels_last: Annotated[bool, _sweep("Memory layout; often faster.", "--channels-last")] = False
     seeds: Annotated[str, _sweep("Seeds of training, and of calibration images if they are drawn so.")] = (
@@ -57,6 +61,7 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         check_criteria(self._read()["methods"]["criteria"])
+        check_name("--finetune-amp", self.finetune_amp, AMP)
 
     def config(self) -> dict[str, Any]:
         """Give these options as keys of a config."""
@@ -87,7 +92,7 @@ class SweepOptions:
 class ScaleOptions:
     """Who runs the trials, and which of them; an unknown engine and a part that is none are refused."""
 
-    workers: Annotated[int | None, _scale("Processes, or Ray actors; default 1.", min=1)] = None
+    workers: Annotated[int | None, _first("Processes, or Ray actors; default 1.", min=1)] = None
     engine: Annotated[str, _scale("local processes, or ray: a cluster at RAY_ADDRESS, else this machine.")] = "local"
     cpus_per_cell: Annotated[float, _scale("Of a Ray actor.")] = 1
     gpus_per_cell: Annotated[float, _scale("Of a Ray actor; 0.25 puts four on a GPU.")] = 0
@@ -97,8 +102,7 @@ class ScaleOptions:
     extend: Annotated[bool, _sweep("Add methods, shares or seeds to a folder.", "--extend")] = False
 
     def __post_init__(self) -> None:
-        if self.engine not in ("local", "ray"):
-            raise TwoAxisError(f"--engine: expected local or ray, got {self.engine!r}")
+        check_name("--engine", self.engine, ("local", "ray"))
         number, slash, count = ("1/1" if self.part is None else self.part).partition("/")
         if not (slash and number.isdecimal() and count.isdecimal()):
             raise TwoAxisError(f"--part: expected k/n such as 2/4, got {self.part!r}")
@@ -120,13 +124,16 @@ class ScaleOptions:
 
 def bench_command(
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the results; an unfinished sweep in it goes on.")],
-    config: Annotated[
-        Path | None, typer.Option(help="A sweep as JSON, instead of all options of model, data and sweep.")
-    ] = None,
-    model: Annotated[str | None, panel("Model")(MODEL_HELP)] = None,
+    out: Annotated[Path, _first("Folder of the results; an unfinished sweep in it goes on.")],
+    config: Annotated[Path | None, _first("A sweep as JSON, instead of all options of model, data and sweep.")] = None,
+    model: Annotated[str | None, _first(MODEL_HELP, autocompletion=completion.one_of(MODELS))] = None,
     weights: WeightOptions,
-    source: Annotated[DataOptions | None, omit("workers", "seed"), override(batch_size=128)],
+    source: Annotated[
+        DataOptions | None,
+        omit("workers", "seed"),
+        override(batch_size=128),
+        override(images=_data("Images to draw at random.", min=1)),
+    ],
     test_data: Annotated[str | None, _data("Test images, if not in --data.")] = None,
     split: SplitOptions,
     sweep: SweepOptions,

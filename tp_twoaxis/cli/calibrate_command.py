@@ -7,22 +7,26 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, OutputOptions, StatisticsOptions, noted
 from tp_twoaxis.known_names import check_criterion
 
-_statistics = panel("Statistics")
+_first, _statistics = panel(None), panel("Statistics")
 
 
 def calibrate_command(
     *,
     model: ModelOptions,
     source: DataOptions,
-    out: Annotated[Path, panel("Output")("Statistics file, .safetensors.", show_default=False)],
+    out: Annotated[Path, _first("Statistics file, .safetensors.", show_default=False)],
     statistics: StatisticsOptions,
     score: Annotated[
         str | None,
-        _statistics("Gather also what this criterion needs, such as anticipating or cap-qgw."),
+        _first(
+            "Gather also what this criterion needs, such as anticipating or cap-qgw.",
+            autocompletion=completion.criterion,
+        ),
     ] = None,
     gradients: Annotated[bool, _statistics("Also gather gradients, for cap-qgw; needs labels.", "--gradients")] = False,
     output: OutputOptions,

@@ -29,6 +29,10 @@ COMMANDS = {
         "Say how far scores and ranks would move with other calibration images, and whether these are enough.",
         f"{_RESNET} --data cifar10/ --images 1000 --score hull --plot stability.png",
     ),
+    "sensitivity": (
+        "Measure for every group of channels how far the repaired network's logits move when a share of it is missing.",
+        f"{_RESNET} --data cifar10/ --images 1000 --out sensitivity/",
+    ),
     "select": (
         "Try scores on copies of the network and judge them on images held out of the calibration; changes nothing.",
         f"{_RESNET} --data cifar10/ --flops 0.5 --candidates all-local,l2,taylor",
@@ -55,6 +59,12 @@ COMMANDS = {
         f"--model {_RESNET} --data cifar10/ --methods local,taylor,l2 --keep 0.7,0.5,0.35 --out results/",
     ),
     "report": ("Write tables, curves and one HTML file of a sweep, finished or not.", "results/"),
+    "scores": ("List what ranks channels: name, axis, what it needs, what it is.", "taylor"),
+    "repairs": (
+        "List the repairs of a pruned network: name, what it needs, what it does, what it makes superfluous.",
+        "",
+    ),
+    "models": ("List the models that are known by name: built-in ones, torchvision's, timm's.", "resnet50"),
     "demo": (
         "Train, calibrate, prune and compare on real images inside the package; needs no data and no GPU.",
         "--out demo-output --quick",
@@ -62,8 +72,8 @@ COMMANDS = {
 }
 
 
-def _new_typer(**settings: Any) -> typer.Typer:
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", **settings)
+def _new_typer(*, completion: bool = False, **settings: Any) -> typer.Typer:
+    return typer.Typer(add_completion=completion, pretty_exceptions_enable=False, rich_markup_mode="rich", **settings)
 
 
 def load_command(name: str) -> Any:
@@ -78,7 +88,7 @@ def load_command(name: str) -> Any:
     """
     module = importlib.import_module(f"tp_twoaxis.cli.{name}_command")
     single = _new_typer()
-    example = f"Example: tp-twoaxis {name} {COMMANDS[name][1]}"
+    example = f"Example: tp-twoaxis {name} {COMMANDS[name][1]}".rstrip()
     single.command(name, epilog=example)(expand_option_groups(getattr(module, f"{name}_command")))
     return get_command(single)
 
@@ -98,6 +108,7 @@ def _print_version(requested: bool) -> None:
 
 
 app = _new_typer(
+    completion=True,
     cls=OneLineErrors,
     invoke_without_command=True,
     epilog=f"Example: tp-twoaxis demo --quick\n\nErrors are one line and status 2; {TRACEBACK}=1 shows the traceback.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.held_out import calibration_and_held_out
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
     # pandas and matplotlib: not for a help page
     from tp_twoaxis.diagnostics.evidence_store import EvidenceFolder, SectionRecord
 
-_evidence, _runs, _output = panel("Evidence"), panel("Several runs"), panel("Output")
+_first, _evidence, _runs, _output = panel(None), panel("Evidence"), panel("Several runs"), panel("Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvidenceOptions:
     """Which questions are answered, and from what besides the calibration; unknown sections are refused."""
 
-    sections: Annotated[str | None, _evidence(f"Only these: {', '.join(SECTIONS)}. Default all.")] = None
+    sections: Annotated[
+        str | None,
+        _first(f"Only these: {', '.join(SECTIONS)}. Default all.", autocompletion=completion.several_of(SECTIONS)),
+    ] = None
     snapshots: Annotated[
         Path | None, _evidence("Folder that `train --snapshots` wrote, for learning and gradients.")
     ] = None
@@ -61,7 +65,7 @@ def diagnose_command(
         EvaluationOptions,
         omit("eval_images"),
         override(
-            eval_split=_evidence("Split of the held-out images. Default --split, images that --images leaves."),
+            eval_split=_first("Split of the held-out images. Default --split, images that --images leaves."),
             eval_data=_evidence("Where they are, if not in --data: then a file of its own."),
         ),
     ],
@@ -70,7 +74,7 @@ def diagnose_command(
         str | None, _runs("Folders of tables that earlier calls left beside their pages: a_tables,b_tables.")
     ] = None,
     results: Annotated[str | None, _runs("Folders that `bench` wrote, for the claims about pruning.")] = None,
-    out: Annotated[Path, _output("The page; tables and figures go to a folder NAME_tables beside it.")],
+    out: Annotated[Path, _first("The page; tables and figures go to NAME_tables beside it.", show_default=False)],
     markdown: Annotated[Path | None, _output("Write the claims as Markdown.")] = None,
     output: OutputOptions,
 ) -> None:

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.held_out import calibration_and_held_out
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names
 from tp_twoaxis.cli.options import DataOptions, EvaluationOptions, ModelOptions, OutputOptions, StatisticsOptions
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.known_names import REMOVALS
 
 if TYPE_CHECKING:
     from tp_twoaxis.diagnostics.explain import Removal
 
-_explain, _output = panel("Explanation"), panel("Output")
+_first, _explain = panel(None), panel("Explanation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +29,20 @@ class ExplanationOptions:
 
     channel: Annotated[
         str | None,
-        _explain("Channels to explain in detail: 13,14; each is removed once. Default an overview of the layer."),
+        _first("Channels to explain in detail: 13,14; each is removed once. Default an overview of the layer."),
     ] = None
     lesion_images: Annotated[int, _explain("Images to measure lesions on, none of --images.", min=1)] = 1000
-    removal: Annotated[str, _explain("What stands in a removed channel's place: mean, zero.")] = "mean"
+    removal: Annotated[
+        str,
+        _explain("What stands in a removed channel's place: mean, zero.", autocompletion=completion.one_of(REMOVALS)),
+    ] = "mean"
     peers: Annotated[int, _explain("Peers that predict a channel, at most.", min=1)] = 8
 
     def __post_init__(self) -> None:
         parts = names(self.channel)
         if parts is not None and not (parts and all(part.isdecimal() for part in parts)):
             raise TwoAxisError(f"--channel: expected numbers such as 13,14, got {self.channel!r}")
-        if self.removal not in ("mean", "zero"):
-            raise TwoAxisError(f"--removal: expected mean or zero, got {self.removal!r}")
+        check_name("--removal", self.removal, REMOVALS)
 
     @property
     def channels(self) -> list[int] | None:
@@ -55,19 +59,17 @@ def explain_command(
         EvaluationOptions,
         omit("eval_images"),
         override(
-            eval_split=_explain(
+            eval_split=_first(
                 "Split of the lesions' images; damage is small on images learnt by heart. Default --split."
             ),
             eval_data=_explain("Where they are, if not in --data: then a file of its own."),
         ),
     ],
-    stats: Annotated[
-        Path | None, panel("Statistics")("Statistics that `calibrate` wrote, instead of --images.")
-    ] = None,
+    stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote, instead of --images.")] = None,
     source: DataOptions | None,
     statistics: Annotated[StatisticsOptions, omit("layers", "positions", "pooling")],
-    out: Annotated[Path | None, _output("Write one HTML file that opens offline.")] = None,
-    png: Annotated[Path | None, _output("Write the two axes with the channels marked.")] = None,
+    out: Annotated[Path | None, _first("Write one HTML file that opens offline.")] = None,
+    png: Annotated[Path | None, _first("Write the two axes with the channels marked.")] = None,
     output: OutputOptions,
 ) -> None:
     """Say which peers can replace a channel, how well, what it tells of the task, and what its removal costs.

@@ -27,8 +27,10 @@ Result = TypeVar("Result")
 _OMITTED = object()
 
 
-def panel(name: str) -> Callable[..., Any]:
+def panel(name: str | None) -> Callable[..., Any]:
     """Make a short form of ``typer.Option`` for one panel of the help pages: help text, then names and settings.
+
+    Without a name it is the first panel, of at most 15 options: those that a first run of the command needs.
 
     Example:
         >>> panel("Data")("Images a batch.", "--batch", min=1).rich_help_panel

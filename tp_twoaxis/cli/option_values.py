@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, check_name
 
 if TYPE_CHECKING:
     from tp_twoaxis.statistics.recorder import Positions
@@ -59,5 +59,5 @@ def position_rule(text: str) -> Positions:
     if text in ("auto", "all"):
         return cast("Positions", text)
     if not text.isdecimal() or int(text) < 1:
-        raise TwoAxisError(f"--positions: expected auto, all or a positive number, got {text!r}")
+        check_name("--positions", text, ("auto", "all"), more=" or a positive number")
     return int(text)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.option_values import names, numbers, position_rule
 from tp_twoaxis.errors import TwoAxisError, check_name
-from tp_twoaxis.known_names import ATTENTION_UNITS, POOLINGS, REPAIRS, TARGETS, parse_repair
+from tp_twoaxis.known_names import ATTENTION_UNITS, AUTO, MODELS, POOLINGS, REPAIRS, TARGETS, parse_repair
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,11 +28,16 @@ if TYPE_CHECKING:
 RANDOM_WEIGHTS = "the model has random weights; give --checkpoint or --pretrained"
 MODEL_HELP = (
     "A built-in name (cifar_resnet20_option_a, ...), a torchvision model (resnet50), a timm model "
-    "(timm:deit_tiny_patch16_224) or module:factory, a function in an importable module."
+    "(timm:deit_tiny_patch16_224) or module:factory, a function in an importable module; `tp-twoaxis models` lists."
 )
+CRITERION_HELP = (
+    "What ranks channels: capture, hull, anticipating, l2, taylor or another that `tp-twoaxis scores` lists, with "
+    "options as in hull(strength=1.0), or module:factory."
+)
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-_model, _data, _statistics = panel("Model"), panel("Data"), panel("Statistics")
-_pruning, _evaluation, _output = panel("Pruning"), panel("Evaluation"), panel("Output")
+_first, _model, _data, _statistics = panel(None), panel("Model"), panel("Data"), panel("Statistics")
+_pruning, _evaluation = panel("Pruning"), panel("Evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +45,14 @@ class WeightOptions:
     """Where the weights of a model come from, and where it runs."""
 
     checkpoint: Annotated[
-        Path | None, _model("Weights: a safetensors file of a state dict, or a network that `prune` wrote.")
+        Path | None,
+        _first("Weights: safetensors or a .pth of tensors alone, or a network that `prune` wrote."),
     ] = None
     num_classes: Annotated[int | None, _model("Outputs of the head.", min=1)] = None
-    pretrained: Annotated[bool, _model("Weights that torchvision or timm publish.", "--pretrained")] = False
-    device: Annotated[str, _model("Where to run: cpu, cuda, cuda:1, mps.")] = "cpu"
+    pretrained: Annotated[bool, _first("Weights that torchvision or timm publish.", "--pretrained")] = False
+    device: Annotated[
+        str, _first("Where to run: cpu, cuda, cuda:1, mps.", autocompletion=completion.one_of(DEVICES))
+    ] = "cpu"
 
     def of(self, model: str) -> ModelOptions:
         """Give the weights to a model."""
@@ -55,7 +63,7 @@ class WeightOptions:
 class ModelOptions(WeightOptions):
     """A model and its weights."""
 
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False, autocompletion=completion.one_of(MODELS))]
 
     def build(self) -> nn.Module:
         """Build the model in eval mode on its device, pruned as its checkpoint is.
@@ -73,6 +81,7 @@ class ModelOptions(WeightOptions):
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            check_name("--device", self.device.partition(":")[0], DEVICES)
             raise TwoAxisError(f"--device: expected one that is there, got {self.device!r}: {error}") from error
         if self.checkpoint is None:
             return self._dense(self.pretrained).to(self.device).eval()
@@ -91,6 +100,12 @@ class ModelOptions(WeightOptions):
         from tp_twoaxis.models import build_model
 
         return build_model(self.model, num_classes=self.num_classes, pretrained=pretrained)
+
+    def factory(self) -> dict[str, str]:
+        """Say in Python how the dense model is built, as keywords of ``model_card``."""
+        classes = "" if self.num_classes is None else f", num_classes={self.num_classes}"
+        build = f"lambda: build_model({self.model!r}{classes})"
+        return {"factory": build, "imports": "from tp_twoaxis.models import build_model"}
 
     @property
     def pruned(self) -> bool:
@@ -124,14 +139,14 @@ class DataOptions:
 
     data: Annotated[
         str,
-        _data(
+        _first(
             "A folder with a folder of images for each class (or those of each split), a folder, file or glob of "
             "Parquet shards in the Hugging Face schema, or cifar10:/root of torchvision.",
             show_default=False,
         ),
     ]
     split: Annotated[str, _data("Split to calibrate on.")] = "train"
-    images: Annotated[int | None, _data("Images to draw at random.", min=1)] = 5000
+    images: Annotated[int | None, _first("Images to draw at random.", min=1)] = 5000
     batch_size: Annotated[int, _data("Images a batch; memory only.", min=1)] = 64
     workers: Annotated[int, _data("Processes that decode large images.", min=0)] = 0
     seed: Annotated[int, _data("Seed of the draw (and of --score random).")] = 0
@@ -184,7 +199,7 @@ class DataOptions:
 class EvaluationOptions:
     """Images to measure accuracy on, which are never those of the calibration or the training."""
 
-    eval_split: Annotated[str | None, _evaluation("Split to measure accuracy on, before and after.")] = None
+    eval_split: Annotated[str | None, _first("Split to measure accuracy on, before and after.")] = None
     eval_data: Annotated[str | None, _evaluation("Where it is, if not in --data: then a file of its own.")] = None
     eval_images: Annotated[int | None, _evaluation("Images to draw from it; default all.", min=1)] = None
 
@@ -222,7 +237,8 @@ class StatisticsOptions:
         str,
         _statistics(
             "Task variable of the target axis: margin, correct_logit, negative_loss, one_vs_rest, "
-            "predicted_margin, predicted_logit; none for the local axis alone."
+            "predicted_margin, predicted_logit; none for the local axis alone.",
+            autocompletion=completion.one_of((*TARGETS, "none")),
         ),
     ] = "margin"
     layers: Annotated[str | None, _statistics("Only these layers: conv1,layer1.0.conv1. Default all.")] = None
@@ -255,29 +271,43 @@ class StatisticsOptions:
 class PruningOptions:
     """What every pruning of a network keeps to; unknown names and numbers out of range are refused."""
 
-    repair: Annotated[str, _pruning(f"{', '.join(REPAIRS)}, or ridge+bn; none.")] = "bn"
+    repair: Annotated[
+        str,
+        _first(f"auto: what keeps most; {', '.join(REPAIRS)}, or ridge+bn; none.", autocompletion=completion.repair),
+    ] = AUTO
     min_keep: Annotated[float, _pruning("Share of every group's channels that always stays.", min=0, max=1)] = 0.1
     round_to: Annotated[int | None, _pruning("Keep multiples of this many channels.", min=1)] = None
-    attention: Annotated[str, _pruning("What attention loses: heads, or head-dims of every head.")] = "heads"
+    attention: Annotated[
+        str,
+        _pruning(
+            "What attention loses: heads, or head-dims of every head.",
+            autocompletion=completion.one_of(ATTENTION_UNITS),
+        ),
+    ] = "heads"
     guard: Annotated[
         bool, _pruning("Hold images out and keep repairs only as far as they serve.", "--guard/--no-guard")
     ] = True
     ignore: Annotated[str | None, _pruning("Layers that keep their channels: conv1,fc.")] = None
 
     def __post_init__(self) -> None:
-        parse_repair(self.repair)
+        self.named_repair  # noqa: B018  # a wrong name is refused
         check_name("attention", self.attention, ATTENTION_UNITS)
+
+    @property
+    def named_repair(self) -> str | tuple[str, ...]:
+        """The repairs, or ``auto``."""
+        return AUTO if self.repair == AUTO else parse_repair(self.repair)
 
     def check(self, network: nn.Module) -> None:
         """Refuse layers of ``--ignore`` that the network does not have, before images are read."""
         from tp_twoaxis.pruning.config import PruningConfig
 
-        PruningConfig(**self.keywords()).ignored_in(network)
+        PruningConfig(**{**self.keywords(), "repair": ()}).ignored_in(network)
 
     def keywords(self) -> dict[str, Any]:
         """Give these options as keywords of ``prune_to_flops`` and ``select_score``."""
         return {
-            "repair": parse_repair(self.repair),
+            "repair": self.named_repair,
             "min_keep": self.min_keep,
             "round_to": self.round_to,
             "attention": self.attention,
@@ -290,12 +320,12 @@ class PruningOptions:
 class JsonOptions:
     """What is printed."""
 
-    json_output: Annotated[bool, _output("Print one JSON object and nothing else.", "--json")] = False
+    json_output: Annotated[bool, _first("Print one JSON object and nothing else.", "--json")] = False
 
     @property
     def progress(self) -> bool:
-        """Whether to show bars: they are for people at a terminal."""
-        return sys.stderr.isatty() and not self.json_output
+        """Whether to say on stderr how far a run is: for people, not for programs."""
+        return not self.json_output
 
     def show(self, payload: Mapping[str, Any], *lines: str) -> None:
         """Print the object for programs, or the lines for people."""
@@ -307,7 +337,7 @@ class JsonOptions:
 class OutputOptions(JsonOptions):
     """What is printed, and what may be replaced."""
 
-    force: Annotated[bool, _output("Replace existing files.", "--force")] = False
+    force: Annotated[bool, _first("Replace existing files.", "--force")] = False
 
     def check(self, *files: Path | None, folder: Path | None = None) -> None:
         """Refuse outputs that could not be written, or that would replace something, before anything is computed.
@@ -346,7 +376,7 @@ class OutputOptions(JsonOptions):
 class ReportOptions(OutputOptions):
     """What is printed, and a file of the same."""
 
-    report: Annotated[Path | None, _output("Write what --json prints to a file.")] = None
+    report: Annotated[Path | None, panel("Output")("Write what --json prints to a file.")] = None
 
     def show(self, payload: Mapping[str, Any], *lines: str) -> None:
         """Write the object to the file, then print it or the lines."""

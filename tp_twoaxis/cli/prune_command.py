@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, panel
 from tp_twoaxis.cli.options import (
+    CRITERION_HELP,
     DataOptions,
     EvaluationOptions,
     ModelOptions,
@@ -17,25 +19,35 @@ from tp_twoaxis.cli.options import (
     ReportOptions,
     StatisticsOptions,
 )
-from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import ALIASES, check_criterion, criterion_names, parse_repair
+from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.known_names import AUTO, BUDGETS, check_criterion, parse_repair
 
-_pruning = panel("Pruning")
+_first, _pruning = panel(None), panel("Pruning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalOptions:
     """How much is removed, and what ranks channels; unknown names and numbers out of range are refused."""
 
-    flops: Annotated[float, _pruning("Share of the MACs to keep, above 0 and up to 1.")] = 0.5
+    flops: Annotated[float, _first("Share of the budget to keep, above 0 and up to 1.")] = 0.5
+    budget: Annotated[
+        str, _pruning("What that is a share of: macs, channels, or latency, measured on --device as it is.")
+    ] = "macs"
+    latency_batch: Annotated[int, _pruning("Images at once whose time --budget latency counts.", min=1)] = 1
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
-    score: Annotated[str, _pruning(f"What ranks channels: {', '.join(criterion_names())}.")] = ALIASES["local"]
-    stats: Annotated[Path | None, _pruning("Statistics that `calibrate` wrote; default calibrate now.")] = None
+    score: Annotated[
+        str, _first(f"auto: what keeps most; or {CRITERION_HELP}", autocompletion=completion.criterion)
+    ] = AUTO
+    stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote; default calibrate now.")] = None
 
     def __post_init__(self) -> None:
-        check_criterion(self.score)
+        if self.score != AUTO:
+            check_criterion(self.score)
+        check_name("--budget", self.budget, BUDGETS)
         if not 0.0 < self.flops <= 1.0:
-            raise TwoAxisError(f"--flops: expected the share of MACs to keep, above 0 and up to 1, got {self.flops:g}")
+            raise TwoAxisError(
+                f"--flops: expected the share of the budget to keep, above 0 and up to 1, got {self.flops:g}"
+            )
         if self.steps < 1:
             raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {self.steps}")
 
@@ -44,7 +56,7 @@ def prune_command(
     *,
     model: ModelOptions,
     source: DataOptions,
-    out: Annotated[Path, panel("Output")("The pruned network, .safetensors.", show_default=False)],
+    out: Annotated[Path, _first("The pruned network, .safetensors.", show_default=False)],
     removal: RemovalOptions,
     pruning: PruningOptions,
     statistics: Annotated[StatisticsOptions, omit("layers", "positions")],
@@ -52,23 +64,27 @@ def prune_command(
     latency: Annotated[
         bool, panel("Evaluation")("Time batches of 1 and of 64, before and after.", "--latency")
     ] = False,
+    card: Annotated[bool, panel("Output")("Write a model card beside OUT, with .md for its suffix.", "--card")] = False,
     output: ReportOptions,
 ) -> None:
     """Remove channels until a share of the MACs is left, repair, and write the smaller network.
 
     Load it again with tp_twoaxis.load_pruned, or hand it to --checkpoint.
     """
-    output.check(out, output.report)
+    written = [out, *([out.with_suffix(".md")] if card else []), *([output.report] if output.report else [])]
+    output.check(*written)
 
     from tp_twoaxis.importance import PruningState, find_criterion
-    from tp_twoaxis.pruning import prune_to_flops, save_pruned
+    from tp_twoaxis.pruning import model_card, prune_to_flops, save_pruned
+    from tp_twoaxis.pruning.recipe import choose_recipe
     from tp_twoaxis.repair import refits
     from tp_twoaxis.runtime.batches import split_batch
     from tp_twoaxis.runtime.model_state import unwrap
     from tp_twoaxis.statistics import CalibrationStatistics
     from tp_twoaxis.training.evaluation import accuracy
 
-    criterion = find_criterion(removal.score)
+    if removal.score != AUTO:
+        find_criterion(removal.score)  # wrong options are refused before the network is built
     test_source = evaluation.beside(source)
     network = model.build()
     pruning.check(network)
@@ -76,19 +92,22 @@ def prune_command(
     stats, loaded = None, None if removal.stats is None else CalibrationStatistics.load(removal.stats)
     if loaded is not None:
         loaded.verify(network)
+    images = split_batch(next(iter(loader)))[0]
+    recipe = choose_recipe(network, images[:1], removal.score, pruning.named_repair, loader=loader, stats=loaded)
+    criterion, repairs = find_criterion(str(recipe.importance)), parse_repair(recipe.repair)
     if "statistics" in criterion.needs:
         state = PruningState(
             network, loader, stats=loaded, **statistics.keywords(), max_images=None, progress=output.progress
         )
-        refitted = refits(parse_repair(pruning.repair))
-        stats = criterion.statistics(state, also=("consumers",) if refitted else ())
+        stats = criterion.statistics(state, also=("consumers",) if refits(repairs) else ())
     test = None if test_source is None else test_source.loader()
     before = None if test is None else accuracy(network, test, progress=output.progress)
     result = prune_to_flops(
         network,
-        split_batch(next(iter(loader)))[0][:1],
+        images[: removal.latency_batch if removal.budget == "latency" else 1],
         criterion.seeded(source.seed),
         flops=removal.flops,
+        budget=removal.budget,  # type: ignore[arg-type]  # checked with the options
         steps=removal.steps,
         stats=stats,
         loader=loader,
@@ -96,11 +115,13 @@ def prune_command(
         latency=latency,
         other_counters=True,
         progress=output.progress,
-        **pruning.keywords(),
+        **{**pruning.keywords(), "repair": repairs},
     )
     # gradients of `taylor` are of no use any more
     unwrap(network).zero_grad(set_to_none=True)
-    result = dataclasses.replace(result, importance=criterion.name, notes=[*result.notes, *model.notes()])
+    result = dataclasses.replace(
+        result, importance=criterion.name, notes=[*recipe.notes, *result.notes, *model.notes()]
+    )
     measured: dict[str, Any] | None = None
     lines = [str(result)]
     if test is not None and before is not None and test_source is not None:
@@ -110,7 +131,8 @@ def prune_command(
             f"top-1 accuracy on {count} images ({test_source.split}): {before[0]:.2%} before, {after:.2%} after, "
             "without fine-tuning"
         )
-    save_pruned(network, out, result)
+    text = model_card(result, name=model.model, file=out.name, accuracy=measured, **model.factory()) if card else False
+    save_pruned(network, out, result, card=text)
     output.show(
         {
             "model": model.model,
@@ -120,5 +142,5 @@ def prune_command(
             "report": json.loads(result.to_json()),
         },
         *lines,
-        f"wrote {out}" + (f" and {output.report}" if output.report is not None else ""),
+        f"wrote {' and '.join(map(str, written))}",
     )

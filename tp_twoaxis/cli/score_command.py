@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, panel
 from tp_twoaxis.cli.option_values import names
 from tp_twoaxis.cli.options import MODEL_HELP, DataOptions, OutputOptions, StatisticsOptions, WeightOptions, noted
@@ -23,7 +24,7 @@ _SHORT = {
     "target_excess": "excess",
     "rank_correlation": "rank corr",
 }
-_output = panel("Output")
+_first, _output = panel(None), panel("Output")
 
 
 def score_command(
@@ -32,12 +33,16 @@ def score_command(
         str | None,
         typer.Argument(help=f"{MODEL_HELP} With --stats optional: then the statistics are checked against it."),
     ] = None,
-    stats: Annotated[Path | None, panel("Statistics")("Statistics that `calibrate` wrote.")] = None,
+    stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote.")] = None,
     score: Annotated[
-        str, _output(f"Score of the last column: {', '.join(SCORES)}, also with options: hull(strength=1.0).")
+        str,
+        _first(
+            "Score of the last column: capture, hull or another of a layer that `tp-twoaxis scores` lists.",
+            autocompletion=completion.one_of(SCORES),
+        ),
     ] = ALIASES["local"],
-    out: Annotated[Path | None, _output("Write the table: .csv or .parquet.")] = None,
-    plot: Annotated[Path | None, _output("Folder for a scatter plot of each layer and an overview.")] = None,
+    out: Annotated[Path | None, _first("Write the table: .csv or .parquet.")] = None,
+    plot: Annotated[Path | None, _first("Folder for a scatter plot of each layer and an overview.")] = None,
     full: Annotated[
         bool, _output("Print every channel; on a terminal the default is a row a layer.", "--full")
     ] = False,

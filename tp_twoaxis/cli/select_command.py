@@ -5,30 +5,32 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from tp_twoaxis.cli.option_groups import omit, panel
+from tp_twoaxis.cli import completion
+from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names, numbers
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, PruningOptions, ReportOptions, StatisticsOptions, noted
 from tp_twoaxis.errors import TwoAxisError
-from tp_twoaxis.known_names import check_criteria, criterion_names
+from tp_twoaxis.known_names import check_criteria
 
-_selection = panel("Selection")
+_first, _selection = panel(None), panel("Selection")
 
 
 def select_command(
     *,
     model: ModelOptions,
     source: DataOptions,
-    flops: Annotated[str, _selection("Shares of the MACs to keep: 0.5, or 0.7,0.5.")] = "0.5",
+    flops: Annotated[str, _first("Shares of the MACs to keep: 0.5, or 0.7,0.5.")] = "0.5",
     candidates: Annotated[
         str,
-        _selection(
-            f"What to try: {', '.join(criterion_names())}; all-local, all-target, all-baselines and all stand "
-            "for several."
+        _first(
+            "What to try, of what `tp-twoaxis scores` lists; all-local, all-target, all-baselines and all stand for "
+            "several.",
+            autocompletion=completion.criteria,
         ),
     ] = "all-local",
-    exclude: Annotated[str | None, _selection("Candidates to leave out.")] = None,
+    exclude: Annotated[str | None, _selection("Candidates to leave out.", autocompletion=completion.criteria)] = None,
     held_out: Annotated[float, _selection("Share of the images that judge; the others calibrate.")] = 0.5,
-    pruning: PruningOptions,
+    pruning: Annotated[PruningOptions, override(repair="bn")],
     statistics: Annotated[StatisticsOptions, omit("layers", "positions", "pooling")],
     output: ReportOptions,
 ) -> None:

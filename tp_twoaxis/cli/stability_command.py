@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.options import DataOptions, ModelOptions, OutputOptions, StatisticsOptions, noted
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.known_names import ALIASES, SCORES, check_criterion
 
-_stability = panel("Stability")
+_first, _stability = panel(None), panel("Stability")
 
 
 def stability_command(
@@ -19,7 +20,11 @@ def stability_command(
     model: ModelOptions,
     source: DataOptions,
     score: Annotated[
-        str, _stability(f"Score in question: {', '.join(SCORES)}, also with options: hull(strength=1.0).")
+        str,
+        _first(
+            "Score in question, of a layer's statistics: capture, hull or another that `tp-twoaxis scores` lists.",
+            autocompletion=completion.one_of(SCORES),
+        ),
     ] = ALIASES["local"],
     shards: Annotated[int, _stability("Parts that the images are split into.", min=2)] = 8,
     resamples: Annotated[int, _stability("Bootstrap resamples of the shards.", min=2)] = 200,
@@ -28,7 +33,7 @@ def stability_command(
         float, _stability("Rank correlation that two calibration sets of this size shall have.")
     ] = 0.95,
     statistics: StatisticsOptions,
-    plot: Annotated[Path | None, panel("Output")("Draw both tables to a PNG.")] = None,
+    plot: Annotated[Path | None, _first("Draw both tables to a PNG.")] = None,
     output: OutputOptions,
 ) -> None:
     """Say how far scores and ranks would move with other calibration images, and whether these are enough.

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import numbers
 from tp_twoaxis.cli.options import DataOptions, EvaluationOptions, ModelOptions, OutputOptions
 from tp_twoaxis.errors import TwoAxisError, check_name
-from tp_twoaxis.known_names import RECIPES
+from tp_twoaxis.known_names import AMP, RECIPES
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tp_twoaxis.training.settings import Precision, Recipe
 
-_recipe, _run = panel("Recipe"), panel("Run")
+_first, _recipe, _run = panel(None), panel("Recipe"), panel("Run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,20 @@ class RecipeOptions:
 
     recipe: Annotated[
         str,
-        _recipe(
+        _first(
             f"{' or '.join(RECIPES)}. paper: 200 epochs of 128, SGD 0.1 (MobileNet 0.05), cosine. fast: 30 epochs "
-            "of 512, SGD 0.4 with warm-up, bfloat16 on CUDA."
+            "of 512, SGD 0.4 with warm-up, bfloat16 on CUDA.",
+            autocompletion=completion.one_of(RECIPES),
         ),
     ] = "paper"
-    epochs: Annotated[int | None, _recipe("Instead of the recipe's.", min=1)] = None
+    epochs: Annotated[int | None, _first("Instead of the recipe's.", min=1)] = None
     batch_size: Annotated[int | None, _recipe("Images a batch, over all ranks; the rate stays.", min=1)] = None
-    lr: Annotated[float | None, _recipe("Highest learning rate.")] = None
+    lr: Annotated[float | None, _first("Highest learning rate.")] = None
     weight_decay: Annotated[float | None, _recipe("Of SGD.")] = None
     label_smoothing: Annotated[float | None, _recipe("Of the cross-entropy.")] = None
-    amp: Annotated[str | None, _recipe("Precision: bf16, fp16 (CUDA only) or none.")] = None
+    amp: Annotated[
+        str | None, _recipe("Precision: bf16, fp16 (CUDA only) or none.", autocompletion=completion.one_of(AMP))
+    ] = None
     augment: Annotated[bool, _recipe("Crop at random offsets and mirror at random.")] = True
     max_batches: Annotated[int | None, _recipe("Optimizer steps in all, at most.", min=1)] = None
     teacher: Annotated[Path | None, _recipe("Weights of the dense MODEL, to learn from its predictions too.")] = None
@@ -46,6 +50,8 @@ class RecipeOptions:
 
     def __post_init__(self) -> None:
         check_name("recipe", self.recipe, RECIPES)
+        if self.amp is not None:
+            check_name("--amp", self.amp, AMP)
         if len(self.softening) != 2:
             raise TwoAxisError(
                 f"--distillation: expected a temperature and a weight such as 4,0.5, got {self.distillation!r}"
@@ -82,7 +88,7 @@ class RunOptions:
         _run("State of the run, written every epoch and removed at the end; default beside --out."),
     ] = None
     checkpoint_every: Annotated[int | None, _run("Write it also after every so many batches.", min=1)] = None
-    resume: Annotated[bool, _run("Go on from --state where there is one.", "--resume")] = False
+    resume: Annotated[bool, _first("Go on from --state where there is one.", "--resume")] = False
     snapshots: Annotated[
         str | None,
         _run("Epochs after which the weights are kept in a folder beside --out, such as 0,1,2,5; 0 is before any."),
@@ -114,15 +120,15 @@ def train_command(
         override(images=None),
         override(
             split=panel("Data")("Split to train on."),
-            images=panel("Data")("Images to draw at random; default all.", min=1),
+            images=_first("Images to draw at random; default all.", min=1),
             seed=_run("Seed of weights, order, augmentation and draw."),
         ),
     ],
-    out: Annotated[Path, panel("Output")("Weights, .safetensors.", show_default=False)],
+    out: Annotated[Path, _first("Weights, .safetensors.", show_default=False)],
     training: RecipeOptions,
     evaluation: Annotated[
         EvaluationOptions,
-        override(eval_split=panel("Evaluation")("Split to measure accuracy on, at the end.")),
+        override(eval_split=_first("Split to measure accuracy on, at the end.")),
     ],
     run: RunOptions,
     output: OutputOptions,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tp_twoaxis.data.sources import Source, TorchvisionSource
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import check_name
 
 
 class Normalisation(NamedTuple):
@@ -83,10 +83,7 @@ def open_by_name(name: str, root: str, split: str) -> Source:
     """
     entry = CATALOG[name]
     assert entry.source is not None
-    if split not in entry.splits:
-        raise TwoAxisError(
-            f"{name}:{root}: expected split {' or '.join(entry.splits)}, got {split!r}; choose one of them"
-        )
+    check_name(f"{name}:{root}: split", split, entry.splits)
     return entry.source(Path(root).expanduser(), split)
 
 

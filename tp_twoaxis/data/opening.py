@@ -6,6 +6,7 @@ normalises whole batches; an :class:`~tp_twoaxis.data.ImageDataset` reads, resiz
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tp_twoaxis.data.array_dataset import ArrayDataset, check_positive
 from tp_twoaxis.data.catalog import CATALOG, DATASETS, Normalisation, normalisation_of, open_by_name, split_spec
@@ -23,6 +23,7 @@ from tp_twoaxis.data.image_dataset import ImageDataset, read_pixels
 from tp_twoaxis.data.loaders import draw_rows
 from tp_twoaxis.data.sources import DrawnSource, FolderSource, ParquetSource, Source
 from tp_twoaxis.errors import TwoAxisError, check_name, listing
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 T = TypeVar("T")
 
@@ -172,8 +173,7 @@ def _decode_all(source: Source, image_size: int | None, crop_fraction: float) ->
     """Decode every image to uint8 ``[N, 3, H, W]``."""
     first = read_pixels(source, 0, image_size, crop_fraction)
     images = torch.empty((len(source), *first.shape), dtype=torch.uint8)
-    # None: no bar where the output is not a terminal
-    for index in tqdm(range(len(source)), desc="decoding", leave=False, disable=None if len(source) > 5000 else True):
+    for index in progress_bar(range(len(source)), desc="decoding", unit="image", show=len(source) > 5000):
         pixels = read_pixels(source, index, image_size, crop_fraction)
         if pixels.shape != first.shape:
             raise TwoAxisError(
@@ -195,8 +195,12 @@ def _find_source(spec: str, split: str, label_column: str | None) -> tuple[Norma
         return normalisation_of(path.resolve().name), _folder_source(path, split, label_column)
     files = [path] if path.exists() else sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not files:
-        roots = " or ".join(f"{name}:/root" for name, entry in CATALOG.items() if entry.source is not None)
-        raise TwoAxisError(f"data: expected a file, folder, glob, {roots}, found no {spec!r}; check the path")
+        opened = [name for name, entry in CATALOG.items() if entry.source is not None]
+        roots = " or ".join(f"{name}:/root" for name in opened)
+        name, colon, _ = spec.partition(":")
+        near = difflib.get_close_matches(name, opened, n=1) if colon else []
+        hint = f"did you mean {near[0]!r}?" if near else "check the path"
+        raise TwoAxisError(f"data: expected a file, folder, glob, {roots}, found no {spec!r}; {hint}")
     resolved = files[0].resolve()
     return normalisation_of(f"{resolved.parent.name}/{resolved.name}"), ParquetSource(files, label_column)
 

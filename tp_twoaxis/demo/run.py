@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from tqdm.auto import tqdm
 
 from tp_twoaxis.benchmark import BenchmarkConfig, DataConfig, NetworkConfig, cross, run_benchmark
 from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared
@@ -28,6 +27,7 @@ from tp_twoaxis.errors import INSTALL, TwoAxisError
 from tp_twoaxis.importance import find_criterion
 from tp_twoaxis.pruning import prune_to_flops
 from tp_twoaxis.runtime.model_state import fork_rng
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.runtime.serialization import Json, write_bytes
 
 
@@ -122,7 +122,7 @@ def sweep(folder: Path, seeds: list[int], targets: tuple[float, ...]) -> Benchma
 def _train(folder: Path, seeds: range, epochs: int, progress: bool) -> dict[int, float]:
     """Train a network for every seed and write its weights; seed -> seconds."""
     seconds = {}
-    with tqdm(total=len(seeds) * epochs, desc="train", unit="epoch", leave=False, disable=not progress) as bar:
+    with progress_bar(total=len(seeds) * epochs, desc="train", unit="epoch", show=progress) as bar:
         for seed in seeds:
             start = time.perf_counter()
             network = train(digits("train", seed), epochs=epochs, seed=seed, tick=bar.update)

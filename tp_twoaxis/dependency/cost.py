@@ -19,15 +19,27 @@ class Side:
         width: channels in the dense layer.
         lost: group name -> [size] channels of this side that leave with each of the group's root channels
             (1 as a rule, 49 where a 7 x 7 map is flattened, 0 where concatenation passes the channel by).
+        curve: [width + 1] share of a term that is left when so many channels are gone; None where it is the share of
+            the channels.
     """
 
     width: int
     lost: dict[str, Array] = field(default_factory=dict)
+    curve: Array | None = None
+
+    def kept(self, lost: float) -> float:
+        """Share of a term that is left when so many of the side's channels are gone.
+
+        Example:
+            >>> Side(4).kept(1.0), Side(2, curve=np.array([1.0, 0.75, 0.0])).kept(1.0)
+            (0.75, 0.75)
+        """
+        return 1.0 - lost / self.width if self.curve is None else float(self.curve[round(lost)])
 
 
 @dataclass(frozen=True)
 class Term:
-    """MACs that scale with the product of the kept shares of some sides; without sides a constant."""
+    """MACs that scale with the product of what some sides keep; without sides a constant."""
 
     macs: float
     sides: tuple[Side, ...]
@@ -41,7 +53,7 @@ class CostModel:
 
     Attributes:
         terms: one or two a layer, plus a constant for what no group touches.
-        unit: what is counted, for messages.
+        unit: what is counted, for messages; whatever it is, it stands where MACs are spoken of.
 
     Example:
         >>> side = Side(4, {"a": np.ones(4)})
@@ -62,9 +74,7 @@ class CostModel:
             MACs of one example.
         """
         lost = {id(side): self._lost(side, removed) for term in self.terms for side in term.sides}
-        return math.fsum(
-            term.macs * math.prod(1.0 - lost[id(side)] / side.width for side in term.sides) for term in self.terms
-        )
+        return math.fsum(term.macs * math.prod(side.kept(lost[id(side)]) for side in term.sides) for term in self.terms)
 
     @property
     def dense(self) -> float:

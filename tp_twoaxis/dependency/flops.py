@@ -234,15 +234,16 @@ def measure_latency(
     times = []
     with fork_rng(), eval_mode(model):
         for _ in range(warmup + repeats):
-            _synchronize(devices)
+            synchronize(devices)
             start = time.perf_counter()
             call(model, inputs)
-            _synchronize(devices)
+            synchronize(devices)
             times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[warmup:])
 
 
-def _synchronize(devices: set[torch.device]) -> None:
+def synchronize(devices: set[torch.device]) -> None:
+    """Wait until CUDA devices have done what they were given."""
     for device in devices:
         torch.cuda.synchronize(device)
 

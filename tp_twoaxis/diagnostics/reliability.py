@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, chosen, rank_correlation, scores_of
 from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.scores.named_scores import Score
 from tp_twoaxis.statistics.resampling import LayerMixture
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -206,7 +206,7 @@ def calibration_is_enough(
     images = torch.tensor([shard.num_images for shard in shards])
     total, in_half = int(images.sum()), float((first + second).double().mean(0) @ images.double()) / 2.0
     entries = []
-    for layer in tqdm(names, desc=f"reliability of {name}", unit="layer", disable=not progress, leave=False):
+    for layer in progress_bar(names, desc=f"reliability of {name}", unit="layer", show=progress):
         varies = torch.stack([shard[layer].variance > 0 for shard in shards]).any(0)
         count = int(varies.sum())
         mixture = LayerMixture(shards, layer)

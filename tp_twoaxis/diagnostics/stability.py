@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, chosen, lowest_overlap, rank_correlation, scores_of
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.scores.named_scores import Score
 from tp_twoaxis.statistics.resampling import LayerMixture
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -136,7 +136,7 @@ def score_stability(
     # the first row is the set as it is
     weights = torch.cat([torch.ones(1, len(shards), dtype=torch.long), _multiplicities(len(shards), resamples, seed)])
     entries = []
-    for layer in tqdm(names, desc=f"bootstrap {name}", unit="layer", disable=not progress, leave=False):
+    for layer in progress_bar(names, desc=f"bootstrap {name}", unit="layer", show=progress):
         scores = scores_of(function, LayerMixture(shards, layer), weights)
         varies = torch.stack([shard[layer].variance > 0 for shard in shards]).any(0)
         entries.append(_layer_stability(layer, scores[:1], scores[1:], varies, level))

@@ -35,20 +35,34 @@ class RemovalOrder:
         name: the group's root layer.
         order: [size] int64, root channels, the first to leave first.
         inputs: layer -> which of its inputs are which root channels: their numbers [n] and roots [n], and its width.
-        macs: share of the network's MACs that a channel frees.
+        layers: of each layer that writes or reads the channels, its share of the network's MACs and, for each of its
+            sides that loses channels, the part of that side which they are.
         cost: what a channel's distortion is compared by.
     """
 
     name: str
     order: Tensor
     inputs: Mapping[str, list[tuple[Tensor, Tensor, int]]]
-    macs: float
+    layers: tuple[tuple[float, tuple[float, ...]], ...]
     cost: float
 
     @property
     def size(self) -> int:
         """Root channels."""
         return len(self.order)
+
+    @property
+    def macs(self) -> float:
+        """Share of the network's MACs that the first channel frees."""
+        return sum(share * sum(parts) for share, parts in self.layers) / self.size
+
+    def macs_saved(self, count: int) -> float:
+        """Share of the network's MACs that so many channels free, in [0, 1].
+
+        Less than their number times the first's where a layer both writes and reads them.
+        """
+        gone = count / self.size
+        return sum(share * (1.0 - math.prod(1.0 - part * gone for part in parts)) for share, parts in self.layers)
 
     def missing(self, count: int) -> dict[str, Tensor]:
         """Inputs [C_in] bool that each layer lacks when so many channels are gone."""
@@ -183,7 +197,7 @@ class _Measurement:
         removed, distortion = self.points(number, slice(None))
         scale = self.distortion.power(self.images) * math.sqrt(max(self.images - 1, 1))
         errors = [float(self.found[number, count].std(correction=0)) / scale for count in removed[1:]]
-        saved = tuple(order.macs * count for count in removed)
+        saved = tuple(map(order.macs_saved, removed))
         return DistortionCurve(order.name, order.size, removed, distortion, (0.0, *errors), saved, self.images)
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.flops import MacsCount, count_macs
 from tp_twoaxis.errors import TwoAxisError
@@ -19,6 +18,7 @@ from tp_twoaxis.importance.layer_refits import LayerChange, LayerRefits
 from tp_twoaxis.runtime.batches import Batch, image_batches
 from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
 from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.runtime.replay import PrefixReplay
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -105,7 +105,7 @@ class Distortion:
         )
         self._dense = torch.zeros(0)
         self._replayable: dict[frozenset[str], bool] = {}
-        self._bar = tqdm(desc="anticipate", unit="pass", disable=not progress, leave=False)
+        self._bar = progress_bar(desc="anticipate", unit="pass", show=progress)
         self.known: dict[Any, Any] = {}
         if not (parts and self.power(min(len(self.images), BATCH)) > 0.0):
             raise TwoAxisError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,9 @@ class DistortionCurves(Mapping[str, DistortionCurve]):
             raise TwoAxisError(f"expected a group with a curve ({listing(self._curves)}), got {name!r}")
         return self._curves[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._curves
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._curves)
 
@@ -94,6 +97,15 @@ class DistortionCurves(Mapping[str, DistortionCurve]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} groups)"
+
+    def in_order_of(self, names: Iterable[str]) -> DistortionCurves:
+        """Sort the curves by their root layers, as these stand in a model's ``named_modules()``.
+
+        Args:
+            names: of all layers.
+        """
+        place = {name: position for position, name in enumerate(names)}
+        return DistortionCurves(sorted(self.values(), key=lambda curve: place[curve.name]))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """List all points: group, size, removed, share_removed, distortion, standard_error, macs_saved, images."""

@@ -14,6 +14,7 @@ from tp_twoaxis.dependency.groups import root_name, root_size
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance.constant_channels import rank_first
 from tp_twoaxis.importance.criterion import Importance, criterion_from_importance
+from tp_twoaxis.importance.distortion_curves import DistortionCurves
 from tp_twoaxis.importance.pruning_state import PruningState
 from tp_twoaxis.importance.registry import make_importance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
@@ -92,6 +93,17 @@ class HybridImportance(tp.importance.Importance):  # type: ignore[misc]
         for part in (self.allocation, self.ranking):
             if hasattr(part, "prepare_groups"):
                 part.prepare_groups(groups)
+
+    @property
+    def per_macs(self) -> bool:
+        """Whether the allocation's scores are per MAC."""
+        return bool(getattr(self.allocation, "per_macs", False))
+
+    @property
+    def curves(self) -> DistortionCurves:
+        """What the allocation measured of each group, or else the ranking; empty where neither measures curves."""
+        found = (getattr(part, "curves", None) for part in (self.allocation, self.ranking))
+        return next((curves for curves in found if curves), DistortionCurves([]))
 
     @property
     def is_ready(self) -> bool:

@@ -169,6 +169,11 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         return self._measured_on
 
     @property
+    def per_macs(self) -> bool:
+        """Whether scores are per MAC: under another budget groups are then compared by what that counts instead."""
+        return self.cost == "macs"
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has images; if not, :func:`~tp_twoaxis.prune_to_flops` measures on those of its loader."""
         return self.loader is not None
@@ -288,8 +293,8 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         for member in consumers:
             part = member.channels, member.roots, in_channels_of(member.module)
             inputs.setdefault(names[member.module], []).append(part)
-        macs = self._macs_of_a_channel(group, names)
-        return RemovalOrder(names[root_layer(group)], order, inputs, macs, self._cost(macs))
+        cost = self._cost(self._macs_of_a_channel(group, names))
+        return RemovalOrder(names[root_layer(group)], order, inputs, self._layer_shares(group, names), cost)
 
     def _reading(self, member: Member, names: dict[nn.Module, str], patches: Mapping[str, Patches]) -> Reading:
         name = names[member.module]
@@ -315,14 +320,18 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def _macs_of_a_channel(self, group: Any, names: dict[nn.Module, str]) -> float:
         """Share of the dense network's MACs that goes with a root channel, on average."""
+        return sum(share * sum(parts) for share, parts in self._layer_shares(group, names)) / root_size(group)
+
+    def _layer_shares(self, group: Any, names: dict[nn.Module, str]) -> tuple[tuple[float, tuple[float, ...]], ...]:
+        """Give each layer's share of the dense network's MACs and the parts of its sides that the group holds."""
         counted = self._distortion.macs
-        freed = 0.0
+        parts: dict[nn.Module, list[float]] = {}
         for member in members(group):
-            share = counted.by_module.get(names.get(member.module, ""), 0) / max(counted.total, 1)
-            if share and isinstance(member.module, CHANNEL_LAYERS):
+            if isinstance(member.module, CHANNEL_LAYERS):
                 width = out_channels_of(member.module) if member.is_producer else in_channels_of(member.module)
-                freed += share * len(member.channels) / width
-        return freed / root_size(group)
+                parts.setdefault(member.module, []).append(len(member.channels) / width)
+        shares = {module: counted.by_module.get(names.get(module, ""), 0) / max(counted.total, 1) for module in parts}
+        return tuple((shares[module], tuple(own)) for module, own in parts.items() if shares[module])
 
     def _cost(self, macs: float) -> float:
         """What a channel's distortion is divided by."""

@@ -9,7 +9,8 @@ from tp_twoaxis.models.cifar_resnet import (
     cifar_resnet56_conv_shortcut,
     cifar_resnet56_option_a,
 )
-from tp_twoaxis.models.factory import available_models, build_model, load_weights
+from tp_twoaxis.models.factory import available_models, build_model
+from tp_twoaxis.models.weight_files import load_weights
 
 __all__ = [
     "BasicBlock",

@@ -1,4 +1,4 @@
-"""Build a model from its name, and load weights without unpickling.
+"""Build a model from its name.
 
 Built in are the networks of :mod:`tp_twoaxis.models.cifar_resnet` and :mod:`tp_twoaxis.models.cifar_networks`;
 torchvision's and timm's models and any ``module:factory`` are reached by name. Both libraries are imported only when
@@ -10,16 +10,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import os
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.models.cifar_networks import cifar_mobilenet_v2, cifar_resnet18, cifar_vgg16_bn
 from tp_twoaxis.models.cifar_resnet import (
     cifar_resnet20_conv_shortcut,
@@ -28,12 +23,13 @@ from tp_twoaxis.models.cifar_resnet import (
     cifar_resnet56_option_a,
 )
 from tp_twoaxis.runtime.factories import load_attribute, working_directory_on_path
-from tp_twoaxis.runtime.serialization import refuse_pickle
 
 FORMS = (
     "a built-in name, a torchvision classification model (`resnet50` or `torchvision:resnet50`), "
     "a timm model (`timm:deit_tiny_patch16_224`) or `module:factory`"
 )
+
+LOAD = "give the file to --checkpoint (in Python: load_weights(model, path))"
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     factory.__name__: factory
@@ -121,8 +117,8 @@ def build_model(spec: str, *, num_classes: int | None = None, pretrained: bool =
 def _refuse_pretrained(spec: str, pretrained: bool) -> None:
     if pretrained:
         raise TwoAxisError(
-            f"{spec}: pretrained=True expects a torchvision or timm model, no weights come with this one; "
-            "build it without and call load_weights(model, path)"
+            f"{spec}: expected a torchvision or timm model with pretrained weights, none come with this one; "
+            f"leave them out, or {LOAD}"
         )
 
 
@@ -135,12 +131,27 @@ def _from_library(library: str, name: str, num_classes: int | None, pretrained: 
             models = importlib.import_module("torchvision.models")
             model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     except Exception as error:  # both libraries raise whatever their download or constructor meets
-        step = "get the weights elsewhere and call load_weights(model, path)" if pretrained else "check num_classes"
+        # a download fails with an error of the system or of the client's own
+        refused = isinstance(error, (TypeError, ValueError)) and not isinstance(error, OSError)
+        if pretrained and not refused:
+            step = f"without network access fetch {_published_weights(library, name)} elsewhere, then {LOAD}"
+        else:
+            step = "leave num_classes out with pretrained weights" if pretrained else "check num_classes"
         raise TwoAxisError(
             f"{library}:{name}: expected a model, {library} says {type(error).__name__}: {error}; {step}"
         ) from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def _published_weights(library: str, name: str) -> str:
+    """Say where a library's weights are."""
+    if library == "timm":
+        settings = importlib.import_module("timm").get_pretrained_cfg(name)
+        home = None if settings is None else settings.hf_hub_id
+        return f"https://huggingface.co/{home} (model.safetensors)" if home else "the weights"
+    weights = importlib.import_module("torchvision.models").get_model_weights(name)
+    return str(weights.DEFAULT.url)
 
 
 def _from_factory(spec: str, num_classes: int | None) -> nn.Module:
@@ -162,75 +173,3 @@ def _from_factory(spec: str, num_classes: int | None) -> nn.Module:
             f"{spec}: expected a torch.nn.Module, got {type(model).__name__}; return the model from the factory"
         )
     return model
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file into a model, all names and shapes equal; the model is unchanged on an error.
-
-    Files saved before batch norm counted its batches may lack ``num_batches_tracked``, as PyTorch allows.
-
-    Args:
-        model: receives the weights in place, on its own device and in its own dtype.
-        path: a ``.safetensors`` file. Pickles are refused, never opened.
-
-    Raises:
-        FileFormatError: if the file is a pickle or otherwise no safetensors file.
-        TwoAxisError: if it does not exist or its names, shapes or kinds of number are not the model's.
-
-    Example:
-        >>> import tempfile
-        >>> from safetensors.torch import save_file
-        >>> source, copy = nn.Linear(2, 3), nn.Linear(2, 3)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file(source.state_dict(), f"{folder}/linear.safetensors")
-        ...     load_weights(copy, f"{folder}/linear.safetensors")
-        >>> torch.equal(source.weight, copy.weight)
-        True
-    """
-    weights = _read_safetensors(Path(path))
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in weights if name not in own]
-    unequal = [
-        f"{name} {_describe(weights[name])} for {_describe(own[name])}"
-        for name in own
-        if name in weights
-        and (
-            own[name].shape != weights[name].shape or own[name].is_floating_point() != weights[name].is_floating_point()
-        )
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("mismatched", unequal))
-    problems = [f"{len(names)} {kind} ({listing(names, 4)})" for kind, names in kinds if names]
-    if problems:
-        raise TwoAxisError(
-            f"{path}: expected the {len(own)} tensors of {type(model).__name__}, got {'; '.join(problems)}; "
-            "build the model that the file was saved from"
-        )
-    before = {name: tensor.clone() for name, tensor in own.items()}
-    try:
-        model.load_state_dict(weights, strict=True)
-    except Exception as error:  # a module's own loading hook may refuse half-way
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                tensor.copy_(before[name])
-        raise TwoAxisError(
-            f"{path}: names and shapes fit, but {type(model).__name__} refuses to load them: {error}; "
-            "look at its load_state_dict hooks"
-        ) from error
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise TwoAxisError(f"{path}: expected a safetensors file, there is none; check the path")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        # only now: the length that a sound safetensors file starts with can look like a pickle's first byte
-        refuse_pickle(path)
-        raise FileFormatError(
-            f"{path}: expected a safetensors file, reading it says: {error}; save it again or copy it anew"
-        ) from error

@@ -51,6 +51,10 @@ class AllocationCost:
         self._starts = np.cumsum([0, *map(len, tables)])[:-1]
         self._tables = np.concatenate(tables) if tables else np.zeros(0)
         self._widths = np.array([side.width for side in sides.values()], dtype=np.float64)
+        curves = [(place[key], side.curve) for key, side in sides.items() if side.curve is not None]
+        self._curved = np.array([position for position, _ in curves], dtype=np.int64)
+        self._curve_starts = np.cumsum([0, *(len(curve) for _, curve in curves)], dtype=np.int64)[:-1]
+        self._curves = np.concatenate([np.zeros(0), *(curve for _, curve in curves)])
         self._macs = np.array([term.macs for term in cost.terms], dtype=np.float64)
         # terms have few sides; where one has fewer than another, a side that loses nothing stands in
         most = max((len(term.sides) for term in cost.terms), default=0)
@@ -67,6 +71,7 @@ class AllocationCost:
         weights = self._tables[self._starts + levels[self._losing_group]]
         lost = np.bincount(self._losing_side, weights, minlength=len(self._widths))
         shares = np.append(1.0 - lost / self._widths, 1.0)
+        shares[self._curved] = self._curves[self._curve_starts + np.rint(lost[self._curved]).astype(np.int64)]
         product = np.ones(len(self._macs))
         for factor in self._factors:
             product *= shares[factor]

@@ -9,16 +9,19 @@ their shapes with the attributes. Recipe and tensors are under one checksum.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.attention import SCALES
 from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.pruning.card_text import model_card
+from tp_twoaxis.pruning.pruning_report import PruningReport
 from tp_twoaxis.runtime import serialization
 from tp_twoaxis.runtime.model_state import fork_rng, unwrap
 from tp_twoaxis.runtime.tensor_shapes import misshapen
@@ -43,7 +46,9 @@ class _Slot(NamedTuple):
     tensor: Tensor | None
 
 
-def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = None) -> None:
+def save_pruned(
+    model: nn.Module, path: str | Path, report: JsonReport | None = None, *, card: bool | str = False
+) -> None:
     """Write a pruned (or dense) network to one safetensors file, whole or not at all.
 
     Kept are all parameters and buffers, also non-persistent ones, with dtype, strides (channels-last stays)
@@ -54,10 +59,13 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
         model: any module; wrappers are stripped.
         path: where to; an existing file is replaced.
         report: how the network came about; :func:`read_header` returns it.
+        card: write a model card beside the file, with ``.md`` for its suffix: a text, such as
+            :func:`~tp_twoaxis.pruning.card_text.model_card` makes, or True for the one that it makes of the report.
 
     Raises:
-        TwoAxisError: the folder does not exist or cannot be written, a tensor has no values (meta device), or the
-            attributes of one of torch's own layers describe other shapes than those of its tensors.
+        TwoAxisError: an argument is of another kind, the folder does not exist or cannot be written, a tensor has no
+            values (meta device), or the attributes of one of torch's own layers describe other shapes than those of
+            its tensors.
 
     Example:
         >>> import tempfile, os
@@ -66,6 +74,8 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
         >>> load_pruned(path, lambda: nn.Linear(4, 3))
         Linear(in_features=4, out_features=2, bias=True)
     """
+    _check_arguments(model, path, report)
+    text = model_card(cast("PruningReport", report), file=Path(path).name) if card is True else card
     model = unwrap(model)
     _check_shapes(model)
     tensors: dict[str, Tensor] = {}
@@ -100,6 +110,8 @@ def save_pruned(model: nn.Module, path: str | Path, report: JsonReport | None = 
         "report": None if report is None else report.to_json(),
     }
     serialization.write_tensors(path, tensors, header, kind=FORMAT, version=VERSION)
+    if text:
+        serialization.write_bytes(Path(path).with_suffix(".md"), text.encode())
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -196,6 +208,40 @@ def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
                 "the recipe and the tensors belong to different networks, save the network again"
             )
     return model.eval()
+
+
+def loading_notes(network: nn.Module) -> list[str]:
+    """Say what of a network cannot load it again once it is pruned: methods that build it from a configuration.
+
+    Example:
+        >>> loading_notes(nn.Linear(2, 2))
+        []
+    """
+    kinds = sorted({type(module).__name__ for module in network.modules() if hasattr(type(module), "from_pretrained")})
+    if not kinds:
+        return []
+    return [
+        f"{listing(kinds, 3)}: from_pretrained cannot load the pruned network, because its configuration knows one "
+        "width for all layers and this one has many; write it with save_pruned(model, path, report) and read it with "
+        "load_pruned(path, factory), where factory builds the dense network, such as lambda: Model(config)"
+    ]
+
+
+def _check_arguments(model: object, path: object, report: object) -> None:
+    """Refuse what cannot be saved, before anything is gathered.
+
+    Raises:
+        TwoAxisError: saying which argument, and what it should be.
+    """
+    order = "save_pruned(model, path, report)"
+    if not isinstance(model, nn.Module):
+        raise TwoAxisError(f"model: expected an nn.Module, got {type(model).__name__}; the order is {order}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TwoAxisError(f"path: expected the name of a file, got {type(path).__name__}; the order is {order}")
+    if report is not None and not callable(getattr(report, "to_json", None)):
+        raise TwoAxisError(
+            f"report: expected what prune_to_flops returned, got {type(report).__name__}; pass that, or leave it out"
+        )
 
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,11 +10,11 @@ from typing import Literal, get_args
 from torch import nn
 
 from tp_twoaxis.dependency.attention import AttentionUnit
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.pruning.plan import check_constraints
 from tp_twoaxis.repair import parse_repair
 
-Budget = Literal["macs", "channels"]
+Budget = Literal["macs", "channels", "latency"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class PruningConfig:
         found = []
         for layer in self.ignored_layers:
             if isinstance(layer, str) and layer not in modules:
-                raise TwoAxisError(f"ignored_layers: the model has no layer {layer!r}")
+                near = difflib.get_close_matches(layer, modules, n=3) or [name for name in modules if name][:3]
+                raise TwoAxisError(f"ignored_layers: the model has no layer {layer!r}; near it: {listing(near)}")
             module = modules[layer] if isinstance(layer, str) else layer
             if not any(module is other for other in modules.values()):
                 raise TwoAxisError(

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount
@@ -15,9 +14,11 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import Criterion, Importance, PruningState
 from tp_twoaxis.pruning.config import PruningConfig
 from tp_twoaxis.pruning.history import RemovalHistory
-from tp_twoaxis.pruning.step import prune_step
+from tp_twoaxis.pruning.latency_step import DenseLatency, prune_step_to_latency
+from tp_twoaxis.pruning.step import Removal, prune_step
 from tp_twoaxis.repair import RepairReport
 from tp_twoaxis.runtime.model_state import ModelSnapshot
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.runtime.timing import timed
 
 
@@ -68,6 +69,7 @@ def prune_in_steps(
     dense: MacsCount,
     seconds: dict[str, float],
     repair: Callable[[dict[str, PrunedChannels], bool], RepairReport],
+    latency: DenseLatency | None = None,
 ) -> PruningOutcome:
     """Remove channels in one step or in several.
 
@@ -91,6 +93,7 @@ def prune_in_steps(
         dense: MACs of the network.
         seconds: phase -> seconds, summed over the steps.
         repair: repairs the network, given all channels that it lost and whether its errors will be read.
+        latency: the dense network beside which outcomes are timed, where the budget is a latency.
 
     Raises:
         TwoAxisError: as of :func:`~tp_twoaxis.pruning.step.prune_step`, of ``repair`` and of the criterion; the
@@ -102,7 +105,7 @@ def prune_in_steps(
     history, count, unrepaired = RemovalHistory(), dense, None
     notes: dict[str, None] = {}
     steps = config.steps
-    with tqdm(total=steps, unit="step", leave=False, disable=not state.progress or steps == 1) as bar:
+    with progress_bar(total=steps, desc="", unit="step", show=state.progress and steps > 1) as bar:
         for step, share in enumerate(step_shares(config.flops, steps), 1):
             bar.set_description(f"step {step} of {steps}")
             with _named_in_errors(step, steps):
@@ -113,9 +116,11 @@ def prune_in_steps(
                         for name, parameter in network.named_parameters():
                             parameter.requires_grad_(trains.get(name, parameter.requires_grad))
                         importance = criterion.build(state.after_step(history.removed_outputs, history.removed_inputs))
-                result = prune_step(
-                    network, inputs, importance, share, config, history, count, seconds, unrepaired=unrepaired
-                )
+                removal = Removal(network, inputs, importance, config, history, count, seconds, unrepaired=unrepaired)
+                if latency is None:
+                    result = prune_step(removal, share)
+                else:
+                    result = prune_step_to_latency(removal, share, latency)
                 history, count = result.history, result.count
                 unrepaired = ModelSnapshot(network) if step < steps else None
                 with timed(seconds, "repair"):

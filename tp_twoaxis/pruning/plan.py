@@ -94,7 +94,7 @@ def make_plan(
     target = flops * dense
     close = math.inf if tolerance is None else tolerance * target
     search = _Search(groups, cost, min_keep, round_to or 1, target, close)
-    least = search.macs(search.prefix(len(search.order)))
+    least = search.least()
     if least > target + close:
         raise UnreachableTargetError(
             f"flops={flops:g}: expected a target between {least / dense:.3f} and 1, the range that "
@@ -103,7 +103,8 @@ def make_plan(
         )
     longest = search.longest_prefix()
     chosen = search.prefix(longest) if tolerance is None else search.nearest(longest)
-    if round_to and abs(search.macs(chosen) - target) > close:
+    coarse = round_to or any(group.widths is not None for group in groups)
+    if coarse and abs(search.macs(chosen) - target) > close:
         exchanged = search.exchange(longest)
         chosen = chosen if exchanged is None else exchanged
     removed = {group.name: own.mask(taken) for group, own, taken in zip(groups, search.portions, chosen, strict=True)}
@@ -112,6 +113,20 @@ def make_plan(
     if abs(macs - target) > close:
         notes.append(missed_note(macs / dense, flops, cost.unit, coarse_reason(round_to)))
     return PruningPlan(removed, macs, target, dense, search.threshold(chosen), notes)
+
+
+def least_share(
+    groups: list[ScoredGroup], cost: CostModel, *, min_keep: float = 0.1, round_to: int | None = None
+) -> float:
+    """Give the share of the cost that is left when every group is at its floor; see :func:`make_plan`.
+
+    Example:
+        >>> from tp_twoaxis.dependency.cost import Side, Term
+        >>> cost = CostModel([Term(90.0, (Side(4, {"conv": np.ones(4)}),)), Term(10.0, ())])
+        >>> least_share([ScoredGroup("conv", np.arange(4.0))], cost, min_keep=0.5)
+        0.55
+    """
+    return _Search(groups, cost, min_keep, round_to or 1, 0.0, math.inf).least() / cost.dense
 
 
 def check_constraints(flops: float, min_keep: float, round_to: int | None, tolerance: float | None) -> None:
@@ -170,6 +185,10 @@ class _Search:
         self.order = leaving_order(self.portions)
         self.macs = AllocationCost(cost, [group.name for group in groups], self.portions).macs
         self.target, self.close = target, close
+
+    def least(self) -> float:
+        """Give the cost when all portions have left."""
+        return self.macs(self.prefix(len(self.order)))
 
     def prefix(self, length: int) -> Levels:
         """Give the allocation after the first ``length`` portions of all."""

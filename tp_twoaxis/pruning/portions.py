@@ -29,6 +29,7 @@ class ScoredGroup:
         run: channels leave in runs of this many neighbours (the channels of an attention head), ranked by
             their mean score.
         width: channels that it had before earlier steps of pruning, of which floors are shares; default its own number.
+        widths: numbers of channels that it may keep once it loses any; default all that its blocks allow.
         constant: [size] bool, channels that never vary: where all of a portion are, it comes before any other portion.
     """
 
@@ -39,6 +40,7 @@ class ScoredGroup:
     width: int | None = None
     aligned: bool = True
     constant: Bools | None = None
+    widths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def portions_of(group: ScoredGroup, min_keep: float, round_to: int) -> Portions:
     units = np.argsort(unit_scores, kind="stable")
     floor = max(1, math.ceil(min_keep * (group.width or size)))
     kept = np.arange(size - together, floor - 1, -together)
-    leaving = size - kept[kept % round_to == 0]
+    kept = kept[kept % round_to == 0]
+    leaving = size - (kept if group.widths is None else kept[np.isin(kept, group.widths)])
     return Portions(
         members[:, units].swapaxes(0, 1).reshape(-1),
         np.concatenate([[0], leaving]).astype(np.int64),

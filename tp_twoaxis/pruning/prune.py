@@ -25,6 +25,8 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import (
     AnticipatingImportance,
     Criterion,
+    DistortionCurve,
+    DistortionCurves,
     HybridImportance,
     Importance,
     PruningState,
@@ -34,8 +36,10 @@ from tp_twoaxis.importance import (
 from tp_twoaxis.importance.baselines import READ_FROM_MODEL
 from tp_twoaxis.importance.pruning_state import iterated_once
 from tp_twoaxis.known_names import AUTO
+from tp_twoaxis.pruning.checkpoint import loading_notes
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.iterate import PruningOutcome, prune_in_steps
+from tp_twoaxis.pruning.latency_step import DenseLatency
 from tp_twoaxis.pruning.pruning_report import PruningReport, Size
 from tp_twoaxis.pruning.recipe import choose_recipe, is_auto
 from tp_twoaxis.repair import RepairReport, check_repair, refits, repair_network
@@ -85,8 +89,10 @@ def prune_to_flops(
             ``loss.backward()`` before. Left out, ``anticipating`` where the images allow it, see
             :func:`~tp_twoaxis.pruning.recipe.choose_recipe`; the report says what was chosen and why.
         flops: share of the dense MACs to **keep**, in (0, 1].
-        budget: what ``flops`` is a share of: ``macs``, or ``channels``, all groups' root channels together, for
-            protocols that remove a share of the channels and take the MACs as they come.
+        budget: what ``flops`` is a share of: ``macs``; ``channels``, all groups' root channels together, for
+            protocols that remove a share of the channels and take the MACs as they come; or ``latency``, the time of a
+            forward pass over ``example_inputs`` as they are, batch and all, on the model's device and with the threads
+            that there are (:func:`~tp_twoaxis.pruning.latency_step.prune_step_to_latency`).
         steps: remove in so many steps, each the same share of what is there (``flops ** (i / steps)`` is left after
             step i): score, remove, repair, gather statistics anew, score again. See the notes.
         repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch``, ``sequential`` and
@@ -103,7 +109,7 @@ def prune_to_flops(
         attention: what attention that is built from linear layers loses: whole ``heads``, or ``head-dims``, the same
             number of queries, keys and values of every head, at places of its own in each. PyTorch's own
             ``nn.MultiheadAttention`` loses head dims with the stream that it reads, either way.
-        tolerance: accepted relative distance to the target.
+        tolerance: accepted relative distance to the target; 5 % for a latency, whatever it is.
         guard: hold every fifth image out of repair, at most 128, and keep changes of weights only as far as they bring
             the network nearer to the dense one on those; see :func:`~tp_twoaxis.repair.repair_network`.
         max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
@@ -160,11 +166,11 @@ def prune_to_flops(
     config.ignored_in(network)
     if not is_auto(importance):
         as_criterion(importance)  # a wrong name is said before images are read
-    inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
-    recipe = choose_recipe(network, inputs, importance, repair, loader=loader, stats=stats)
+    recipe = choose_recipe(network, example_inputs, importance, repair, loader=loader, stats=stats)
     criterion = as_criterion(recipe.importance)
     repairs = check_repair(recipe.repair, network, loader, stats)
     _check_steps(config.steps, criterion, recipe.importance, loader)
+    inputs = tree_map(lambda x: x.to(parameter.device) if isinstance(x, Tensor) else x, example_inputs)
     state = PruningState(network, loader, stats, max_images=max_images, progress=progress)
     snapshot = ModelSnapshot(network)
     try:
@@ -197,6 +203,11 @@ def _prune(
     # the copy reads the network as it is here: statistics and targets of repair are the dense network's
     original = copy.deepcopy(network).requires_grad_(False) if refits(repairs) else network
 
+    latency = None
+    if config.budget == "latency":
+        dense_copy = original if original is not network else copy.deepcopy(network)
+        latency = DenseLatency(dense_copy, inputs, state.progress)
+
     def repair(masks: dict[str, PrunedChannels], last: bool) -> RepairReport:
         return repair_network(
             network,
@@ -212,9 +223,16 @@ def _prune(
             progress=state.progress,
         )
 
-    outcome = prune_in_steps(inputs, importance, criterion, state, config, dense, seconds, repair)
+    outcome = prune_in_steps(inputs, importance, criterion, state, config, dense, seconds, repair, latency)
     with timed(seconds, "count"):
         after, later = measured.size(outcome.count), measured.latencies()
+    achieved, notes = outcome.achieved, _notes(outcome)
+    times = {key: (first, later[key]) for key, first in milliseconds.items()}
+    if latency is not None:
+        with timed(seconds, "latency"):
+            ratio = latency.beside(network)
+        achieved, times["example"] = ratio.ratio, ratio.milliseconds[::-1]
+        notes += latency.notes(ratio, config.flops)
     for name, kept in network.named_parameters():
         kept.requires_grad_(trained.get(name, kept.requires_grad))  # a bias that repair added has no past
     for module, training in modes:
@@ -222,18 +240,20 @@ def _prune(
     return PruningReport(
         criterion.name,
         config.flops,
-        outcome.achieved,
+        achieved,
         before,
         after,
         [report for _, report in outcome.history.groups],
         outcome.history.removed_channels,
         list(repairs),
         seconds,
-        {key: (first, later[key]) for key, first in milliseconds.items()},
-        _notes(outcome),
+        times,
+        [*notes, *loading_notes(network)],
         config.budget,
         outcome.repair.consumers,
         config.steps,
+        _sensitivity(outcome.importance, network),
+        [] if latency is None else latency.table,
     )
 
 
@@ -249,6 +269,13 @@ def _first_importance(
     if known is None and isinstance(importance, (TwoAxisImportance, AnticipatingImportance)):
         known = importance.stats
     return importance, known
+
+
+def _sensitivity(importance: Importance, network: nn.Module) -> list[DistortionCurve]:
+    curves = getattr(importance, "curves", None)
+    if not isinstance(curves, DistortionCurves):
+        return []
+    return list(curves.in_order_of(name for name, _ in network.named_modules()).values())
 
 
 def _notes(outcome: PruningOutcome) -> list[str]:

@@ -6,10 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from tp_twoaxis.dependency.latency_table import GroupLatency
 from tp_twoaxis.dependency.removal import GroupReport
+from tp_twoaxis.importance import DistortionCurve
 from tp_twoaxis.repair.repair_report import ConsumerRepair, consumer_table
 
-UNITS = {"macs": "MACs", "channels": "channels"}
+UNITS = {"macs": "MACs", "channels": "channels", "latency": "latency"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,17 @@ class PruningReport:
         removed_channels: layer -> output channels that left it, as numbered in the dense layer.
         repair: the repairs that ran.
         seconds: phase -> wall-clock seconds.
-        latency_ms: ``"batch 1"`` and ``"batch 64"`` -> (before, after) in milliseconds; empty unless asked for.
+        latency_ms: ``"batch 1"`` and ``"batch 64"`` -> (before, after) in milliseconds, where asked for; ``"example"``,
+            of the example inputs, where the budget is a latency.
         notes: what a reader must know: which groups stay whole, why a target was missed.
-        budget: what the shares are of, ``macs`` or ``channels``.
+        budget: what the shares are of, ``macs``, ``channels`` or ``latency``.
         consumers: every layer that read removed channels, what repaired it, and how far it is from the dense one;
             empty when nothing but BatchNorm was repaired.
         steps: in how many the channels were removed; all of the above is of all steps together.
+        sensitivity: where the criterion measures curves, those of the dense network's groups, in the network's order:
+            how far the repaired logits move for each number of missing channels. As tables and figure:
+            ``diagnostics.SensitivityReport(DistortionCurves(report.sensitivity))``.
+        latency_table: where the budget is a latency, how long each group's layers took at each of its widths.
     """
 
     importance: str
@@ -65,6 +72,8 @@ class PruningReport:
     budget: str = "macs"
     consumers: list[ConsumerRepair] = field(default_factory=list)
     steps: int = 1
+    sensitivity: list[DistortionCurve] = field(default_factory=list)
+    latency_table: list[GroupLatency] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Serialise everything; one JSON object."""

@@ -58,7 +58,7 @@ def choose_recipe(
 
     Args:
         network: dense; run once, and left as it was.
-        example_inputs: of its forward, on its device.
+        example_inputs: of its forward; moved to its device.
         importance: as for :func:`~tp_twoaxis.prune_to_flops`; anything but ``"auto"`` is kept.
         repair: likewise.
         loader: of the images; the first batches are read.
@@ -94,7 +94,7 @@ def choose_recipe(
         )
     count = 0 if loader is None else images_up_to(loader, FEWEST_IMAGES, CallSignature.of(network))
     if open_importance:
-        importance, why = _choose_criterion(network, example_inputs, loader, count)
+        importance, why = _choose_criterion(network, example_inputs, loader, stats, count)
         notes.append(f"importance was left open: {importance}, {why}")
     if open_repair:
         repair, why = _choose_repair(network, loader, stats, count)
@@ -129,10 +129,19 @@ def images_up_to(loader: Iterable[Any], most: int, call: CallSignature) -> int:
 
 
 def _choose_criterion(
-    network: nn.Module, example_inputs: ExampleInputs, loader: Iterable[Any] | None, count: int
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    loader: Iterable[Any] | None,
+    stats: CalibrationStatistics | None,
+    count: int,
 ) -> tuple[str, str]:
     if loader is None:
         return RESERVE, "because there are statistics but no images to measure on"
+    if stats is not None and not stats.consumers:
+        return (
+            RESERVE,
+            "because the statistics given do not hold what layers read, which calibrate(consumers=True) does",
+        )
     if count < FEWEST_IMAGES:
         return RESERVE, f"because {SELECTING} needs {FEWEST_IMAGES} images, and there are {count}"
     if why := _no_logits(network, example_inputs):
@@ -145,7 +154,8 @@ def _no_logits(network: nn.Module, example_inputs: ExampleInputs) -> str:
         return f"{type(network).__name__} takes several inputs"
     with inference_state(network):
         try:
-            logits = find_logits(call(network, example_inputs), network)
+            images = example_inputs.to(next(network.parameters()).device)
+            logits = find_logits(call(network, images), network)
         except TwoAxisError:
             return f"{type(network).__name__} returns none"
         except Exception:  # what the network cannot run on is said where its MACs are counted

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.dependency.flops import ExampleInputs
@@ -19,12 +18,14 @@ from tp_twoaxis.importance import FAMILIES, Criterion, Importance, PruningState,
 from tp_twoaxis.importance.criterion import criterion_from_factory
 from tp_twoaxis.pruning.config import PruningConfig, listed_layers
 from tp_twoaxis.pruning.prune import prune_to_flops
+from tp_twoaxis.pruning.recipe import choose_recipe
 from tp_twoaxis.pruning.selection_result import SelectionResult, SelectionRow, rank_candidates, tied_with_best
 from tp_twoaxis.repair import check_repair
 from tp_twoaxis.runtime.batches import image_batches, mixed_labels
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.inputs import CallSignature, Inputs
 from tp_twoaxis.runtime.model_state import fork_rng, unwrap
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 Factory = Callable[..., Importance]
 Batches = list[tuple[Inputs, Tensor]] | list[Inputs]
@@ -109,6 +110,7 @@ def select_score(
     ignored = [
         names.get(layer, layer) if isinstance(layer, nn.Module) else layer for layer in listed_layers(ignored_layers)
     ]
+    repair = choose_recipe(network, example_inputs, "l2", repair, loader=loader).repair
     configs = [
         PruningConfig(share, "macs", 1, repair, ignored, min_keep, round_to, attention, tolerance, guard)
         for share in shares
@@ -128,7 +130,7 @@ def select_score(
         table: list[SelectionRow] = []
         hits: dict[tuple[str, float], Tensor] = {}
         trials = [(name, config) for name in criteria for config in configs]
-        for name, config in tqdm(trials, desc="select", unit="trial", disable=not progress, leave=False):
+        for name, config in progress_bar(trials, desc="select", unit="trial", show=progress):
             row, right = _attempt(name, criteria[name], config, example_inputs, state, judge)
             table.append(row)
             if right is not None:

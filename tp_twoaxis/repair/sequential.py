@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
 from tp_twoaxis.errors import TwoAxisError, listing
@@ -29,6 +28,7 @@ from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
 from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, select_channels, weight_blocks
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.runtime.weights import SHARED, add_bias, cannot_refit, shared_weights, write_weight
 from tp_twoaxis.statistics.moments import float64_device
 from tp_twoaxis.statistics.recorder import WIDEST_INPUT
@@ -122,9 +122,7 @@ def refit_in_order(
         readers = count_readers(network, once.values(), few)
         memory = _rehearse(pair, masks, readers, few, images, joint=joint)
         chunks = pair.moved(stack.enter_context(images.chunks(memory.chunk_images)))
-        bar = stack.enter_context(
-            tqdm(total=len(once), desc="repair", unit="layer", disable=not images.progress, leave=False)
-        )
+        bar = stack.enter_context(progress_bar(total=len(once), desc="repair", unit="layer", show=images.progress))
         lockstep = Lockstep(pair.pruned, pair.dense, chunks, memory)
         corrector = OutputCorrector(readers, joint=joint)
         refit = _OrderedRefit(pair, masks, corrector, bar, joint=joint)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.runtime.inputs import CallSignature, Inputs, usable
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 ONE_INPUT = CallSignature()
 # keys of a mapping: what a model's only input may be called where the model calls it otherwise, and labels
@@ -100,7 +100,7 @@ def image_batches(
             index += 1
 
     total = expected_images(loader, None, max_images, ranks=False)
-    with tqdm(total=total, desc=description, unit="image", disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, desc=description, unit="image", show=progress) as bar:
         yield batches(bar)
 
 

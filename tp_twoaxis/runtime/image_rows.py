@@ -15,7 +15,7 @@ def image_rows(loader: Iterable[Any], count: int) -> Tensor | None:
 
     Args:
         loader: a DataLoader of a map-style data set, or one of :mod:`tp_twoaxis.data`. Subsets are looked through, and
-            so are data sets that have a tensor ``rows``, which rows of a larger one theirs are.
+            so are data sets that have ``rows``, int64 [N], which rows of a larger one theirs are.
         count: images that were read.
 
     Returns:
@@ -36,7 +36,9 @@ def image_rows(loader: Iterable[Any], count: int) -> Tensor | None:
     while isinstance(dataset, Subset):
         rows, dataset = torch.as_tensor(dataset.indices, dtype=torch.int64)[rows], dataset.dataset
     own = getattr(dataset, "rows", None)
-    return (own[rows] if isinstance(own, Tensor) else rows).sort().values
+    if isinstance(own, Tensor) and own.dtype == torch.int64 and own.shape == (len(dataset),):  # type: ignore[arg-type]
+        rows = own[rows]
+    return rows.sort().values
 
 
 def joined_rows(parts: Iterable[Tensor | None]) -> Tensor | None:

@@ -110,16 +110,21 @@ def read_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str
     return _read(path, kind=kind, version=version, tensors=True)
 
 
+def is_pickle(path: str | Path) -> bool:
+    """Whether a file's first bytes are those of a pickle or of a zip that ``torch.save`` writes."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    # a safetensors file starts with its header's length in 8 bytes, by chance a pickle's first; then comes JSON
+    return start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80")
+
+
 def refuse_pickle(path: str | Path) -> None:
-    """Raise when a file's first bytes are those of a pickle or of a zip that ``torch.save`` writes.
+    """Raise when a file is a pickle or what ``torch.save`` writes; see :func:`is_pickle`.
 
     Raises:
         FileFormatError: it is one; the message shows the conversion.
     """
-    with Path(path).open("rb") as file:
-        start = file.read(9)
-    # a safetensors file starts with its header's length in 8 bytes, by chance a pickle's first; then comes JSON
-    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+    if is_pickle(path):
         raise FileFormatError(
             f"{path}: expected a safetensors file, got a pickle (torch.save); pickles run code when they are read, "
             "so convert it once where you trust it: "

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.batches import Batch, image_batches
 from tp_twoaxis.runtime.distributed import broadcast_buffers, data_parallel, min_over_ranks, sum_in_place, world_size
 from tp_twoaxis.runtime.model_state import fork_rng, preserve_modes
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.training import resumption
 from tp_twoaxis.training.loss import DISTILLATION, Penalty, check_labels, training_loss
 from tp_twoaxis.training.settings import RunSettings, learning_rate
@@ -134,9 +134,7 @@ class TrainingRun:
         wrapped = data_parallel(self.network, self.device)
         if progress.step == 0:
             self._call_back()
-        with tqdm(
-            total=total, initial=progress.step, desc="training", unit="batch", disable=not show_progress, leave=False
-        ) as bar:
+        with progress_bar(total=total, initial=progress.step, desc="training", unit="batch", show=show_progress) as bar:
             while progress.epoch < self.settings.epochs and progress.step < total:
                 self._epoch(wrapped, path, every, bar)
                 self._read_losses(bar)
