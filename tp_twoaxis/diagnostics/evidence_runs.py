@@ -186,14 +186,21 @@ def _claims_table(combined: CombinedEvidence, rows: Iterable[Sequence[Claim | No
     body = ""
     for row in rows:
         claim = next(claim for claim in row if claim is not None)
+        shared = len({found.note for found in row if found is not None}) == 1
         cells = "".join(
-            f"<td data-label='{escape(label, quote=True)}'>{verdict_element(found)} {escape(str(found.estimate))}</td>"
-            if found is not None
-            else "<td></td>"
+            f"<td data-label='{escape(label, quote=True)}'>{_cell(found, with_note=not shared)}</td>"
             for label, found in zip(labels, row, strict=True)
         )
-        first = f"<td>{escape(claim.sentence)}<span class='soft'>{escape(claim.note)}</span></td>"
+        note = f"<span class='soft'>{escape(claim.note)}</span>" if shared else ""
+        first = f"<td>{escape(claim.sentence)}{note}</td>"
         body += f"<tr>{first}<td data-label='Paper'>{escape(claim.paper) or 'no number'}</td>{cells}</tr>"
     head = "".join(f"<th>{escape(label)}</th>" for label in ("Claim", "Paper", *labels))
     table = f"<table class='claims stack'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div class='wide'>{table}</div>"
+
+
+def _cell(claim: Claim | None, *, with_note: bool) -> str:
+    if claim is None:
+        return ""
+    note = f"<span class='soft'>{escape(claim.note)}</span>" if with_note else ""
+    return f"{verdict_element(claim)} {escape(str(claim.estimate))}{note}"

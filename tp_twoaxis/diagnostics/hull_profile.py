@@ -196,19 +196,19 @@ def _claims(judged: pd.DataFrame, layers: list[str], seed: int) -> list[Claim]:
 
     return [
         Claim(
-            f"In the first layer ({layers[0]}) many channels have one peer that replaces them",
+            "In the first layer many channels have one peer that replaces them",
             "28-48 %",
             share(first, "singleton"),
             above=0.28,
-            note="Compared with all peers, epsilon a factor of 0.1 (ours). Wilson's interval over the layer's "
+            note=f"{layers[0]}; compared with all peers, epsilon a factor of 0.1 (ours). Wilson's interval over its "
             "channels; the bound is the lower end of the paper's range over networks.",
         ),
         Claim(
-            f"In the last layer ({layers[-1]}) most channels need ten peers or more",
+            "In the last layer most channels need ten peers or more",
             "67-78 %",
             share(last, "saturated"),
             above=0.67,
-            note="As above; the bound is the lower end of the paper's range.",
+            note=f"{layers[-1]}; as above; the bound is the lower end of the paper's range.",
         ),
         Claim(
             "Hulls grow with depth (rank correlation of mean size with depth)",
