@@ -6,6 +6,7 @@ from typing import get_args
 
 from tp_twoaxis import known_names
 from tp_twoaxis.dependency.attention import AttentionUnit
+from tp_twoaxis.diagnostics.evidence_sections import SECTIONS
 from tp_twoaxis.diagnostics.explain import Removal
 from tp_twoaxis.importance import CRITERIA
 from tp_twoaxis.models.factory import BUILT_IN
@@ -27,6 +28,7 @@ def test_they_are_those_of_the_tables():
     assert tuple(REPAIRS) == known_names.REPAIRS
     assert known_names.TARGETS == TARGETS
     assert known_names.POOLINGS == POOLINGS
+    assert tuple(SECTIONS) == known_names.SECTIONS
     assert tuple(RECIPES) == known_names.RECIPES
     assert tuple(BUILT_IN) == known_names.MODELS
     assert get_args(Removal) == known_names.REMOVALS

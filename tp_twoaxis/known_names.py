@@ -75,6 +75,22 @@ TARGETS = ("margin", "correct_logit", "negative_loss", "one_vs_rest", "predicted
 """Task variables; see :mod:`tp_twoaxis.statistics.targets`."""
 POOLINGS = ("mean", "cls")
 """Which row of an image is compared with the task; see :mod:`tp_twoaxis.statistics.pooling`."""
+SECTIONS = (
+    "alignment",
+    "collapse",
+    "structure",
+    "hulls",
+    "learning",
+    "gradients",
+    "propagation",
+    "interventions",
+    "calibration-size",
+    "controls",
+    "target-choice",
+    "rescaling",
+    "magnitude",
+)
+"""Questions of the evidence in the paper's order; see :mod:`tp_twoaxis.diagnostics.evidence_sections`."""
 BUDGETS = ("macs", "channels", "latency")
 """What a share to keep is a share of; see :mod:`tp_twoaxis.pruning.config`."""
 RECIPES = ("paper", "fast")

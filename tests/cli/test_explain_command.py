@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
-import torch
 from cli_cases import MODEL, refused, succeed
 from PIL import Image
-
-from tp_twoaxis.cli.explain_command import _loaders
-from tp_twoaxis.cli.options import DataOptions
 
 
 def test_details_as_text_page_picture_and_json(folder, tmp_path):
@@ -47,22 +42,6 @@ def test_overview_from_statistics_alone(folder, tmp_path):
     assert (tmp_path / "e.png").exists()
     detailed = succeed("explain", MODEL, "conv2", *stats, "--data", folder / "images", "--channel", 1).stdout
     assert "images of the lesions may be among those of --stats" in detailed
-
-
-def test_images_of_statistics_and_lesions_do_not_overlap(folder):
-    def images(loader):
-        return {tuple(image.flatten().tolist()) for batch, _ in loader for image in batch}
-
-    source = DataOptions(data=str(folder / "images"), images=24, batch_size=7)
-    score, lesions, notes = _loaders(source, None, 10, score=True)
-    first, second = images(score), images(lesions)
-    assert (len(first), len(second), notes) == (24, 10, [])
-    assert not first & second
-    labels = torch.cat([y for _, y in lesions])
-    assert len(labels.unique()) > 2
-    large = dataclasses.replace(source, image_size=80)
-    score, lesions, _ = _loaders(large, None, 10, score=True)
-    assert (sum(len(y) for _, y in score), sum(len(y) for _, y in lesions)) == (24, 10)
 
 
 @pytest.mark.parametrize(

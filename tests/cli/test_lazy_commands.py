@@ -61,6 +61,8 @@ BAD_OPTIONS = [
     ["train", NET, *IMAGES, "--amp", "bf17"],
     ["explain", NET, "conv1", "--channel", "first"],
     ["explain", NET, "conv1", "--channel", "1"],
+    ["diagnose", NET, *IMAGES[:2], "--out", "report.html", "--sections", "hull"],
+    ["diagnose", "--out", "report.html"],
     ["bench", "--model", NET, *IMAGES, "--methods", "tailor"],
     ["bench", "--model", NET, *IMAGES, "--repair", "rigde"],
     ["bench", "--model", NET, *IMAGES, "--seeds", "one"],

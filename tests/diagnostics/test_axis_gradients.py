@@ -171,7 +171,7 @@ def test_the_table_is_of_mean_cosines_and_leaves_constant_channels_out():
 
 
 def test_the_section_follows_snapshots():
-    net, data = conv_net(), batches(48)
+    net, data = conv_net(), batches(104)
     snapshots = {epoch: conv_net(epoch).state_dict() for epoch in (0, 1, 4)}
     inputs = EvidenceInputs(net, calibrate(net, data, progress=False), data, snapshots=snapshots, progress=False)
     section = gradients_section(inputs)

@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import reference_structure as twin
 from scipy.stats import spearmanr
 
-from tp_twoaxis.diagnostics.layer_trends import depth_trend, relative_depths, share_estimate
+from tp_twoaxis.diagnostics.layer_trends import depth_trend
 
 
 def test_the_trend_is_spearmans_and_its_interval_that_of_resampled_layers() -> None:
@@ -35,15 +34,3 @@ def test_a_quantity_that_never_changes_has_no_trend() -> None:
     found = depth_trend([0.0, 0.5, 1.0], [2.0, 2.0, 2.0])
     assert math.isnan(found.value)
     assert math.isnan(found.lower)
-
-
-@pytest.mark.parametrize(("hits", "trials"), [(0, 7), (3, 10), (20, 20), (474, 1000)])
-def test_shares_have_wilsons_interval(hits: int, trials: int) -> None:
-    found = share_estimate([True] * hits + [False] * (trials - hits))
-    assert found.value == hits / trials
-    assert (found.lower, found.upper) == pytest.approx(twin.wilson(hits, trials), abs=1e-9)
-
-
-def test_no_cells_have_no_share_and_one_layer_is_the_first() -> None:
-    assert math.isnan(share_estimate([]).value)
-    assert relative_depths(["only"]) == {"only": 0.0}

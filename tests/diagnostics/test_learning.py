@@ -34,7 +34,7 @@ EPOCHS = (0, 1, 3, 6)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learning") / "kept"
-    net, data = conv_net(), batches(64)
+    net, data = conv_net(), batches(104)
     writer = SnapshotWriter(folder, EPOCHS)
     finetune(net, data, epochs=6, lr=0.1, schedule="constant", on_epoch=writer, max_batches=None, progress=False)
     return net, data, read_snapshots(folder)
@@ -118,7 +118,7 @@ def test_the_section_and_what_is_added_to_it(inputs):
     section = learning_section(inputs, (hull_measures, lambda layer: {"images": float(layer.num_images)}))
     assert list(section.tables) == ["trajectory", "velocity", "persistence"]
     trajectory = section.tables["trajectory"]
-    assert trajectory.images.unique().tolist() == [64.0]
+    assert trajectory.images.unique().tolist() == [104.0]
     assert trajectory.layer.unique().tolist() == ["conv1", "conv2", "depthwise", "reduce"]
     coupled = section.claims[0].estimate.value
     assert coupled == pytest.approx(trajectory[trajectory.epoch == 0].rho.mean())
@@ -157,5 +157,5 @@ def test_refusals(inputs):
             learning_section(inputs)
     inputs.snapshots = snapshots
     inputs.statistics = calibrate(inputs.model, inputs.calibration, target=None, progress=False)
-    with pytest.raises(NotApplicableError, match="no target"):
+    with pytest.raises(NotApplicableError, match="no task variable"):
         learning_section(inputs)

@@ -31,7 +31,7 @@ DEPTHS = {"conv1": 0.0, "conv2": 0.3, "depthwise": 0.6, "reduce": 1.0}
 
 
 def evidence(net, size=8, classes=5, **options):
-    data = batches(64, size=size, classes=classes)
+    data = batches(104, size=size, classes=classes)
     return EvidenceInputs(net, calibrate(net, data, progress=False, **options), data, progress=False)
 
 
@@ -197,21 +197,21 @@ def test_networks_it_does_not_apply_to():
     single = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     with pytest.raises(NotApplicableError, match="no convolution reads what another"):
         propagation_section(evidence(single))
-    with pytest.raises(NotApplicableError, match="no target"):
+    with pytest.raises(NotApplicableError, match="no task variable"):
         propagation_section(evidence(conv_net(), target=None))
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(NotApplicableError, match="no convolution"):
         propagation_section(evidence(flat))
     few = batches(8)
-    with pytest.raises(NotApplicableError, match=r"more channels than there are images \(4\)"):
-        propagation_section(EvidenceInputs(conv_net(), calibrate(conv_net(), batches(4), progress=False), few))
-    alike = [(images, torch.zeros_like(labels)) for images, labels in batches(64)]
-    with pytest.raises(NotApplicableError, match="all images are of one class"):
+    with pytest.raises(NotApplicableError, match="at least 100 images"):
+        propagation_section(EvidenceInputs(conv_net(), calibrate(conv_net(), few, progress=False), few))
+    alike = [(images, torch.zeros_like(labels)) for images, labels in batches(104)]
+    with pytest.raises(NotApplicableError, match="have one class"):
         propagation_section(EvidenceInputs(conv_net(), calibrate(conv_net(), alike, progress=False), alike))
     # layers with more channels than images are no edges, and no sources
-    some = EvidenceInputs(conv_net(), calibrate(conv_net(), batches(12), progress=False), few)
+    wide, enough = conv_net(width=120), batches(104)
     with pytest.raises(NotApplicableError, match="no convolution reads"):
-        propagation_edges(some)
+        propagation_edges(EvidenceInputs(wide, calibrate(wide, enough, progress=False), enough))
     inputs = evidence(conv_net())
     inputs.calibration = [{"pixel_values": images, "labels": labels} for images, labels in inputs.calibration]
     with pytest.raises(NotApplicableError, match="one tensor of images"):

@@ -50,6 +50,10 @@ COMMANDS = {
         "Say which peers can replace a channel, how well, what it tells of the task, and what its removal costs.",
         f"{_RESNET.replace(' ', ' layer2.1.conv1 ', 1)} --data cifar10/ --channel 13 --out explain.html",
     ),
+    "diagnose": (
+        "Judge every claim of the paper on your network, and say what follows for pruning and where it fails.",
+        f"{_RESNET} --data cifar10/ --images 2000 --out report.html",
+    ),
     "bench": (
         "Compare criteria at equal MACs on your network: prune, repair, fine-tune, test, for every seed.",
         f"--model {_RESNET} --data cifar10/ --methods local,taylor,l2 --keep 0.7,0.5,0.35 --out results/",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from tp_twoaxis.cli import completion
+from tp_twoaxis.cli.held_out import calibration_and_held_out
 from tp_twoaxis.cli.option_groups import omit, override, panel
 from tp_twoaxis.cli.option_values import names
 from tp_twoaxis.cli.options import DataOptions, EvaluationOptions, ModelOptions, OutputOptions, StatisticsOptions
@@ -98,7 +99,7 @@ def explain_command(
         if evaluation.eval_data is not None or evaluation.eval_split not in (None, source.split):
             others = replace(evaluation, eval_images=explanation.lesion_images).beside(source)
         held_out = 0 if explanation.channels is None else explanation.lesion_images
-        score_loader, lesion_loader, notes = _loaders(source, others, held_out, score=gathered is None)
+        score_loader, lesion_loader, notes = calibration_and_held_out(source, others, held_out, score=gathered is None)
     if gathered is None:
         gathered = calibrate(
             network,
@@ -131,43 +132,3 @@ def explain_command(
     output.show(json.loads(result.to_json()), str(result))
     if written and not output.json_output:
         typer.echo("wrote " + " and ".join(map(str, written)), err=True)
-
-
-def _loaders(
-    source: DataOptions, others: DataOptions | None, held_out: int, *, score: bool
-) -> tuple[Any, Any, list[str]]:
-    """Images for the statistics and for the lesions, None where they are not needed; and what there is to note.
-
-    Args:
-        source: where images of the statistics are.
-        others: where those of the lesions are, if not there too.
-        held_out: how many images lesions are measured on; 0 without lesions.
-        score: whether the statistics are still to be gathered.
-    """
-    import torch
-    from torch.utils.data import Subset
-
-    from tp_twoaxis.data import ArrayDataset, make_loader
-
-    if not held_out:
-        return source.loader() if score else None, None, []
-    if others is not None:
-        return source.loader() if score else None, others.loader(), []
-    if not score:
-        note = "images of the lesions may be among those of --stats"
-        return None, replace(source, images=held_out).loader(), [note]
-    drawn = held_out + (source.images or 0)
-    dataset = replace(source, images=drawn).open()
-    notes = []
-    if len(dataset) < drawn:  # of few images both get a share
-        held_out = min(held_out, len(dataset) // 2)
-        notes.append(f"{source.data}: {len(dataset)} images, {held_out} of them for lesions")
-    # what is drawn comes in the data's order, which is often by class
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(source.seed))
-    rows = order[held_out:].sort().values, order[:held_out].sort().values
-    if isinstance(dataset, ArrayDataset):
-        loaders: list[Any] = [dataset.loader(source.batch_size, part) for part in rows]
-    else:
-        parts = (Subset(dataset, part.tolist()) for part in rows)
-        loaders = [make_loader(part, source.batch_size, workers=source.workers) for part in parts]
-    return loaders[0], loaders[1], notes

@@ -84,10 +84,10 @@ def target_axis(
 
 
 def cell_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation over the channels of a cell.
+    """Spearman's rank correlation over the channels of a cell that have both values.
 
     Args:
-        a: [V].
+        a: [V], NaN for channels to leave out.
         b: [V].
 
     Returns:
@@ -95,10 +95,13 @@ def cell_correlation(a: Tensor, b: Tensor) -> float:
 
     Example:
         >>> import torch
-        >>> cell_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([3.0, 2.0, 1.0]))
+        >>> cell_correlation(torch.tensor([1.0, 2.0, 9.0, math.nan]), torch.tensor([3.0, 2.0, 1.0, 4.0]))
         -1.0
     """
-    return float(rank_correlation(a[None], b[None])) if len(a) >= FEWEST_CHANNELS else math.nan
+    both = ~(a.isnan() | b.isnan())
+    if int(both.sum()) < FEWEST_CHANNELS:
+        return math.nan
+    return float(rank_correlation(a[both][None], b[both][None]))
 
 
 def relative_depths(cells: Sequence[str]) -> dict[str, float]:

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from tp_twoaxis.diagnostics.channel_quantities import (
-    measurable_cells,
-    relative_depths,
-)
+from tp_twoaxis.diagnostics.axis_coordinates import relative_depths, task_cells
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
 from tp_twoaxis.diagnostics.learning import IMAGES, LAYERS, check_snapshots, models_by_epoch
 from tp_twoaxis.diagnostics.learning_figures import draw_gradients, draw_gradients_by_epoch
@@ -280,7 +277,7 @@ def gradients_by_epoch(inputs: EvidenceInputs, target: str = "margin") -> pd.Dat
         NotApplicableError: see :func:`weight_gradients` and :func:`~tp_twoaxis.diagnostics.learning.check_snapshots`.
     """
     check_snapshots(inputs)
-    depths, layers = relative_depths(inputs.cells()), spread_over_depth(measurable_cells(inputs), LAYERS)
+    depths, layers = relative_depths(inputs.cells()), spread_over_depth(task_cells(inputs), LAYERS)
     parts = []
     for epoch, model in models_by_epoch(inputs):
         slopes = weight_gradients(model, inputs.calibration, layers=layers, target=target, progress=inputs.progress)
@@ -295,9 +292,9 @@ def gradients_section(inputs: EvidenceInputs) -> Section:
 
     Raises:
         NotApplicableError: see :func:`gradients_by_epoch` and
-            :func:`~tp_twoaxis.diagnostics.channel_quantities.measurable_cells`.
+            :func:`~tp_twoaxis.diagnostics.axis_coordinates.task_cells`.
     """
-    cells = measurable_cells(inputs)
+    cells = task_cells(inputs)
     target = inputs.statistics.target
     target = target if target in TARGETS_OF_ONE_NUMBER else "margin"
     slopes = weight_gradients(inputs.model, inputs.calibration, layers=cells, target=target, progress=inputs.progress)

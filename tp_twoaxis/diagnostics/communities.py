@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tp_twoaxis.diagnostics.layer_trends import relative_depths
+from tp_twoaxis.diagnostics.axis_coordinates import relative_depths
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.scores import local, target
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics

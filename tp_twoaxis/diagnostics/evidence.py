@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -158,7 +158,8 @@ class EvidenceInputs:
     Attributes:
         model: the network; it is run, and left as it was.
         statistics: of its calibration, with labels.
-        calibration: batches ``(images, labels)`` that the statistics are of, the same at every pass.
+        calibration: batches ``(images, labels)`` that the statistics are of, a list or a loader that gives the same at
+            every pass.
         held_out: batches that the calibration did not see, or None.
         snapshots: state dicts of a training by epoch, ascending; empty where none were kept.
         seed: of all draws.
@@ -167,8 +168,8 @@ class EvidenceInputs:
 
     model: nn.Module
     statistics: CalibrationStatistics
-    calibration: Sequence[tuple[Any, Tensor]]
-    held_out: Sequence[tuple[Any, Tensor]] | None = None
+    calibration: Iterable[tuple[Any, Tensor]]
+    held_out: Iterable[tuple[Any, Tensor]] | None = None
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     seed: int = 0
     progress: bool = True

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tp_twoaxis.diagnostics.axis_coordinates import relative_depths
 from tp_twoaxis.diagnostics.channel_groups import GROUPS, NO_GROUP, local_groups
 from tp_twoaxis.diagnostics.communities import excess_graph, overlap_graph
-from tp_twoaxis.diagnostics.layer_trends import relative_depths
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.statistics.store import CalibrationStatistics
 

@@ -15,8 +15,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
-from tp_twoaxis.diagnostics.layer_trends import depth_trend, relative_depths, share_estimate
+from tp_twoaxis.diagnostics.axis_coordinates import relative_depths
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing, Estimate, EvidenceInputs, NotApplicableError, Section
+from tp_twoaxis.diagnostics.layer_trends import depth_trend
+from tp_twoaxis.diagnostics.run_aggregates import share_estimate
 from tp_twoaxis.scores.hull import REFERENCES, TOLERANCES, Hulls, full_explanation, select_peers
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -189,25 +191,24 @@ def _rows_of(table: pd.DataFrame, threshold: Mapping[str, Any]) -> pd.DataFrame:
 def _claims(judged: pd.DataFrame, layers: list[str], seed: int) -> list[Claim]:
     first, last = judged.iloc[0], judged.iloc[-1]
 
-    def flags(row: pd.Series, column: str) -> list[bool]:
-        hits = round(row[column] * row.channels) if row.channels else 0
-        return [True] * hits + [False] * (row.channels - hits)
+    def share(row: pd.Series, column: str) -> Estimate:
+        return share_estimate(round(row[column] * row.channels) if row.channels else 0, row.channels)
 
     return [
         Claim(
-            f"In the first layer ({layers[0]}) many channels have one peer that replaces them",
+            "In the first layer many channels have one peer that replaces them",
             "28-48 %",
-            share_estimate(flags(first, "singleton")),
+            share(first, "singleton"),
             above=0.28,
-            note="Compared with all peers, epsilon a factor of 0.1 (ours). Wilson's interval over the layer's "
+            note=f"{layers[0]}; compared with all peers, epsilon a factor of 0.1 (ours). Wilson's interval over its "
             "channels; the bound is the lower end of the paper's range over networks.",
         ),
         Claim(
-            f"In the last layer ({layers[-1]}) most channels need ten peers or more",
+            "In the last layer most channels need ten peers or more",
             "67-78 %",
-            share_estimate(flags(last, "saturated")),
+            share(last, "saturated"),
             above=0.67,
-            note="As above; the bound is the lower end of the paper's range.",
+            note=f"{layers[-1]}; as above; the bound is the lower end of the paper's range.",
         ),
         Claim(
             "Hulls grow with depth (rank correlation of mean size with depth)",

@@ -7,20 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from tp_twoaxis.diagnostics.evidence import RESAMPLES, Estimate
 from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, rank_correlation
-
-
-def relative_depths(layers: Sequence[str]) -> dict[str, float]:
-    """Give each layer its place: 0 for the first, 1 for the last.
-
-    Example:
-        >>> relative_depths(["conv1", "conv2", "conv3"])
-        {'conv1': 0.0, 'conv2': 0.5, 'conv3': 1.0}
-    """
-    return {name: place / max(len(layers) - 1, 1) for place, name in enumerate(layers)}
 
 
 def depth_trend(depth: Sequence[float], values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate:
@@ -52,24 +41,3 @@ def depth_trend(depth: Sequence[float], values: Sequence[float], *, level: float
         return Estimate(value)
     lower, upper = np.quantile(found, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Estimate(value, float(lower), float(upper))
-
-
-def share_estimate(flags: Sequence[bool], *, level: float = 0.95) -> Estimate:
-    """Share of cells of which something is true, with Wilson's interval (1927).
-
-    Args:
-        flags: one a cell.
-        level: of the interval, in (0, 1).
-
-    Returns:
-        The share in [0, 1]; NaN where there are no cells.
-
-    Example:
-        >>> str(share_estimate([True] * 9 + [False]))
-        '0.900 [0.596, 0.982]'
-    """
-    if not len(flags):
-        return Estimate(math.nan)
-    test = binomtest(sum(map(bool, flags)), len(flags))
-    interval = test.proportion_ci(confidence_level=level, method="wilson")
-    return Estimate(float(test.statistic), float(interval.low), float(interval.high))

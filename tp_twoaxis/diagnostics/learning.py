@@ -9,12 +9,8 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import Tensor, nn
 
-from tp_twoaxis.diagnostics.channel_quantities import (
-    measurable_cells,
-    quantities_of,
-    relative_depths,
-    rho,
-)
+from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation, relative_depths, task_cells
+from tp_twoaxis.diagnostics.channel_quantities import quantities_of
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
 from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
@@ -35,9 +31,9 @@ Measure = Callable[[LayerStatistics], Mapping[str, float]]
 
 
 def hull_measures(layer: LayerStatistics) -> dict[str, float]:
-    """Mean size of the replaceability hulls, and the share at the cap, of the channels that vary; NaN for none."""
+    """Mean size of the hulls, of what all peers explain, and share at the cap, of varying channels; NaN for none."""
     active = layer.variance > 0
-    hulls = greedy_hulls(layer.correlation, active=active)
+    hulls = greedy_hulls(layer.correlation, active=active, reference="peers")
     return {
         "hull_size": float(hulls.size[active].double().mean()),
         "saturated": float(hulls.saturated[active].double().mean()),
@@ -138,7 +134,7 @@ def trajectory_table(states: Mapping[int, Mapping[str, LayerState]], depths: Map
             "layer": name,
             "depth": depths[name],
             "channels": int((~state.quantities["I"].isnan()).sum()),
-            "rho": rho(state.quantities["I"], state.quantities["M"]),
+            "rho": cell_correlation(state.quantities["I"], state.quantities["M"]),
             **state.measures,
         }
         for epoch, layers in states.items()
@@ -176,7 +172,7 @@ def velocity_table(states: Mapping[int, Mapping[str, LayerState]], depths: Mappi
     for window, (start, end) in windows(list(states)).items():
         for name in states[start]:
             before, after = states[start][name].quantities, states[end][name].quantities
-            moved = rho(after["I"] - before["I"], after["M"] - before["M"])
+            moved = cell_correlation(after["I"] - before["I"], after["M"] - before["M"])
             row = {"layer": name, "depth": depths[name], "window": window, "start": start, "end": end, "rho": moved}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -195,7 +191,7 @@ def persistence_table(states: Mapping[int, Mapping[str, LayerState]], depths: Ma
             "layer": name,
             "depth": depths[name],
             "quantity": symbol,
-            "rho": rho(values, states[last][name].quantities[symbol]),
+            "rho": cell_correlation(values, states[last][name].quantities[symbol]),
         }
         for epoch in before
         for name, state in states[epoch].items()
@@ -215,10 +211,10 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
 
     Raises:
         NotApplicableError: see :func:`check_snapshots` and
-            :func:`~tp_twoaxis.diagnostics.channel_quantities.measurable_cells`.
+            :func:`~tp_twoaxis.diagnostics.axis_coordinates.task_cells`.
     """
     depths = relative_depths(inputs.cells())
-    states = layer_states(inputs, spread_over_depth(measurable_cells(inputs), LAYERS), measures)
+    states = layer_states(inputs, spread_over_depth(task_cells(inputs), LAYERS), measures)
     trajectory = trajectory_table(states, depths)
     velocity = velocity_table(states, depths)
     persistence = persistence_table(states, depths)

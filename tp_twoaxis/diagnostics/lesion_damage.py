@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation
 from tp_twoaxis.diagnostics.lesion_probe import by_cell
-from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS, rank_correlation
-from tp_twoaxis.diagnostics.win_rate import win_rate
+from tp_twoaxis.diagnostics.run_aggregates import share_estimate
 
 # columns of the probe that damage is compared with
 SCORES = ("norm", "capture", "overlap", "hull_size", "compact_support", "compact_local", "task_mi")
@@ -26,10 +25,7 @@ def spearman(first: pd.Series, second: pd.Series) -> float:
         >>> spearman(pd.Series([1.0, 2.0, 5.0]), pd.Series([3.0, 2.0, 1.0]))
         -1.0
     """
-    if len(first) < FEWEST_CHANNELS:
-        return math.nan
-    rows = (torch.from_numpy(column.to_numpy(np.float64, copy=True))[None] for column in (first, second))
-    return float(rank_correlation(*rows))
+    return cell_correlation(*(torch.tensor(column.to_numpy(np.float64)) for column in (first, second)))
 
 
 def damage_by_layer(channels: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +134,7 @@ def pooled_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
         [['overlap', 10, 6, 0.6, 0.313, 0.832]]
     """
     total = pairs.groupby("property", sort=False)[["pairs", "wins"]].sum().reset_index()
-    rates = [win_rate(wins, count) for count, wins in zip(total["pairs"], total.wins, strict=True)]
+    rates = [share_estimate(wins, count) for count, wins in zip(total["pairs"], total.wins, strict=True)]
     return total.assign(
         win_rate=[rate.value for rate in rates],
         lower=[rate.lower for rate in rates],

@@ -81,7 +81,7 @@ def magnitude_table(inputs: EvidenceInputs) -> pd.DataFrame:
 def _with_saliencies(inputs: EvidenceInputs, cells: list[str]) -> CalibrationStatistics | None:
     if inputs.statistics.has_gradients:
         return inputs.statistics
-    _, labels = read_batch(inputs.calibration[0], call=CallSignature.of(unwrap(inputs.model)))
+    _, labels = read_batch(next(iter(inputs.calibration)), call=CallSignature.of(unwrap(inputs.model)))
     if labels is None:
         return None
     return calibrate(

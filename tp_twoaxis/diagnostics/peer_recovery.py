@@ -14,7 +14,7 @@ from tp_twoaxis.diagnostics.evidence import RESAMPLES, Estimate
 from tp_twoaxis.diagnostics.lesion_damage import spearman
 from tp_twoaxis.diagnostics.lesion_probe import by_cell
 from tp_twoaxis.diagnostics.rank_agreement import FEWEST_CHANNELS
-from tp_twoaxis.diagnostics.win_rate import win_rate
+from tp_twoaxis.diagnostics.run_aggregates import share_estimate
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -77,7 +77,7 @@ def recovery_table(channels: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     for names, part in damaged_channels(channels):
         ranks = [_ranks(part[name]) for name in ("share", "peer_explanation", "task_mi")]
         median = _resampled(np.median, part.share.to_numpy(np.float64), seed=seed)
-        helped = win_rate(int((part.share > 0).sum()), len(part))
+        helped = share_estimate(int((part.share > 0).sum()), len(part))
         rows.append(
             {
                 **names,
@@ -124,7 +124,7 @@ def matched_recovery_table(channels: pd.DataFrame, *, seed: int = 0) -> pd.DataF
         ranks = {name: _stacked(_ranks(group[name]) for group in bins) for name in ("share", *MATCHED)}
         found = {name: _resampled(_correlation, ranks["share"], ranks[name], seed=seed) for name in MATCHED}
         results = [won for group in bins if (won := _upper_half_wins(group)) is not None]
-        found["win_rate"] = win_rate(sum(results), len(results))
+        found["win_rate"] = share_estimate(sum(results), len(results))
         columns = {key: value for name, estimate in found.items() for key, value in _columns(name, estimate).items()}
         rows.append({**names, "channels": len(part), **columns, "bins": len(results)})
     return pd.DataFrame(rows)

@@ -11,15 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.channel_sources import ChannelSource, channel_sources
-from tp_twoaxis.diagnostics.channel_quantities import (
-    LOCAL,
-    QUANTITIES,
-    TARGET,
-    measurable_cells,
-    quantities_of,
-    relative_depths,
-    rho,
-)
+from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation, relative_depths, task_cells
+from tp_twoaxis.diagnostics.channel_quantities import LOCAL, QUANTITIES, TARGET, quantities_of
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
 from tp_twoaxis.diagnostics.propagation_figure import draw_propagation
 from tp_twoaxis.errors import TwoAxisError
@@ -98,13 +91,13 @@ def propagation_edges(inputs: EvidenceInputs, symbols: Sequence[str] = tuple(QUA
 
     Raises:
         NotApplicableError: there is no such convolution, the network could not be followed, or see
-            :func:`~tp_twoaxis.diagnostics.channel_quantities.measurable_cells`.
+            :func:`~tp_twoaxis.diagnostics.axis_coordinates.task_cells`.
     """
-    first = inputs.calibration[0] if len(inputs.calibration) else None
+    first = next(iter(inputs.calibration), None)
     images = first[0] if isinstance(first, (tuple, list)) else first
     if not isinstance(images, Tensor):
         raise NotApplicableError("the network was to run on one tensor of images; its channels are not followed")
-    cells = measurable_cells(inputs)
+    cells = task_cells(inputs)
     try:
         sources = channel_sources(inputs.model, images)
     except TwoAxisError as error:
@@ -152,7 +145,7 @@ def routing_table(edges: Sequence[Edge], depths: Mapping[str, float]) -> pd.Data
             "channels": int((~own.isnan()).sum()),
             "source_quantity": a,
             "quantity": b,
-            "rho": rho(routed(edge.weights, read), own),
+            "rho": cell_correlation(routed(edge.weights, read), own),
         }
         for edge in edges
         for a, read in edge.read.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ QUANTITIES = {
 }
 
 
-def norm_pairs(model: nn.Module, batches: Sequence[Any]) -> dict[str, str]:
+def norm_pairs(model: nn.Module, batches: Iterable[Any]) -> dict[str, str]:
     """Find the convolutions whose output a BatchNorm reads as it is, by running the network on one image.
 
     Args:
@@ -158,7 +158,7 @@ class _ChannelVariance:
         return torch.as_tensor(self.squares / self.rows - (self.sums / self.rows) ** 2).cpu()
 
 
-def observe(model: nn.Module, batches: Sequence[Any], layers: Sequence[str], images: int) -> Observed:
+def observe(model: nn.Module, batches: Iterable[Any], layers: Sequence[str], images: int) -> Observed:
     """Run a network on the first images and note its logits and the variances of some layers' outputs.
 
     Args:

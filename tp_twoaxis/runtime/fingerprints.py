@@ -47,6 +47,19 @@ def fingerprint(layer: nn.Module) -> str:
     return _digest(layer.named_parameters())
 
 
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Hash a state dict, buffers included; see :func:`fingerprint`.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> before = state_digest(norm.state_dict())
+        >>> norm.running_mean += 1.0
+        >>> state_digest(norm.state_dict()) == before
+        False
+    """
+    return _digest(state.items())
+
+
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Shape of a layer's weight; of attention that of its output projection.
 
