@@ -35,6 +35,7 @@ from tp_twoaxis.models import cifar_resnet20_conv_shortcut, cifar_resnet20_optio
 from tp_twoaxis.pruning.checkpoint import read_header
 from tp_twoaxis.pruning.iterate import step_shares
 from tp_twoaxis.repair import REPAIRS, refits, repair_network
+from tp_twoaxis.runtime import progress_bar
 from tp_twoaxis.runtime.timing import timed
 from tp_twoaxis.scores.named_scores import SCORES, cap_a, capture
 
@@ -330,7 +331,8 @@ def test_round_trip_through_a_file(tmp_path):
     assert "in 3 steps" in str(report)
 
 
-def test_the_step_is_shown(capsys):
+def test_the_step_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(progress_bar, "INTERVAL", 0.0)
     net, x, data = build("conv_net")
     prune(net, x, flops=0.6, steps=2, loader=data, progress=True)
     shown = capsys.readouterr().err

@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from tp_twoaxis import TwoAxisError, calibrate
+from tp_twoaxis.runtime import progress_bar
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.statistics.targets import LABEL_FREE, TARGETS
 
@@ -301,15 +302,15 @@ def test_max_images_cuts_a_batch_and_reads_no_further():
     assert run(conv_net(), batches(48, 16), max_images=32).num_images == 32
 
 
-def test_progress_is_on_stderr_and_only_when_asked_for(capsys):
+def test_progress_is_on_stderr_and_only_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(progress_bar, "INTERVAL", 0.0)
     run(conv_net(), batches())
     assert capsys.readouterr() == ("", "")
     x, y = batches(48, 48)[0]
     calibrate(conv_net(), DataLoader(TensorDataset(x, y), batch_size=16), max_images=20)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "calibrate" in err
-    assert "/20 " in err
+    assert "calibrate: image 20 of 20" in err
 
 
 class Unsized:

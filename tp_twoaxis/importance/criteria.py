@@ -46,7 +46,7 @@ def _build_score(name: str, state: PruningState, **options: Any) -> TwoAxisImpor
     of_score = {option: options.pop(option) for option in option_names(entry.function) if option in options}
     score = partial(entry.function, **of_score) if of_score else name
     extras: tuple[Need, ...] = ("consumers",) if options.get("site") == "consumer" else ()
-    stats = state.statistics(*extras, target=entry.axis_with(of_score) != "local")
+    stats = state.statistics(*extras, target=entry.axis_with(of_score) in ("target", "both"))
     return TwoAxisImportance(stats, score, **options).with_removed(state)
 
 
