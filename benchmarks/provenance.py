@@ -18,10 +18,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance(command: str, data: str) -> dict[str, str]:
-    """Command, data, commit, torch, machine and date."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=RESULTS.parent
-    ).stdout.strip()
+    """Command, data, commit, torch, machine and date; a commit is dirty if anything but results differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent.parent
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
         "command": command,
         "commit": commit,

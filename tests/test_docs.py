@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import runpy
 import shlex
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch_pruning
@@ -15,9 +17,12 @@ from cases import batches, conv_net
 
 from tp_twoaxis import LocalImportance, calibrate
 from tp_twoaxis.cli.commands import COMMANDS, load_command
+from tp_twoaxis.demo.network import one_thread
+from tp_twoaxis.training.evaluation import accuracy
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if "```" in path.read_text())]
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 COMMANDS_PAGE = runpy.run_path(str(ROOT / "scripts" / "docs_commands.py"))
 
 
@@ -44,6 +49,35 @@ def test_the_code_of_a_page_runs_in_its_order(page, tmp_path, monkeypatch):
             names["model"] = conv_net()
             names["model"].load_state_dict(state)
         exec(compile(code, str(page), "exec"), names)
+
+
+def code_cells():
+    return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_tutorial_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    """Magic commands are a notebook's own; all other lines are executed, and what the text says is so."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with one_thread(), plt.rc_context({"backend": "Agg"}):
+        for cell in code_cells():
+            code = "".join(line for line in cell["source"] if not line.startswith("%"))
+            exec(compile(code, cell["id"], "exec"), names)
+        plt.close("all")
+        dense, bare, repaired, small = (
+            accuracy(names[name], names["test"], progress=False)[0] for name in ("model", "pruned", "repaired", "small")
+        )
+    assert bare < 0.5 < 0.9 < min(dense, repaired, small)
+    assert (names["report"].importance, names["report"].repair) == ("anticipating", ["joint"])
+    assert torch.equal(names["loaded"](names["x"]), names["small"](names["x"]))
+
+
+def test_the_tutorial_is_ten_cells_whose_outputs_are_small_and_clean():
+    cells = code_cells()
+    assert len(cells) == 10
+    assert all(cell["outputs"] for cell in cells)
+    assert not [output for cell in cells for output in cell["outputs"] if output.get("name") == "stderr"]
+    assert NOTEBOOK.stat().st_size < 250_000
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda page: page.stem)

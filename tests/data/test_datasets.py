@@ -182,7 +182,7 @@ def test_torchvision_cifar_in_memory(monkeypatch, tmp_path):
 
     with pytest.raises(TwoAxisError, match="cifar-10-batches-py"):
         open_dataset(f"cifar10:{tmp_path}")
-    with pytest.raises(TwoAxisError, match="train or test"):
+    with pytest.raises(TwoAxisError, match="one of train, test"):
         open_dataset(f"cifar10:{tmp_path}", split="val")
     monkeypatch.setattr(datasets, "CIFAR10", Fake)
     data = open_dataset(f"cifar10:{tmp_path}", split="test")

@@ -13,13 +13,18 @@ import torch
 from torch import nn
 
 from tp_twoaxis import TwoAxisError
+from tp_twoaxis.cli.commands import load_command
 from tp_twoaxis.data import digits
 from tp_twoaxis.demo import DemoResult, run_demo
 from tp_twoaxis.demo.demo_page import CODE
 from tp_twoaxis.demo.network import DigitsResNet, one_thread, shifted
-from tp_twoaxis.demo.result import METHODS, bar
+from tp_twoaxis.demo.result import NEXT, RECOMMENDED
+from tp_twoaxis.demo.run import FULL, QUICK, sweep
+from tp_twoaxis.demo.verdict import verdict
+from tp_twoaxis.known_names import AUTO
+from tp_twoaxis.pruning.recipe import choose_recipe
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "img", "hr", "input", "source"}
 
 
 class Strict(HTMLParser):
@@ -67,28 +72,45 @@ def test_report_opens_without_anything_else(demo: DemoResult) -> None:
     page.feed(text)
     page.close()
     assert page.open == []
-    # pictures are inside the page
-    assert len(page.loads) == 2
-    assert all(loads.startswith("img src=data:image/png;base64,") for loads in page.loads)
+    # pictures are inside the page, two of them, each for light and for dark
+    inside = [loads.split("data:image/png;base64,")[0] for loads in page.loads]
+    assert inside == ["source srcset=", "img src="] * 2
+    assert len(set(page.loads)) == 4
     assert not re.search(r"@import|url\(\s*['\"]?(?!#)|<script", text)
     assert len(page.ids) == len(set(page.ids))
     assert set(page.references) <= set(page.ids)
-    # light and dark are the browser's choice
+    # a phone's own width, light and dark as the reader has it
+    assert "name='viewport' content='width=device-width" in text
     assert "color-scheme: light dark" in text
     assert "the order means nothing" in text
-    for part in ("is best with", "worst to best network", "rank_correlation", "save_pruned", "made", "layer1.0.conv1"):
+    for part in (*demo.verdict, "save_pruned", "layer1.0.conv1", "made", NEXT):
         assert part in text
-    assert text.index("<td>dense</td>") < min(text.index(f"<td>{method}</td>") for method in METHODS)
+    assert text.index("<td>dense</td>") < text.index(f"<td>{RECOMMENDED}</td>")
+
+
+def test_the_recommended_method_is_what_is_done_by_default() -> None:
+    loader = digits("calibration").loader(batch_size=100)
+    recipe = choose_recipe(DigitsResNet(), next(iter(loader))[0][:1], AUTO, AUTO, loader=loader)
+    assert f"{recipe.importance}+{'+'.join(recipe.repair)}" == RECOMMENDED
+
+
+def test_every_criterion_has_the_default_repair_and_bn_alone() -> None:
+    names = {trial.method.name for trial in sweep(Path("weights"), [0], FULL).trials()}
+    assert names == {f"{name}+{repair}" for name in FULL.criteria for repair in ("joint", "bn")}
+    assert RECOMMENDED in names
+    assert {"l2+joint", "taylor+bn", "fpgm+joint"} < names
 
 
 def test_results_hold_all_methods_at_their_targets(demo: DemoResult) -> None:
     result = json.loads(demo.to_json())
-    assert {run["method"] for run in result["runs"]} == set(METHODS)
-    assert len(result["runs"]) == len(METHODS) * len(result["settings"]["targets"])
+    methods = {method.name for method in sweep(Path("weights"), [0], QUICK).methods}
+    assert {run["method"] for run in result["runs"]} == {row["method"] for row in result["summary"]} == methods
+    assert len(result["runs"]) == len(methods) * len(result["settings"]["targets"])
     for run in result["runs"]:
         assert run["achieved"] == pytest.approx(run["target"], rel=0.01)
         assert 0 <= run["accuracy"] <= 1
-        assert run["seconds"] >= 0
+        assert run["rank_seconds"] > 0
+        assert run["repair_seconds"] > 0
     assert result["dense"][0]["accuracy"] > 0.6
     assert {"call", "command", "torch", "machine", "data"} <= set(result["provenance"])
     assert sorted(path.name for path in demo.report_path.parent.iterdir()) == ["report.html", "results.json"]
@@ -96,36 +118,68 @@ def test_results_hold_all_methods_at_their_targets(demo: DemoResult) -> None:
 
 def test_removed_channels_agree_with_kept_counts(demo: DemoResult) -> None:
     result = json.loads(demo.to_json())
-    plan = next(run for run in result["runs"] if (run["method"], run["target"]) == ("capture", 0.5))
+    plan = next(run for run in result["runs"] if (run["method"], run["target"]) == (RECOMMENDED, 0.5))
     layers: dict[str, list[dict]] = {}
     for channel in result["channels"]:
         layers.setdefault(channel["layer"], []).append(channel)
     assert set(plan["kept"]) < set(layers)
-    prefixes = 0
     for name, (kept, size) in plan["kept"].items():
-        capture = [channel["capture"] for channel in layers[name]]
-        removed = {channel["channel"] for channel in layers[name] if channel["removed"]}
-        assert len(capture) == size
-        assert len(removed) == size - kept
-        if name.endswith(".conv1") and 0 < kept < size:
-            # one producer: the plan removes a prefix in capture's order, but for channels that fill the last gap
-            order = sorted(range(size), key=capture.__getitem__)
-            assert set(order[: size - kept]) == removed
-            prefixes += 1
-    assert prefixes > 0
+        assert len(layers[name]) == size
+        assert sum(channel["removed"] for channel in layers[name]) == size - kept
 
 
-def test_table_is_plain_and_sorted(demo: DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_is_plain_and_sorted_and_the_next_command_is_last(
+    demo: DemoResult, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert max(map(len, demo.table.splitlines())) <= 80
-    shares = [float(match) for match in re.findall(r"([\d.]+)% ±", demo.table)]
-    assert len(shares) == len(METHODS)
-    assert shares == sorted(shares, reverse=True)
     assert "dense" in demo.table.splitlines()[4]
+    means = [sum(float(cell.split()[0]) for cell in line[1:-1]) for line in demo.lines[1:]]
+    assert means == sorted(means, reverse=True)
     demo.show()
     shown = capsys.readouterr().out
     assert demo.report_path.as_uri() in shown
-    for method in METHODS:
-        assert method in shown
+    for line in demo.lines:
+        assert line[0] in shown
+    assert shown.splitlines()[-1].strip() == NEXT
+
+
+def test_the_next_command_can_be_parsed() -> None:
+    program, command, *arguments = NEXT.split()
+    assert program == "tp-twoaxis"
+    load_command(command).make_context(command, arguments)
+
+
+ACCURACIES = {"a+joint": (0.9, 0.8), "b+joint": (0.9, 0.85), "a+bn": (0.7, 0.4), "b+bn": (0.8, 0.9)}
+
+
+def words_of(accuracies: dict[str, tuple[float, float]]) -> list[str]:
+    summary = [
+        {
+            "method": method,
+            "criterion": method[0],
+            "repair": method[2:],
+            "target": target,
+            "accuracy": accuracy,
+            "standard_error": 0.01,
+        }
+        for method, own in accuracies.items()
+        for target, accuracy in zip((0.5, 0.25), own, strict=True)
+    ]
+    return verdict({"summary": summary, "settings": {"targets": [0.5, 0.25]}}, "a+joint")
+
+
+def test_verdict_says_what_the_numbers_say() -> None:
+    criteria, repairs = words_of(ACCURACIES)
+    assert "level with b, the best other, at 50% of the multiply-adds (within two standard errors, 2.8)" in criteria
+    assert "5.0 points behind b at 25% (beyond two standard errors, 2.8)." in criteria
+    assert "joint instead of bn changes the criteria by -5.0 to +40.0 points" in repairs
+    assert "matters more" not in repairs
+    _, repairs = words_of(ACCURACIES | {"b+bn": (0.8, 0.5)})
+    assert "joint gives the criteria 35.0 to 40.0 points more than bn" in repairs
+    assert "within 5.0 points of each other, so here the repair matters more" in repairs
+    criteria, repairs = words_of({"a+joint": (0.9, 0.8), "b+joint": (0.8, 0.7), "a+bn": (0.9, 0.9), "b+bn": (0.8, 0.8)})
+    assert "10.0 points ahead of b, the best other, at 50%" in criteria
+    assert "joint gives the criteria 10.0 to 10.0 points less than bn" in repairs
 
 
 def test_show_without_rich(
@@ -147,7 +201,8 @@ def test_equal_seeds_give_equal_numbers(demo: DemoResult, tmp_path: Path) -> Non
     first, second = json.loads(demo.to_json()), json.loads(again.to_json())
     for result in (first, second):
         for entry in [*result["runs"], *result["dense"], *result["summary"]]:
-            del entry["seconds"]
+            for name in [name for name in entry if "seconds" in name]:
+                del entry[name]
         del result["provenance"]
     assert first == second
 
@@ -187,12 +242,6 @@ def test_one_thread_comes_back_on_errors() -> None:
     with pytest.raises(RuntimeError), one_thread():
         raise RuntimeError
     assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize("share", [0.0, 0.031, 0.5, 0.999, 1.0])
-def test_bars_have_one_length(share: float) -> None:
-    assert len(bar(share)) == len(bar(1.0))
-    assert bar(share).rstrip() == "" or share > 0
 
 
 def test_network_is_residual() -> None:

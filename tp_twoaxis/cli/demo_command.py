@@ -12,7 +12,7 @@ from tp_twoaxis.cli.options import OutputOptions
 
 def demo_command(
     *,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the pictures.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("demo-output"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer training steps and criteria.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, training and random scores.")] = 0,
     output: OutputOptions,

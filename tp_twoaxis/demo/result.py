@@ -6,23 +6,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tp_twoaxis.benchmark import Method
+from tp_twoaxis.demo.verdict import verdict
+from tp_twoaxis.pruning.recipe import BEST_REPAIR, SELECTING
 from tp_twoaxis.runtime.serialization import Json
 
-# what each criterion looks at
-METHODS = {
-    "capture": "local axis",
-    "hull": "local axis",
-    "task-mi": "task axis",
-    "l2": "weights",
-    "fpgm": "weights",
-    "taylor": "gradients",
-    "random": "chance",
-}
-HALF, LOCAL = 0.5, "capture"  # the main target, and the criterion whose choice is shown
-STYLES = {"local axis": "cyan", "task axis": "yellow"}
-BAR = 14  # characters; with it the table fits into 80 columns
-HEADER = ("method", "looks at", "kept MACs", "test accuracy", "to rank")
-RANKING = ("statistics", "gradients", "activations", "importance", "score")
+# what prune_to_flops does where nothing is named
+RECOMMENDED = Method(SELECTING, repair=(BEST_REPAIR,)).name
+NEXT = "tp-twoaxis prune resnet50 --pretrained --data DIR --flops 0.5 --out pruned.safetensors"
 QUICK_NOTE = "quick run: hardly trained, the order means nothing"
 
 
@@ -34,59 +25,67 @@ class DemoResult:
         report_path: the HTML report.
         results_path: the same numbers and their provenance as JSON.
         title: what the table is of.
-        note: how to read it.
-        rows: a summary a method at the main target, from the best to the worst.
-        dense: mean test accuracy of the dense networks.
+        header: of the table's columns.
+        lines: the table, as text: the dense network, then methods from the best to the worst.
+        notes: how to read it.
+        verdict: what it shows, in two sentences.
     """
 
     report_path: Path
     results_path: Path
     title: str
-    note: str
-    rows: list[Json] = field(repr=False)
-    dense: float
+    header: tuple[str, ...]
+    lines: list[tuple[str, ...]] = field(repr=False)
+    notes: list[str]
+    verdict: list[str]
 
     @classmethod
     def of(cls, out: Path, result: Json) -> DemoResult:
-        """Take the table at half the MACs from what ``results.json`` holds.
+        """Take the table from what ``results.json`` holds.
 
         Args:
             out: the folder of both files.
             result: content of ``results.json``.
         """
-        count = len(result["dense"])
-        note = (
-            f"mean of {count} network{'s' if count > 1 else ''}; ± one binomial standard error of {count} x "
-            f"{result['test_images']} test images"
-        ) + (f"\n{QUICK_NOTE}" if result["quick"] else "")
-        title = f"digits, {HALF:.0%} of the MACs kept, BatchNorm re-estimated, not fine-tuned"
-        rows = at_target(result["summary"], HALF)
-        return cls(out / "report.html", out / "results.json", title, note, rows, dense_accuracy(result))
+        header, lines = accuracy_lines(result)
+        return cls(
+            out / "report.html",
+            out / "results.json",
+            "digits: test accuracy by share of the multiply-adds kept; not fine-tuned",
+            header,
+            lines,
+            [error_note(result), *([QUICK_NOTE] if result["quick"] else [])],
+            verdict(result, RECOMMENDED),
+        )
 
     @property
     def table(self) -> str:
-        """The main target's results as plain text: the dense network on top, then from best to worst."""
-        lines = [HEADER, *self._lines()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+        """The results as plain text."""
+        lines = [self.header, *self.lines]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         text.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self.title, "", *(line.rstrip() for line in text), "", self.note])
+        return "\n".join([self.title, "", *(line.rstrip() for line in text), "", *self.notes])
 
     @property
-    def where(self) -> str:
-        """Where the report lies, as a path and, on a second line, as an address for a browser."""
+    def ending(self) -> str:
+        """What the table shows, where the report lies, as a path and as an address for a browser, and what to do next.
+
+        Paths and commands stay on one line each, so that a terminal can open and copy them.
+        """
         path = self.report_path.resolve()
-        return f"report: {path}\n        {path.as_uri()}"
+        where = f"report: {path}\n        {path.as_uri()}"
+        return "\n\n".join(["\n".join(self.verdict), where, f"Next, on your own network:\n  {NEXT}"])
 
     def __str__(self) -> str:
-        return f"{self.table}\n\n{self.where}"
+        return f"{self.table}\n\n{self.ending}"
 
     def to_json(self) -> str:
         """Return what ``results.json`` holds."""
         return self.results_path.read_text(encoding="utf-8")
 
     def show(self) -> None:
-        """Print the table and where the report lies; in colour where rich is installed and the terminal can."""
+        """Print the table and what follows it; in colour where rich is installed and the terminal can."""
         try:
             from rich import box
             from rich.console import Console
@@ -95,48 +94,45 @@ class DemoResult:
             print(self)
             return
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for name in HEADER:
+        for name in self.header:
             table.add_column(name, no_wrap=True)
-        for line in self._lines():
-            table.add_row(*line, style="bold" if line[0] == "dense" else STYLES.get(line[1]))
-        # paths stay on one line each, so that a terminal can open them
-        Console(highlight=False).print(self.title, table, self.note, "", sep="\n")
-        print(self.where)
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        dense = ("dense", "", "100.0 %", f"{bar(self.dense)} {self.dense:6.1%}", "")
-        pruned = (
-            (
-                row["method"],
-                METHODS[row["method"]],
-                f"{100 * row['achieved']:.1f} %",
-                f"{bar(row['accuracy'])} {row['accuracy']:6.1%} ± {row['standard_error']:.1%}",
-                f"{row['seconds']:.2f} s",
-            )
-            for row in self.rows
-        )
-        return [dense, *pruned]
+        styles = {"dense": "bold", RECOMMENDED: "cyan"}
+        for line in self.lines:
+            table.add_row(*line, style=styles.get(line[0]))
+        Console(highlight=False).print(self.title, table, *self.notes, "", sep="\n")
+        print(self.ending)
 
 
-def at_target(summary: list[Json], target: float) -> list[Json]:
-    """Choose the rows of a target, ordered from the best to the worst.
+def accuracy_lines(result: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Lay the summary out as text: a line a method, a column a share kept, seconds last.
 
-    Example:
-        >>> at_target([{"target": 0.5, "accuracy": 0.8}, {"target": 0.5, "accuracy": 0.9}], 0.5)[0]["accuracy"]
-        0.9
+    Args:
+        result: content of ``results.json``.
+
+    Returns:
+        The header, and the lines: dense networks first, then methods by their mean accuracy over the shares.
     """
-    return sorted((row for row in summary if row["target"] == target), key=lambda row: -row["accuracy"])
+    shares = [f"{share:.0%}" for share in result["settings"]["targets"]]
+    methods: dict[str, list[Json]] = {}
+    for row in result["summary"]:
+        methods.setdefault(row["method"], []).append(row)
+    order = sorted(methods, key=lambda method: -sum(row["accuracy"] for row in methods[method]))
+    dense = dense_accuracy(result)
+    lines = [("dense", *([f"{dense:.1%}"] + [""] * (len(shares) - 1)), "")]
+    for method in order:
+        rows = methods[method]
+        cells = (f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" for row in rows)
+        lines.append((method, *cells, f"{rows[0]['seconds']:.1f}"))
+    return ("method", *shares, "seconds"), lines
 
 
-def rank_seconds(record: Json) -> float:
-    """Seconds that a trial took to rank the channels, its calibration or backward pass included.
-
-    Example:
-        >>> rank_seconds({"seconds": {"statistics": 1.0, "score": 0.5, "remove": 2.0}})
-        1.5
-    """
-    seconds: dict[str, float] = record["seconds"]
-    return sum(seconds.get(phase, 0.0) for phase in RANKING)
+def error_note(result: Json) -> str:
+    """Say what the numbers are means and errors of."""
+    count, images = len(result["dense"]), result["test_images"]
+    return (
+        f"Accuracy in %: mean of {count} network{'s' if count > 1 else ''} ± one binomial standard error\n"
+        f"of {count} x {images} test images. Seconds: to rank, prune and repair, after calibration."
+    )
 
 
 def dense_accuracy(result: Json) -> float:
@@ -153,15 +149,3 @@ def binomial_error(share: float, count: int) -> float:
         0.015
     """
     return math.sqrt(max(share * (1 - share), 0.0) / count)
-
-
-def bar(share: float) -> str:
-    """Draw a share of 0..1 in eighths of a character.
-
-    Example:
-        >>> bar(0.5)
-        '███████       '
-    """
-    eighths = round(8 * BAR * min(max(share, 0.0), 1.0))
-    full, part = divmod(eighths, 8)
-    return ("█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")).ljust(BAR)

@@ -21,6 +21,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid #8884; font-size: .82rem; }
+@media (max-width: 40rem) {
+  body { padding: .8rem .9rem 3rem; } table { font-size: .82rem; } th, td { padding: .25rem .3rem; }
+}
 """
 
 
@@ -35,8 +38,8 @@ def page(title: str, sections: Iterable[str]) -> str:
         >>> page("a < b", ["<p>text</p>"]).splitlines()[-2:]
         ['<p>text</p>', '</body></html>']
     """
-    view = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    head = f"<meta charset='utf-8'>{view}<title>{escape(title)}</title><style>{CSS}</style>"
+    viewport = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{viewport}<title>{escape(title)}</title><style>{CSS}</style>"
     return f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
 
 

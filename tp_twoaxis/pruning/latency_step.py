@@ -96,7 +96,7 @@ def prune_step_to_latency(removal: Removal, share: float, dense: DenseLatency) -
         UnreachableTargetError: even with every group at its floor the network takes longer.
         TwoAxisError: as of :func:`~tp_twoaxis.pruning.step.prune_step`.
     """
-    search = _Search(removal, share, dense)
+    search = _TargetSearch(removal, share, dense)
     while search.goes_on():
         search.try_once()
     return search.result()
@@ -107,7 +107,7 @@ class _Limits(TypedDict):
     round_to: int | None
 
 
-class _Search:
+class _TargetSearch:
     """Attempts at one share, each corrected by those before it."""
 
     def __init__(self, removal: Removal, share: float, dense: DenseLatency) -> None:

@@ -25,7 +25,7 @@ FEWEST_IMAGES = 10
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PruningRecipe:
     """What will be done.
 
     Attributes:
@@ -47,7 +47,7 @@ def choose_recipe(
     *,
     loader: Iterable[Any] | None = None,
     stats: CalibrationStatistics | None = None,
-) -> Recipe:
+) -> PruningRecipe:
     """Choose a criterion and a repair where they are ``"auto"``.
 
     From ten images on channels are selected by ``anticipating``, which measures what the repaired network loses, and
@@ -81,7 +81,7 @@ def choose_recipe(
     open_importance, open_repair = is_auto(importance), is_auto(repair)
     notes: list[str] = []
     if not (open_importance or open_repair):
-        return Recipe(importance, repair)
+        return PruningRecipe(importance, repair)
     if loader is None and stats is None:
         raise TwoAxisError(
             "expected loader=... with images to choose channels by and to repair from, labels are not needed, got "
@@ -99,7 +99,7 @@ def choose_recipe(
     if open_repair:
         repair, why = _choose_repair(network, loader, stats, count)
         notes.append(f"repair was left open: {'+'.join(repair) or 'none'}, {why}")
-    return Recipe(importance, repair, notes)
+    return PruningRecipe(importance, repair, notes)
 
 
 def is_auto(choice: Any) -> bool:

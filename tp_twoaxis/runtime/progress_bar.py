@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm.auto import tqdm as drawn_bar
+from tqdm import TqdmWarning
 from tqdm.std import tqdm as plain_bar
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # notebooks without ipywidgets show bars as text
+    from tqdm.auto import tqdm as drawn_bar
 
 INTERVAL = 30.0
 """Seconds between two lines, whichever bars they are of."""
