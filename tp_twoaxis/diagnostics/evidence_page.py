@@ -26,7 +26,8 @@ SHOWN_ROWS = 100
 VERDICTS = {"HOLDS": "holds", "DOES NOT": "fails", "UNDECIDED": "open"}
 STYLE = """<style>
 .claims td, .claims th { text-align: left; white-space: normal; vertical-align: top; }
-.claims { width: 100%; } .claims th:first-child { width: 50%; } h3 a { color: inherit; }
+.claims { width: 100%; } .claims th:first-child { width: 40%; } h3 a { color: inherit; }
+.claims th:nth-child(2) { min-width: 8rem; }
 .claims td.number { white-space: nowrap; } .claims .soft { display: block; }
 .verdict { font-weight: 600; font-size: .8rem; padding: .1rem .45rem; border-radius: .3rem; }
 .verdict { color: #fff; white-space: nowrap; }
