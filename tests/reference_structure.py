@@ -40,11 +40,3 @@ def contrast(pairs, groups):
     a, b = np.array(within), np.array(between)
     variance = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
     return a.mean(), b.mean(), (a.mean() - b.mean()) / math.sqrt(variance)
-
-
-def wilson(hits, trials, z=1.959963984540054):
-    """Wilson's score interval: the shares p with |hits / n - p| <= z sqrt(p (1 - p) / n)."""
-    share = hits / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return centre - half, centre + half

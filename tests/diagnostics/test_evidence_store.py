@@ -50,8 +50,10 @@ def test_a_section_is_there_once_its_record_is(folder):
     folder.draw(section())
     assert folder.read("hulls") is None
     folder.finish(folder.draw(section()))
+    (folder.path / "hulls-of_before.csv").write_text("")
     folder.draw(section(value=2.0))  # interrupted while it is written again
     assert folder.read("hulls") is None
+    assert not (folder.path / "hulls-of_before.csv").exists()
 
 
 def test_files_that_are_none_are_refused(folder):

@@ -93,7 +93,9 @@ class EvidenceFolder:
             TwoAxisError: a file cannot be written.
         """
         self._make()
-        (self.path / f"{section.name}.json").unlink(missing_ok=True)  # the old one is no longer whole
+        (self.path / f"{section.name}.json").unlink(missing_ok=True)  # first: what stays is no longer whole
+        for old in self.path.glob(f"{section.name}-*"):
+            old.unlink()
         for name, table in section.tables.items():
             buffer = io.BytesIO()
             table.to_parquet(buffer, index=False)
