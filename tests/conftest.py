@@ -7,6 +7,14 @@ import pytest
 from cli_cases import MODEL, succeed
 from PIL import Image
 
+from tp_twoaxis.runtime import progress_bar
+
+
+@pytest.fixture(autouse=True)
+def _lines_of_progress_begin_anew():
+    """Each test is as long as a run of its own: lines that earlier tests are due are not printed in it."""
+    progress_bar._clock.last = None
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
