@@ -155,7 +155,8 @@ def test_few_images_are_noted_with_rows_and_width():
     x = torch.randn(20, 6)
     report = repair_network(net, dense, masks, ("ridge",), loader=[x], guard=False, progress=False)
     assert report.notes == [
-        "2: few rows, such as 20 for 54 inputs in 2, so reconstructions shrink towards no change; repair from more images"
+        "2: few rows, such as 20 for 54 inputs in 2, so reconstructions shrink towards no change; "
+        "repair from more images"
     ]
     with torch.no_grad():
         fresh = torch.randn(400, 6)
@@ -168,7 +169,8 @@ def test_ignored_layers_that_read_no_removed_channel_keep_their_weights(repair):
     """A detector's fixed decoding, say: its inputs change, which is no reason to refit it."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 6, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1)),
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 6, 3), nn.ReLU(),
+        nn.Sequential(nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1)),
     ).eval()  # fmt: skip
     refitted, decoded = copy.deepcopy(net), [parameter.clone() for parameter in net[4].parameters()]
     prune(refitted, repair, ignored_layers=["2"])

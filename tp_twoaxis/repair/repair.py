@@ -269,8 +269,8 @@ def _add_notes(task: RepairTask, consumers: list[ConsumerRepair]) -> None:
     if scarce := [consumer for consumer in consumers if 0 < consumer.rows < FEW_ROWS * consumer.kept]:
         least = min(scarce, key=lambda consumer: consumer.rows / consumer.kept)
         task.notes.append(
-            f"{listing(consumer.layer for consumer in scarce)}: few rows, such as {least.rows} for {least.kept} inputs in "
-            f"{least.layer}, so reconstructions shrink towards no change; repair from more images"
+            f"{listing(consumer.layer for consumer in scarce)}: few rows, such as {least.rows} for {least.kept} inputs "
+            f"in {least.layer}, so reconstructions shrink towards no change; repair from more images"
         )
 
 
