@@ -24,6 +24,10 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
+$(VENV)/.examples: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	@touch $@ $(VENV)/.cli
+
 docs: $(VENV)/.docs ## Build the documentation site in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -33,8 +37,11 @@ docs-serve: $(VENV)/.docs ## Show the site at http://localhost:8000 while pages 
 demo: $(VENV)/.cli ## Train, calibrate, prune and compare on real digits (two minutes, no network)
 	$(BIN)/tp-twoaxis demo --out demo-output --force
 
-examples: $(VENV)/.cli ## Run every example with its defaults (two minutes, no network)
-	for script in examples/*.py; do $(BIN)/python $$script || exit 1; done
+examples: $(VENV)/.examples ## Run every example with its defaults (five minutes, no network), in build/examples
+	mkdir -p build/examples
+	cd build/examples && for script in $(CURDIR)/examples/*.py; do \
+	    echo "== $$script" && $(abspath $(BIN))/python $$script || exit 1; \
+	done
 
 test: $(VENV)/.all ## Run all tests and docstring examples
 	$(BIN)/python -m pytest

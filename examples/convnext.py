@@ -10,7 +10,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from tp_twoaxis import calibrate, load_pruned, prune_to_flops, save_pruned
+from tp_twoaxis import load_pruned, prune_to_flops, save_pruned
 from tp_twoaxis.data import ArrayDataset, digits, make_loader, open_dataset
 from tp_twoaxis.training import finetune
 from tp_twoaxis.training.evaluation import accuracy
@@ -21,7 +21,7 @@ parser.add_argument("--data", help="folder of images, a sub-folder for each clas
 parser.add_argument("--size", type=int, default=64, help="pixels a side; 224 for ImageNet's networks and photographs")
 parser.add_argument("--pretrained", action="store_true", help="download published weights")
 parser.add_argument("--flops", type=float, default=0.5, help="share of the multiply-adds to keep")
-parser.add_argument("--images", type=int, default=256, help="images to calibrate and to test on")
+parser.add_argument("--images", type=int, default=64, help="images to calibrate and to test on; better 500 and more")
 parser.add_argument("--batches", type=int, default=30, help="batches of 32 to fine-tune on")
 parser.add_argument("--out", default="convnext-pruned.safetensors", help="where to save the pruned network")
 args = parser.parse_args()
@@ -47,8 +47,7 @@ def build():
 
 
 model = build()
-stats = calibrate(model, calibration)
-report = prune_to_flops(model, example, "capture", flops=args.flops, stats=stats)  # no batch norm, no repair by it
+report = prune_to_flops(model, example, flops=args.flops, loader=calibration)
 print(report)
 
 finetune(model, make_loader(train, 32, shuffle=True), max_batches=args.batches)

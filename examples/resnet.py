@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from tp_twoaxis import calibrate, load_pruned, prune_to_flops, save_pruned
+from tp_twoaxis import load_pruned, prune_to_flops, save_pruned
 from tp_twoaxis.data import ArrayDataset, digits, make_loader, open_dataset
 from tp_twoaxis.training import finetune
 from tp_twoaxis.training.evaluation import accuracy
@@ -18,10 +18,10 @@ from tp_twoaxis.training.evaluation import accuracy
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="resnet18", help="any ResNet of torchvision")
 parser.add_argument("--data", help="folder of images, a sub-folder for each class; default: digits")
-parser.add_argument("--size", type=int, default=64, help="pixels a side; 224 for ImageNet's networks and photographs")
+parser.add_argument("--size", type=int, default=32, help="pixels a side; 224 for ImageNet's networks and photographs")
 parser.add_argument("--pretrained", action="store_true", help="download published weights")
 parser.add_argument("--flops", type=float, default=0.5, help="share of the multiply-adds to keep")
-parser.add_argument("--images", type=int, default=256, help="images to calibrate and to test on")
+parser.add_argument("--images", type=int, default=64, help="images to calibrate and to test on; better 500 and more")
 parser.add_argument("--batches", type=int, default=30, help="batches of 32 to fine-tune on")
 parser.add_argument("--out", default="resnet-pruned.safetensors", help="where to save the pruned network")
 args = parser.parse_args()
@@ -50,8 +50,7 @@ def build():
 
 
 model = build()
-stats = calibrate(model, calibration)
-report = prune_to_flops(model, example, "local", flops=args.flops, stats=stats, loader=calibration)
+report = prune_to_flops(model, example, flops=args.flops, loader=calibration)
 print(report)
 
 finetune(model, make_loader(train, 32, shuffle=True), max_batches=args.batches)

@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-BACKBONES = ("convnext", "mobilenet", "resnet", "vgg", "vit")
+BACKBONES = ("convnext", "efficientnet", "resnet", "vgg", "vit")
+# with packages that only `make examples` installs, and their smallest arguments
+ELSEWHERE = {
+    "huggingface_vit": ("datasets", []),
+    "with_accelerate": ("accelerate", []),
+    "with_lightning": ("lightning", []),
+    "yolo": ("ultralytics", ["--images", "16"]),
+}
+OTHERS = ("drop_in", "segmentation", "vit_axes", *ELSEWHERE)
 TINY = ["--size", "32", "--images", "32", "--batches", "1"]
 
 
@@ -24,17 +32,21 @@ def run(script, *arguments):
 
 
 def test_all_examples_are_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*BACKBONES, "drop_in", "vit_axes"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*BACKBONES, *OTHERS}
     listed = (EXAMPLES / "README.md").read_text()
-    assert all(f"{name}.py" in listed for name in (*BACKBONES, "drop_in", "vit_axes"))
+    assert all(f"{name}.py" in listed for name in (*BACKBONES, *OTHERS))
 
 
 @pytest.mark.parametrize("script", BACKBONES)
 def test_backbones(script, tmp_path, capsys):
     state = run(script, *TINY, "--out", str(tmp_path / "net.safetensors"))
-    assert abs(state["report"].achieved - 0.5) <= (0.01 if script == "mobilenet" else 0.005)
+    assert abs(state["report"].achieved - 0.5) <= (0.01 if script == "efficientnet" else 0.005)
+    assert (state["report"].importance, state["report"].repair) == (
+        "hull(0.5)" if script == "vgg" else "anticipating",
+        ["joint"],
+    )
     assert "loaded again" in capsys.readouterr().out
-    if script == "mobilenet":
+    if script == "efficientnet":
         assert all(len(g.kept) % 8 == 0 for g in state["report"].groups if g.removed)
 
 
@@ -56,6 +68,24 @@ def test_both_axes_of_a_transformer(capsys):
     assert all(-1 <= rho <= 1 and -0.5 <= ari <= 1 for rho, ari in state["table"])
     assert all(len(torch.cat(kept)) == 48 for kept in state["tokens"])
     assert "ARI of 3 groups" in capsys.readouterr().out
+
+
+def test_segmentation(tmp_path):
+    options = ["--model", "lraspp_mobilenet_v3_large", "--images", "10"]
+    state = run("segmentation", *options, "--size", "32", "--out", str(tmp_path / "net.safetensors"))
+    assert (state["report"].importance, state["report"].repair) == ("hull", ["joint"])
+    assert state["after"] == state["before"] == {"out": (1, 21, 32, 32)}
+
+
+@pytest.mark.filterwarnings("ignore")  # of other people's packages
+@pytest.mark.parametrize("script", ELSEWHERE)
+def test_networks_and_trainers_of_other_packages(script, tmp_path, monkeypatch, capsys):
+    package, options = ELSEWHERE[script]
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    state = run(script, *options)
+    assert state["report"].after.macs < 0.62 * state["report"].before.macs
+    assert "MACs" in capsys.readouterr().out
 
 
 def test_drop_in(capsys):

@@ -85,6 +85,12 @@ def test_the_model_returns_after_an_error(counter):
     assert counter(net, X) > 0
 
 
+def test_attention_tells_which_of_the_two_is_installed():
+    """Both ultralytics-thop, whose versions begin at 2, and thop install the module thop."""
+    x, maintained = torch.zeros(1, 5, 8), not thop.__version__.startswith("0.")
+    assert (thop_macs(nn.MultiheadAttention(8, 2, batch_first=True), (x, x, x)) > 0) == maintained
+
+
 def test_without_thop_there_is_no_number(monkeypatch):
     monkeypatch.setattr(other_counters, "find_spec", lambda _: None)
     assert thop_macs(nn.Linear(3, 2), torch.zeros(1, 3)) is None

@@ -291,6 +291,31 @@ class Later(nn.Linear):
         return super().forward(x)
 
 
+class Remembering(nn.Linear):
+    """Computes something for a shape that it meets anew, as ultralytics' detection head; heads is its structure."""
+
+    shape = None
+    heads = 4
+
+    def __init__(self):
+        super().__init__(4, 2)
+
+    def forward(self, x):
+        if self.shape != x.shape:
+            self.shape, self.factor = x.shape, torch.tensor(float(len(x)))
+        return super().forward(x) * self.factor / self.heads
+
+
+def test_what_a_forward_remembers_is_left_to_the_next_forward(tmp_path):
+    path, net, x = tmp_path / "net.safetensors", Remembering(), torch.ones(3, 4)
+    net.heads = 2
+    net(x)
+    save_pruned(net, path)
+    loaded = load_pruned(path, Remembering)
+    assert (loaded.shape, loaded.heads) == (None, 2)
+    assert torch.equal(loaded(x), net(x))
+
+
 def test_attributes_that_the_factory_s_modules_lack_are_refused(tmp_path):
     path, net = tmp_path / "net.safetensors", Later()
     net.drop, net.counted = 0, 3

@@ -80,6 +80,25 @@ def test_models_without_one_input_and_class_logits_are_ranked_without_them():
     assert "several inputs" in recipe.notes[0]
 
 
+class NamedInput(nn.Module):
+    """As a Hugging Face classifier: one image by name, labels and more that may be left out, logits in a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, pixel_values=None, labels=None):
+        return {"logits": self.net(pixel_values)}
+
+
+@pytest.mark.parametrize("example", [X, (X,), {"pixel_values": X}], ids=["tensor", "tuple", "by name"])
+def test_one_input_by_name_is_one_input(example):
+    loader = [{"pixel_values": x} for x in images(64)]
+    assert choose_recipe(NamedInput(), example, loader=loader).importance == "anticipating"
+    report = prune_to_flops(NamedInput(), example, loader=loader, progress=False)
+    assert (report.importance, report.repair) == ("anticipating", ["joint"])
+
+
 def test_statistics_alone_suffice_if_they_know_what_layers_read():
     net, loader = conv_net(), images(64)
     stats = calibrate(net, loader, target=None, consumers=True, progress=False)

@@ -155,12 +155,35 @@ def test_few_images_are_noted_with_rows_and_width():
     x = torch.randn(20, 6)
     report = repair_network(net, dense, masks, ("ridge",), loader=[x], guard=False, progress=False)
     assert report.notes == [
-        "2: 20 rows for 54 inputs are few, so its reconstruction shrinks towards no change; repair from more images"
+        "2: few rows, such as 20 for 54 inputs in 2, so reconstructions shrink towards no change; "
+        "repair from more images"
     ]
     with torch.no_grad():
         fresh = torch.randn(400, 6)
         unrepaired = dense[2].weight[:, 10:] @ dense[0](fresh).relu()[:, 10:].T + dense[2].bias[:, None]
         assert (net(fresh) - dense(fresh)).square().mean() < (unrepaired.T - dense(fresh)).square().mean()
+
+
+@pytest.mark.parametrize("repair", ["sequential", "joint"])
+def test_ignored_layers_that_read_no_removed_channel_keep_their_weights(repair):
+    """A detector's fixed decoding, say: its inputs change, which is no reason to refit it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 6, 3), nn.ReLU(),
+        nn.Sequential(nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1)),
+    ).eval()  # fmt: skip
+    refitted, decoded = copy.deepcopy(net), [parameter.clone() for parameter in net[4].parameters()]
+    prune(refitted, repair, ignored_layers=["2"])
+    assert not torch.equal(refitted[4][1].weight, decoded[2])
+    report = prune(net, repair, ignored_layers=["2", net[4]])
+    assert [consumer.layer for consumer in report.consumers] == ["2"]
+    assert all(torch.equal(now, before) for now, before in zip(net[4].parameters(), decoded, strict=True))
+
+
+def test_ignored_layers_that_read_a_removed_channel_are_repaired():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 6, 3)).eval()
+    report = prune(net, "sequential", ignored_layers=["2"])
+    assert [(consumer.layer, consumer.repair) for consumer in report.consumers] == [("2", "sequential")]
 
 
 def test_frozen_layers_are_repaired_and_stay_frozen():

@@ -31,7 +31,7 @@ from tp_twoaxis.runtime.serialization import Json
 from tp_twoaxis.runtime.timing import timed
 from tp_twoaxis.training import finetune
 
-PACKAGES = ("tp-twoaxis", "torch", "torch-pruning", "numpy", "scipy", "thop")
+PACKAGES = ("tp-twoaxis", "torch", "torch-pruning", "numpy", "scipy", "thop", "ultralytics-thop")
 TRACEBACK_LINES = 30
 
 

@@ -297,10 +297,17 @@ def _set_attribute(
 ) -> None:
     """Set an attribute that the module has, by a value of the kind that it has.
 
+    One that is None in the class, and that the factory leaves so, is what a forward remembers of images that it met: it
+    stays None, because what was computed with it is not in the file.
+
     Raises:
         TwoAxisError: the module has no such attribute, or one of another kind.
     """
     present = vars(module)
+    if key not in present and hasattr(type(module), key):
+        present = {key: getattr(type(module), key)}
+        if present[key] is None:
+            return
     current = present.get(key)
     wanted = list(value) if isinstance(current, list) and isinstance(value, tuple) else value
     if key in present and current == wanted:

@@ -73,6 +73,17 @@ class PruningConfig:
             found.append(module)
         return found
 
+    def ignored_names(self, network: nn.Module) -> list[str]:
+        """Name the layers that keep their output channels, and all that is inside of them.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+            >>> PruningConfig(ignored_layers=[net[1]]).ignored_names(net)
+            ['1', '1.0']
+        """
+        ignored = {module for layer in self.ignored_in(network) for module in layer.modules()}
+        return [name for name, module in network.named_modules() if module in ignored]
+
 
 def listed_layers(layers: Iterable[nn.Module | str]) -> tuple[nn.Module | str, ...]:
     """Read ``ignored_layers``.

@@ -103,7 +103,8 @@ def prune_to_flops(
             repairs as well. Later steps score by new ones, of the same layers and target.
         loader: images for repair (labels are not used there) and, if needed, for calibration; re-iterable where there
             are several steps.
-        ignored_layers: layers or their names that keep their output channels.
+        ignored_layers: layers, or parts of the model, or their names, that keep their output channels; those that read
+            no removed channel keep their weights too, whatever the repair.
         min_keep: share of every group's channels that always stays; of the dense network's, whatever the steps.
         round_to: keep multiples of this many channels in every group that loses some.
         attention: what attention that is built from linear layers loses: whole ``heads``, or ``head-dims``, the same
@@ -217,6 +218,7 @@ def _prune(
             loader=state.loader,
             stats=stats,
             max_images=state.max_images,
+            whole=config.ignored_names(network),
             measure=last,
             guard=config.guard,
             max_memory=config.max_memory,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tp_twoaxis.dependency.flops import ExampleInputs, call
 from tp_twoaxis.errors import TwoAxisError
@@ -150,12 +151,13 @@ def _choose_criterion(
 
 
 def _no_logits(network: nn.Module, example_inputs: ExampleInputs) -> str:
-    if CallSignature.of(network).required != 1 or not isinstance(example_inputs, Tensor):
+    given = tree_leaves(example_inputs)
+    if CallSignature.of(network).required != 1 or len(given) != 1:
         return f"{type(network).__name__} takes several inputs"
     with inference_state(network):
         try:
-            images = example_inputs.to(next(network.parameters()).device)
-            logits = find_logits(call(network, images), network)
+            device = next(network.parameters()).device
+            logits = find_logits(call(network, tree_map(lambda x: x.to(device), example_inputs)), network)
         except TwoAxisError:
             return f"{type(network).__name__} returns none"
         except Exception:  # what the network cannot run on is said where its MACs are counted

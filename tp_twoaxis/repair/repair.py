@@ -52,6 +52,7 @@ def repair_network(
     stats: CalibrationStatistics | None = None,
     max_images: int | None = 5000,
     ridge: float | None = None,
+    whole: Iterable[str] = (),
     measure: bool = True,
     guard: bool = True,
     max_memory: float = 4.0,
@@ -92,6 +93,9 @@ def repair_network(
         max_images: at most so many for each step.
         ridge: relative ridge of ``ridge``; default by the images held out, or from the number of rows where there are
             none, :func:`~tp_twoaxis.reconstruction.affine.ridge_for`.
+        whole: names of layers that keep their weights unless they read a removed channel; ``sequential`` and ``joint``
+            refit all others behind the first removal, because their inputs changed. BatchNorms have statistics, not
+            weights, and go with their inputs.
         guard: hold images out and judge every change on them; without, all images are fitted and every fit is kept.
         measure: also measure the layers' errors, on images that no fit has used.
         max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
@@ -134,7 +138,7 @@ def repair_network(
             loader, max_images, progress, guard and refits(repairs), CallSignature.of(network), max_memory
         )
     )
-    task = RepairTask(network, dense, masks, images, stats, ridge)
+    task = RepairTask(network, dense, masks, images, stats, ridge, frozenset(whole))
     seconds: dict[str, float] = {}
     consumers: list[ConsumerRepair] = []
     stages = stages_of(repairs)
@@ -262,12 +266,12 @@ def _add_notes(task: RepairTask, consumers: list[ConsumerRepair]) -> None:
     task.notes += [f"{listing(names)}: {why}" for why, names in exceptions.items()]
     if norms := dict.fromkeys(norm for consumer in consumers for norm in task.masks[consumer.layer].norms):
         task.notes.append(f"{listing(norms)}: mean and variance over fewer channels than before, which no refit undoes")
-    task.notes += [
-        f"{consumer.layer}: {consumer.rows} rows for {consumer.kept} inputs are few, so its reconstruction shrinks "
-        "towards no change; repair from more images"
-        for consumer in consumers
-        if 0 < consumer.rows < FEW_ROWS * consumer.kept
-    ]
+    if scarce := [consumer for consumer in consumers if 0 < consumer.rows < FEW_ROWS * consumer.kept]:
+        least = min(scarce, key=lambda consumer: consumer.rows / consumer.kept)
+        task.notes.append(
+            f"{listing(consumer.layer for consumer in scarce)}: few rows, such as {least.rows} for {least.kept} inputs "
+            f"in {least.layer}, so reconstructions shrink towards no change; repair from more images"
+        )
 
 
 def _measure(task: RepairTask, consumers: list[ConsumerRepair], images: RepairImages) -> list[ConsumerRepair]:

@@ -64,6 +64,7 @@ class RepairTask:
         stats: statistics of the dense network, with what its layers read, or None.
         held_out_stats: the same of images held out, or None.
         ridge: relative ridge of reconstructions by channel, or None for the default.
+        whole: names of layers that keep their weights unless they lost inputs.
         consumers: name -> state of every layer that mixes a removed channel into its outputs.
         notes: for the report.
     """
@@ -74,6 +75,7 @@ class RepairTask:
     images: RepairImages | None = None
     stats: CalibrationStatistics | None = None
     ridge: float | None = None
+    whole: frozenset[str] = frozenset()
     consumers: dict[str, ConsumerState] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     held_out_stats: CalibrationStatistics | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def refit_sequentially(task: RepairTask, *, joint: bool = False) -> dict[str, Ou
         joint: also reconstruct layers jointly with the one before.
     """
     assert task.images is not None
-    reasons, joined = refit_in_order(task.network, task.dense, task.masks, task.images, joint=joint)
+    reasons, joined = refit_in_order(task.network, task.dense, task.masks, task.images, joint=joint, whole=task.whole)
     first, last = joined
     task.notes.append(
         f"{'joint' if joint else 'sequential'} repair ran on {last} images"
@@ -67,6 +67,7 @@ def refit_in_order(
     images: RepairImages,
     *,
     joint: bool = False,
+    whole: Collection[str] = (),
 ) -> tuple[dict[str, str], tuple[int, int]]:
     """Refit every layer behind the first removal, and re-estimate every BatchNorm, in the course of one forward pass.
 
@@ -92,6 +93,7 @@ def refit_in_order(
         masks: layer name -> channels that it lost, of all layers.
         images: read once.
         joint: at rectifiers, also fit a layer and the one before it together.
+        whole: names of layers that keep their weights unless they lost inputs.
 
     Returns:
         Layer name -> why it was not refitted or how, ``""`` for a whole patch; and how many images the first and the
@@ -125,7 +127,7 @@ def refit_in_order(
         bar = stack.enter_context(progress_bar(total=len(once), desc="repair", unit="layer", show=images.progress))
         lockstep = Lockstep(pair.pruned, pair.dense, chunks, memory)
         corrector = OutputCorrector(readers, joint=joint)
-        refit = _OrderedRefit(pair, masks, corrector, bar, joint=joint)
+        refit = _OrderedRefit(pair, masks, corrector, bar, joint=joint, whole=whole)
         lockstep.run(refit.handle, refit.catch_up, corrector)
     repeated = {name: "it runs more than once in a pass" for name in layers if calls.get(name, 0) > 1}
     return repeated | refit.reasons, (lockstep.joined[0], lockstep.joined[-1])
@@ -218,10 +220,12 @@ class _OrderedRefit:
         bar: Any,
         *,
         joint: bool,
+        whole: Collection[str],
     ) -> None:
         self.reasons: dict[str, str] = {}
         self._network, self._dense = pair.pruned.model, pair.dense.model
         self._masks, self._corrector, self._bar, self._joint = masks, corrector, bar, joint
+        self._whole = whole
         self._shared = shared_weights(self._network)
         self._dtype = pair.parameter.dtype
         self._changed = False  # whether a layer before the present one lost channels
@@ -243,11 +247,12 @@ class _OrderedRefit:
 
     def _refit_layer(self, place: Place) -> None:
         layer, pruned = self._network.get_submodule(place.name), self._masks[place.name]
-        self._changed = self._changed or bool(pruned.inputs.any())
-        lost_outputs = bool(pruned.outputs.any())
+        lost_inputs, lost_outputs = bool(pruned.inputs.any()), bool(pruned.outputs.any())
+        self._changed = self._changed or lost_inputs
+        allowed = lost_inputs or place.name not in self._whole
         reason = cannot_refit(layer) or (SHARED if self._shared[id(layer.weight)] > 1 else "")
         # joint: a layer that only lost outputs is fitted too, which changes nothing yet but registers it
-        if (self._changed or (self._joint and lost_outputs)) and not reason:
+        if allowed and (self._changed or (self._joint and lost_outputs)) and not reason:
             reason = self._refit(place, layer)
         self._changed = self._changed or lost_outputs
         self.reasons[place.name] = reason
