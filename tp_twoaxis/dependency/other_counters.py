@@ -38,8 +38,8 @@ def thop_macs(model: nn.Module, example_inputs: ExampleInputs) -> int | None:
     """MACs of one example by ultralytics-thop, else by thop, or None where neither is installed.
 
     Both install the module ``thop``, and the one that was installed last is imported. thop has not changed since 2022:
-    it misses attention, and counts a transposed convolution as a convolution of the larger map. Ultralytics' fork counts
-    both as they run. The model runs once, and is afterwards as before.
+    it misses attention, and counts a transposed convolution as a convolution of the larger map. Ultralytics' fork
+    counts both as they run. The model runs once, and is afterwards as before.
 
     Example:
         >>> import torch
