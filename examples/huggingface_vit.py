@@ -43,7 +43,7 @@ print(report)
 assert network.eval()(example).logits.shape == (1, 10)
 
 optimizer = torch.optim.AdamW(network.train().parameters(), lr=3e-3)  # after pruning: removal makes new parameters
-for _, batch in zip(range(30), DataLoader(images["train"], batch_size=32, shuffle=True), strict=False):
+for step, batch in zip(range(30), DataLoader(images["train"], batch_size=32, shuffle=True), strict=False):
     loss = network(**batch).loss
     loss.backward()
     optimizer.step()

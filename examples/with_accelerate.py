@@ -38,7 +38,7 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)  # after pruning: r
 loader = DataLoader(train, batch_size=32, shuffle=True)
 student, optimizer, loader = accelerator.prepare(network.train(), optimizer, loader)
 teacher.to(accelerator.device)
-for _, (batch, labels) in zip(range(30), loader, strict=False):
+for step, (batch, labels) in zip(range(30), loader, strict=False):
     scores = student(batch)
     # half labels, half the dense network's answers; its weights are random here, so that only labels teach anything
     wanted = teacher(batch).softmax(1)
