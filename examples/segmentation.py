@@ -26,7 +26,8 @@ args = parser.parse_args()
 
 def build():
     weights = {"weights": "DEFAULT"} if args.pretrained else {"weights": None, "weights_backbone": None}
-    return torchvision.models.get_model(args.model, aux_loss=True, **weights).eval()
+    heads = {} if args.model.startswith("lraspp") else {"aux_loss": True}  # LR-ASPP has one head
+    return torchvision.models.get_model(args.model, **heads, **weights).eval()
 
 
 if args.data:
@@ -52,7 +53,8 @@ print(f"MACs {report.before.macs / 1e6:.0f} M -> {report.after.macs / 1e6:.0f} M
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)  # after pruning: removal makes new parameters
 images, masks = torch.randn(4, *example.shape[1:]), torch.randint(before["out"][1], (4, args.size, args.size))
 scores = model(images)
-(F.cross_entropy(scores["out"], masks) + 0.4 * F.cross_entropy(scores["aux"], masks)).backward()
+shares = {"out": 1.0, "aux": 0.4}
+sum(shares[head] * F.cross_entropy(maps, masks) for head, maps in scores.items()).backward()
 optimizer.step()
 
 save_pruned(model, args.out, report)

@@ -41,10 +41,8 @@ def test_all_examples_are_tested():
 def test_backbones(script, tmp_path, capsys):
     state = run(script, *TINY, "--out", str(tmp_path / "net.safetensors"))
     assert abs(state["report"].achieved - 0.5) <= (0.01 if script == "efficientnet" else 0.005)
-    assert (state["report"].importance, state["report"].repair) == (
-        "hull(0.5)" if script == "vgg" else "anticipating",
-        ["joint"],
-    )
+    assert state["report"].importance.startswith("HullImportance(" if script == "vgg" else "anticipating")
+    assert state["report"].repair == ["joint"]
     assert "loaded again" in capsys.readouterr().out
     if script == "efficientnet":
         assert all(len(g.kept) % 8 == 0 for g in state["report"].groups if g.removed)

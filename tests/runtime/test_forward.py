@@ -8,6 +8,7 @@ from cases import batches, conv_net
 from torch import nn
 
 from tp_twoaxis import TwoAxisError
+from tp_twoaxis.runtime import progress_bar
 from tp_twoaxis.runtime.forward import find_logits, forward_pass, inference_state
 
 
@@ -347,7 +348,8 @@ def test_no_logits(output):
         find_logits(output, nn.Identity())
 
 
-def test_progress_bar_carries_the_name(capsys):
+def test_progress_bar_carries_the_name(capsys, monkeypatch):
+    monkeypatch.setattr(progress_bar, "INTERVAL", 0.0)
     with forward_pass(nn.Linear(4, 2), rows(2), what="looking", progress=True) as run:
         list(run)
     assert "looking" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from tp_twoaxis.data import ArrayDataset
 from tp_twoaxis.errors import FileFormatError, TwoAxisError
+from tp_twoaxis.runtime import progress_bar
 from tp_twoaxis.training import (
     Distillation,
     Recipe,
@@ -534,7 +535,8 @@ def test_two_ranks_equal_one_process_on_both_their_batches(tmp_path):
     assert torch.equal(left["running_mean"], right["running_mean"])
 
 
-def test_progress_bar_shows_loss_and_accuracy(capsys):
+def test_progress_bar_shows_loss_and_accuracy(capsys, monkeypatch):
+    monkeypatch.setattr(progress_bar, "INTERVAL", 0.0)
     finetune(linear(), vectors(), epochs=1, progress=True)
     text = capsys.readouterr().err
     assert "training" in text
