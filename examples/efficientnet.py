@@ -1,10 +1,7 @@
-"""Prune an EfficientNet of timm: depthwise convolutions that pad for themselves, as TensorFlow does.
+"""Prune an EfficientNet of timm, with depthwise convolutions, to widths in multiples of 8, as mobile hardware likes.
 
-Widths stay multiples of 8, as mobile hardware likes them; expansion, depthwise convolution and the projection's inputs
-lose the same channels.
-
-    python examples/efficientnet.py                                # random weights, the digits inside scikit-learn
-    python examples/efficientnet.py --pretrained --data FOLDER     # FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg
+python examples/efficientnet.py                                # random weights, the digits inside scikit-learn
+python examples/efficientnet.py --pretrained --data FOLDER     # FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg
 """
 
 import argparse

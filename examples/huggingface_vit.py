@@ -42,8 +42,8 @@ report = prune_to_flops(network, {"pixel_values": example}, flops=0.5, loader=ca
 print(report)
 assert network.eval()(example).logits.shape == (1, 10)
 
-optimizer = torch.optim.AdamW(network.train().parameters(), lr=3e-3)  # after pruning: removal makes new parameters
-for step, batch in zip(range(30), DataLoader(images["train"], batch_size=32, shuffle=True), strict=False):
+optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-3)  # after pruning: removal makes new parameters
+for step, batch in enumerate(DataLoader(images["train"], batch_size=32, shuffle=True)):
     loss = network(**batch).loss
     loss.backward()
     optimizer.step()

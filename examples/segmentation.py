@@ -52,9 +52,7 @@ print(f"MACs {report.before.macs / 1e6:.0f} M -> {report.after.macs / 1e6:.0f} M
 # Fine-tune on your own images and masks [n, height, width]; here one step on a mask that was drawn at random.
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)  # after pruning: removal makes new parameters
 images, masks = torch.randn(4, *example.shape[1:]), torch.randint(before["out"][1], (4, args.size, args.size))
-scores = model(images)
-shares = {"out": 1.0, "aux": 0.4}
-sum(shares[head] * F.cross_entropy(maps, masks) for head, maps in scores.items()).backward()
+sum({"out": 1.0, "aux": 0.4}[head] * F.cross_entropy(maps, masks) for head, maps in model(images).items()).backward()
 optimizer.step()
 
 save_pruned(model, args.out, report)

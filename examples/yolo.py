@@ -29,13 +29,10 @@ def build():
 
 
 # pixels between 0 and 1, as ultralytics feeds them; boxes are not needed here
+images = torch.rand(args.images, 3, args.size, args.size)
 if args.data:
     files = sorted(glob.glob(args.data))[: args.images]
-    pictures = [resize(decode_image(file, ImageReadMode.RGB), [args.size, args.size]) / 255 for file in files]
-    images = torch.stack(pictures)
-else:
-    images = torch.rand(args.images, 3, args.size, args.size)
-
+    images = torch.stack([resize(decode_image(f, ImageReadMode.RGB), [args.size] * 2) / 255 for f in files])
 model = build()
 head = model.model[-1]
 before = {name: tensor.clone() for name, tensor in head.named_parameters()}

@@ -39,10 +39,11 @@ def test_all_examples_are_tested():
 
 @pytest.mark.parametrize("script", BACKBONES)
 def test_backbones(script, tmp_path, capsys):
-    state = run(script, *TINY, "--out", str(tmp_path / "net.safetensors"))
+    small = ["--model", f"test_{script}"] if script in ("convnext", "efficientnet", "vit") else []  # timm's own, tiny
+    state = run(script, *TINY, *small, "--out", str(tmp_path / "net.safetensors"))
     assert abs(state["report"].achieved - 0.5) <= (0.01 if script == "efficientnet" else 0.005)
     assert state["report"].importance.startswith("HullImportance(" if script == "vgg" else "anticipating")
-    assert state["report"].repair == ["joint"]
+    assert state["report"].repair == (["ridge", "bn"] if script == "vgg" else ["joint"])
     assert "loaded again" in capsys.readouterr().out
     if script == "efficientnet":
         assert all(len(g.kept) % 8 == 0 for g in state["report"].groups if g.removed)
