@@ -126,6 +126,12 @@ class Network:
         """Whether it has ImageNet's classes."""
         return self.keep[0] == 0.8
 
+    def load(self, weights: Path) -> nn.Module:
+        """Build it with the weights of a safetensors file, channels last."""
+        model = self.factory()
+        model.load_state_dict(load_file(weights))
+        return model.eval().to(memory_format=torch.channels_last)
+
 
 KERAS = ((127 / 255,) * 3, (128 / 255,) * 3)
 LITE0 = "tf_efficientnet_lite0"
@@ -203,9 +209,7 @@ class Case:
 
 def open_case(network: Network, weights: Path, data: Path) -> Case:
     """Load a network and its images."""
-    model = network.factory()
-    model.load_state_dict(load_file(weights))
-    model = model.eval().to(memory_format=torch.channels_last)
+    model = network.load(weights)
     if network.on_imagenet:
         parts = {
             name: batches(data / "imagenet" / f"{file}.parquet", network.normalisation, first, last, 224)

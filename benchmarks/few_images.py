@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_score import NETWORKS, Batches, batches
+from default_score import NETWORKS, Batches, batches, right
 from provenance import RESULTS, provenance
-from safetensors.torch import load_file
 from torch import nn
 
 from tp_twoaxis import prune_to_flops
-from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.serialization import write_bytes
 
 SHARES = {"resnet20_conv": 0.5, "resnet20_a": 0.5, "mobilenet_v1": 0.65}
@@ -50,9 +48,7 @@ def read(data: Path, name: str, source: str, count: int) -> Batches:
 
 def accuracy(model: nn.Module, judges: Batches) -> float:
     """Top-1 accuracy in %."""
-    with forward_pass(model, judges, what="judge") as run:
-        right = torch.cat([run.logits(batch).argmax(1) for batch in run.batches])
-    return round(100 * float((right == torch.cat([labels for _, labels in judges])).double().mean()), 2)
+    return round(100 * float(right(model, judges).double().mean()), 2)
 
 
 def measure(dense: nn.Module, cell: dict[str, Any], images: Batches, judges: Batches) -> dict[str, Any]:
@@ -96,9 +92,7 @@ def main() -> None:
     done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
     for name in arguments.networks:
         network = NETWORKS[name]
-        dense = network.factory()
-        dense.load_state_dict(load_file(arguments.checkpoints / f"{network.weights}.safetensors"))
-        dense.eval()
+        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
         imagenet = arguments.data / "imagenet" / "nette.parquet"
         judges = (
             batches(imagenet, network.normalisation, 0, 1000, 224)

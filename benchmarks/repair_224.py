@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from default_score import NETWORKS, Batches, batches
 from provenance import RESULTS, provenance
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tp_twoaxis import CalibrationStatistics, calibrate, prune_to_flops
@@ -148,9 +147,7 @@ def main() -> None:
     done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
     for name in arguments.networks:
         network = NETWORKS[name]
-        dense = network.factory()
-        dense.load_state_dict(load_file(arguments.checkpoints / f"{network.weights}.safetensors"))
-        dense = dense.eval().to(memory_format=torch.channels_last)
+        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
         folder = arguments.data / "imagenet"
         held = batches(folder / "nette.parquet", network.normalisation, 0, JUDGES, 224)
         judges = Judges(held, logits_of(dense, held))

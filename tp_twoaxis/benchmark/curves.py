@@ -6,6 +6,8 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
+from tp_twoaxis.diagnostics.cell_figures import plain
+
 MARKERS = "osD^vPX<>*ph8d"
 DPI = 110
 # inches
@@ -66,9 +68,7 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
             )
         panel.axhline(100 * mine.dense.mean(), color="0.5", linewidth=0.8, linestyle="--")
         panel.set_title(str(treatment), size=10)
-        panel.grid(True, color="0.9", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
     figure.supxlabel("MACs kept (%)", size=10)
     figure.supylabel("accuracy (%), dashed: dense", size=10)
     figure.suptitle(network, size=11, fontweight="bold")

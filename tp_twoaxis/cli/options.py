@@ -290,7 +290,7 @@ class PruningOptions:
     ignore: Annotated[str | None, _pruning("Layers that keep their channels: conv1,fc.")] = None
 
     def __post_init__(self) -> None:
-        self.named_repair  # noqa: B018  # a wrong name is refused
+        parse_repair(() if self.repair == AUTO else self.repair)
         check_name("attention", self.attention, ATTENTION_UNITS)
 
     @property

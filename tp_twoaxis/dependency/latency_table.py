@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from tqdm.auto import tqdm
 
 from tp_twoaxis.dependency.cost import Array, CostModel, Side, Term
 from tp_twoaxis.dependency.flops import ExampleInputs, all_tensors, call
@@ -21,6 +20,7 @@ from tp_twoaxis.dependency.latency import READING, Run, layer_shares, relative_l
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.layers import channel_axis, channel_layers, in_channels_of, out_channels_of
 from tp_twoaxis.runtime.model_state import eval_mode, fork_rng
+from tp_twoaxis.runtime.progress_bar import progress_bar
 
 # rounds of the table: as many as fit into so many seconds, within these bounds
 SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 60.0, 3, 9
@@ -108,7 +108,7 @@ def measure_latency_table(
     passes = 2 * sum(shares[layer] * len(own) for (layer, _), own in kept.items())
     rounds = int(np.clip(SECONDS / (whole / 1000 * passes + 2 * READING * trials + 1e-9), FEWEST_ROUNDS, MOST_ROUNDS))
     curves: Curves = {}
-    for layer in tqdm(list(layers), desc="time layers", unit="layer", disable=not progress, leave=False):
+    for layer in progress_bar(list(layers), desc="time layers", unit="layer", show=progress):
         sides = {outputs: kept[layer, outputs] for outputs in (True, False) if (layer, outputs) in kept}
         curves |= _time_layer(graph, layer, layers[layer].example, sides, rounds)
     failed = {layer for (layer, _), own in kept.items() if own} - {layer for layer, _ in curves}

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tp_twoaxis.diagnostics.axis_coordinates import (
     cell_correlation,
@@ -28,6 +27,7 @@ from tp_twoaxis.diagnostics.run_aggregates import best_estimate
 from tp_twoaxis.runtime.batches import read_batch
 from tp_twoaxis.runtime.inputs import CallSignature, Inputs
 from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.statistics.calibration import calibrate
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -73,7 +73,7 @@ def growth_table(inputs: EvidenceInputs, sizes: Sequence[int] = SIZES, draws: in
     depths = relative_depths(inputs.cells())
     whole = {name: _Cell.of(inputs.statistics[name], inputs.seed) for name in cells}
     rows = [{"draw": -1, "images": total, **whole[name].compared(whole[name], depths[name])} for name in cells]
-    with tqdm(total=draws * len(smaller), desc="parts", disable=not inputs.progress, leave=False) as bar:
+    with progress_bar(total=draws * len(smaller), desc="parts", unit="part", show=inputs.progress) as bar:
         for draw in range(draws):
             for size, statistics in _nested(inputs, cells, smaller, draw):
                 for name in cells:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tp_twoaxis.diagnostics.axis_coordinates import relative_depths
+from tp_twoaxis.diagnostics.cell_figures import plain
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, Estimate, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.layer_trends import depth_trend
 from tp_twoaxis.diagnostics.run_aggregates import share_estimate
@@ -162,9 +163,7 @@ def hull_figure(table: pd.DataFrame) -> Figure:
             own = _rows_of(table, threshold)
             axes.plot(own.depth, own[column], marker="o", markersize=3, label=name, **style)
         axes.set_ylabel(label)
-        axes.grid(True, color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         axes.set_ylim(bottom=0.0, top=None if column == "mean_size" else 1.02)
     panels[-1].set_xlabel("relative depth (0 first, 1 last convolution)")
     handles, names = panels[0].get_legend_handles_labels()

@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from tp_twoaxis.diagnostics.cell_figures import COLOURS as PALETTE
+from tp_twoaxis.diagnostics.cell_figures import plain
 from tp_twoaxis.diagnostics.lesion_damage import SCORES
 from tp_twoaxis.diagnostics.peer_recovery import DAMAGES, MATCHED
 
 DPI = 120
 WIDTH = 5.4
 SHOWN_SHARES = (-1.0, 1.3)  # ratios of small numbers go far beyond
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart by every kind of colour vision
+COLOURS = PALETTE[:3]
 PAPER = "#bbbbbb"
 EXPLANATION, TASK = "peers' explanation $E_8$", "task information $M$"
 LABELS = {
@@ -211,9 +213,7 @@ def regression_figure(summary: pd.DataFrame) -> Figure:
 def _figure(height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.grid(True, color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     return figure, axes
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
+from tp_twoaxis.diagnostics.cell_figures import plain
 from tp_twoaxis.diagnostics.html_page import png_bytes
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.runtime.serialization import write_bytes
@@ -172,9 +173,7 @@ def _scatter(axes: Any, table: pd.DataFrame, *, size: float) -> Any:
     )
     if len(constant):
         axes.scatter(constant.capture, constant.task_mi, marker="x", s=size, color=CONSTANT_COLOUR, zorder=2)
-    axes.grid(True, color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     return points
 
 

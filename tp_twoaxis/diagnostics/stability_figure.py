@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tp_twoaxis.diagnostics.cell_figures import plain
 from tp_twoaxis.diagnostics.reliability import CalibrationSize
 from tp_twoaxis.diagnostics.stability import LayerStability, StabilityReport
 
@@ -66,9 +67,7 @@ def stability_figure(stability: StabilityReport, size: CalibrationSize) -> Figur
     weakest = min(judged, key=lambda item: item[1].reliability or 0.0)[0] if judged else 0
     _draw_intervals(right, stability.layers[weakest], stability)
     for axes in (left, right):
-        axes.grid(True, color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     return figure
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from tp_twoaxis.diagnostics.cell_figures import plain
 from tp_twoaxis.diagnostics.channel_groups import NO_GROUP, local_groups
 from tp_twoaxis.diagnostics.communities import community_table, overlap_graph
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
@@ -247,7 +248,5 @@ def _group_claims(table: pd.DataFrame, seed: int) -> list[Claim]:
 
 def _finish(figure: Figure, axes: Any) -> None:
     axes.set_xlabel("relative depth (0 first, 1 last convolution)")
-    axes.grid(True, color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

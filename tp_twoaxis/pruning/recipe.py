@@ -14,6 +14,7 @@ from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.importance import Criterion
 from tp_twoaxis.known_names import AUTO
 from tp_twoaxis.repair.batch_norm import batch_norms
+from tp_twoaxis.repair.images import FEWEST_HELD_OUT, HELD_OUT_EVERY
 from tp_twoaxis.runtime.batches import read_batch
 from tp_twoaxis.runtime.forward import find_logits, inference_state
 from tp_twoaxis.runtime.inputs import CallSignature
@@ -22,7 +23,7 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 SELECTING, RESERVE = "anticipating", "hull"
 BEST_REPAIR = "joint"
 # with fewer images none can be held out to judge what is fitted to the others
-FEWEST_IMAGES = 10
+FEWEST_IMAGES = FEWEST_HELD_OUT * HELD_OUT_EVERY
 
 
 @dataclass(frozen=True)
