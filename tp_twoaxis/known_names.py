@@ -66,7 +66,7 @@ FAMILIES = {
 """Names that stand for the criteria of some axes, where several are taken; all but ``all`` mean scores of a layer."""
 ENTRY_POINTS = "tp_twoaxis.importances"
 """Group of the entry points by which other packages name criteria."""
-REPAIRS = ("bn", "bias", "ridge", "patch", "sequential", "joint")
+REPAIRS = ("bn", "bias", "ridge", "patch", "sequential", "joint", "distill")
 """The table is in :mod:`tp_twoaxis.repair.strategies`."""
 NO_REPAIR = "none"
 AUTO = "auto"
@@ -176,8 +176,8 @@ def parse_repair(repair: str | Iterable[str] | None) -> tuple[str, ...]:
         (('ridge', 'bn'), ('bn', 'ridge'), ())
         >>> parse_repair("rigde")
         Traceback (most recent call last):
-        tp_twoaxis.errors.TwoAxisError: repair: expected one of bn, bias, ridge, patch, sequential, joint or none, got
-        'rigde'; did you mean 'ridge'?
+        tp_twoaxis.errors.TwoAxisError: repair: expected one of bn, bias, ridge, patch, sequential, joint, distill or
+        none, got 'rigde'; did you mean 'ridge'?
     """
     if repair is None:
         return ()

@@ -13,6 +13,7 @@ from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.errors import TwoAxisError, check_name, listing
 from tp_twoaxis.pruning.plan import check_constraints
 from tp_twoaxis.repair import parse_repair
+from tp_twoaxis.repair.repair_task import TRAINING_STEPS
 
 Budget = Literal["macs", "channels", "latency"]
 
@@ -40,6 +41,7 @@ class PruningConfig:
     tolerance: float = 0.01
     guard: bool = True
     max_memory: float = 4.0
+    training_steps: int = TRAINING_STEPS
 
     def __post_init__(self) -> None:
         check_name("budget", self.budget, get_args(Budget))
@@ -49,6 +51,8 @@ class PruningConfig:
             raise TwoAxisError(f"max_memory: expected GiB above 0, got {self.max_memory!r}")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise TwoAxisError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
+        if not isinstance(self.training_steps, int) or isinstance(self.training_steps, bool) or self.training_steps < 1:
+            raise TwoAxisError(f"training_steps: expected a whole number of at least 1, got {self.training_steps!r}")
         object.__setattr__(self, "repair", parse_repair(self.repair))
         object.__setattr__(self, "ignored_layers", listed_layers(self.ignored_layers))
 

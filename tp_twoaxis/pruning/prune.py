@@ -43,6 +43,8 @@ from tp_twoaxis.pruning.latency_step import DenseLatency
 from tp_twoaxis.pruning.pruning_report import PruningReport, Size
 from tp_twoaxis.pruning.recipe import choose_recipe, is_auto
 from tp_twoaxis.repair import RepairReport, check_repair, refits, repair_network
+from tp_twoaxis.repair.repair_task import TRAINING_STEPS
+from tp_twoaxis.repair.strategies import without_training
 from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
 from tp_twoaxis.runtime.timing import timed
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -68,6 +70,7 @@ def prune_to_flops(
     tolerance: float = 0.01,
     guard: bool = True,
     max_memory: float = 4.0,
+    training_steps: int = TRAINING_STEPS,
     max_images: int | None = 5000,
     latency: bool = False,
     other_counters: bool = False,
@@ -96,7 +99,8 @@ def prune_to_flops(
         steps: remove in so many steps, each the same share of what is there (``flops ** (i / steps)`` is left after
             step i): score, remove, repair, gather statistics anew, score again. See the notes.
         repair: any of ``bn`` (re-estimate BatchNorm statistics), ``bias``, ``ridge``, ``patch``, ``sequential`` and
-            ``joint`` (refit the layers that read removed channels to those that stay), from ``loader``; a tuple, or
+            ``joint`` (refit the layers that read removed channels to those that stay), and ``distill`` (train on from
+            ``joint`` without labels, minutes instead of seconds), from ``loader``; a tuple, or
             ``"ridge+bn"``; see :func:`~tp_twoaxis.repair.repair_network`. ``()`` and ``"none"`` repair nothing. Left
             out, the one that keeps most: ``joint`` where the images allow it.
         stats: calibration statistics for an importance given by name; with ``consumers=True`` they serve the
@@ -115,6 +119,7 @@ def prune_to_flops(
             the network nearer to the dense one on those; see :func:`~tp_twoaxis.repair.repair_network`.
         max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
             first layers join behind them, where activations are smaller.
+        training_steps: of ``distill``, which runs after the last of ``steps``.
         max_images: at most this many images for repair, for calibration and for what a named baseline gathers.
         other_counters: also report Torch-Pruning's and thop's MACs, before and after: four more passes.
         latency: also measure milliseconds at batch 1 and batch 64, before and after.
@@ -158,7 +163,18 @@ def prune_to_flops(
     """
     named = () if is_auto(repair) else repair
     config = PruningConfig(
-        flops, budget, steps, named, ignored_layers, min_keep, round_to, attention, tolerance, guard, max_memory
+        flops,
+        budget,
+        steps,
+        named,
+        ignored_layers,
+        min_keep,
+        round_to,
+        attention,
+        tolerance,
+        guard,
+        max_memory,
+        training_steps,
     )
     network = unwrap(model)
     parameter = next(network.parameters(), None)
@@ -214,7 +230,7 @@ def _prune(
             network,
             original,
             masks,
-            repairs,
+            repairs if last else without_training(repairs),
             loader=state.loader,
             stats=stats,
             max_images=state.max_images,
@@ -222,6 +238,7 @@ def _prune(
             measure=last,
             guard=config.guard,
             max_memory=config.max_memory,
+            training_steps=config.training_steps,
             progress=state.progress,
         )
 

@@ -25,7 +25,7 @@ from tp_twoaxis.repair.repair_report import (
     relative,
     removed_channels_of,
 )
-from tp_twoaxis.repair.repair_task import ConsumerState, RepairTask
+from tp_twoaxis.repair.repair_task import TRAINING_STEPS, ConsumerState, RepairTask
 from tp_twoaxis.repair.strategies import REPAIRS, RepairStrategy, check_repair, refits, stages_of
 from tp_twoaxis.runtime.inputs import CallSignature
 from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
@@ -56,23 +56,26 @@ def repair_network(
     measure: bool = True,
     guard: bool = True,
     max_memory: float = 4.0,
+    training_steps: int = TRAINING_STEPS,
     progress: bool = True,
 ) -> RepairReport:
     """Reconstruct, from the channels that stay, what the removed ones contributed to their consumers.
 
-    No labels, no gradients. ``bias`` adds the contribution of the removed channels' means to each consumer's bias;
-    ``ridge`` absorbs their best affine prediction from the kept ones into its weight (one pass for the statistics, or
-    none with ``stats``); ``patch`` goes on from there by least squares over whole patches where these have at most
-    4,608 numbers; ``sequential`` refits all layers in forward order on their inputs in the repaired network, BatchNorm
-    included, towards the dense network's tensors after its sums and rectifiers; ``joint`` also changes a layer whose
-    only consumer is the next one to compute what that one can use best, for several times the cost. Each contains those
-    before it, so of several only the last one runs. ``bn`` runs after them; after ``sequential`` and ``joint`` it is
-    not needed.
+    No labels, and but for ``distill`` no gradients. ``bias`` adds the contribution of the removed channels' means to
+    each consumer's bias; ``ridge`` absorbs their best affine prediction from the kept ones into its weight (one pass
+    for the statistics, or none with ``stats``); ``patch`` goes on from there by least squares over whole patches where
+    these have at most 4,608 numbers; ``sequential`` refits all layers in forward order on their inputs in the repaired
+    network, BatchNorm included, towards the dense network's tensors after its sums and rectifiers; ``joint`` also
+    changes a layer whose only consumer is the next one to compute what that one can use best, for several times the
+    cost; ``distill`` goes on from ``joint`` and trains all layers together towards the dense network's features,
+    minutes instead of seconds (:func:`~tp_twoaxis.repair.distillation.distill`). Each contains those before it, so of
+    several only the last one runs. ``bn`` runs after them; after ``sequential`` and the later ones it is not needed.
 
     Every fifth image, at most 128, is held out of all fits. On these images each fit chooses its ridge, and each change
     is made whole, in part, or not at all. In the end the outputs of the network are compared with those after the same
-    repair without refits (``bn`` for ``sequential`` and ``joint``): where these are nearer to the dense network's, they
-    stay. The report says so. Related work: He et al. 2017 (reconstruction of feature maps), ThiNet (Luo et al. 2017).
+    repair without refits (``bn`` for ``sequential`` and the later ones): where these are nearer to the dense network's,
+    they stay. The report says so. Related work: He et al. 2017 (reconstruction of feature maps), ThiNet (Luo et al.
+    2017).
 
     The shift of a convolution without bias whose only consumer is a BatchNorm goes into the running mean; other layers
     without bias get one. Frozen parameters are repaired too and stay frozen. A layer behind a LayerNorm or GroupNorm
@@ -100,6 +103,7 @@ def repair_network(
         measure: also measure the layers' errors, on images that no fit has used.
         max_memory: GiB for the activations that wait in ``sequential`` and ``joint``; images that are too many for the
             first layers join behind them, where activations are smaller.
+        training_steps: of ``distill``.
         progress: show progress bars on stderr.
 
     Returns:
@@ -138,7 +142,7 @@ def repair_network(
             loader, max_images, progress, guard and refits(repairs), CallSignature.of(network), max_memory
         )
     )
-    task = RepairTask(network, dense, masks, images, stats, ridge, frozenset(whole))
+    task = RepairTask(network, dense, masks, images, stats, ridge, frozenset(whole), training_steps=training_steps)
     seconds: dict[str, float] = {}
     consumers: list[ConsumerRepair] = []
     stages = stages_of(repairs)

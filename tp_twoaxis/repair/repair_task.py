@@ -12,6 +12,8 @@ from tp_twoaxis.reconstruction.affine import AffineReconstruction
 from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
+TRAINING_STEPS = 1000
+"""Steps of ``distill`` where nothing else is said."""
 NO_GAIN = "because no fit lowered their error on images held out"
 
 
@@ -67,6 +69,7 @@ class RepairTask:
         whole: names of layers that keep their weights unless they lost inputs.
         consumers: name -> state of every layer that mixes a removed channel into its outputs.
         notes: for the report.
+        training_steps: of ``distill``.
     """
 
     network: nn.Module
@@ -79,6 +82,7 @@ class RepairTask:
     consumers: dict[str, ConsumerState] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     held_out_stats: CalibrationStatistics | None = None
+    training_steps: int = TRAINING_STEPS
 
     @property
     def refittable(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.known_names import parse_repair
 from tp_twoaxis.repair.batch_norm import batch_norms, reestimate_batch_norm
+from tp_twoaxis.repair.distillation import distill
 from tp_twoaxis.repair.one_shot import reconstruct_channels, refit_patches
 from tp_twoaxis.repair.repair_task import Outcome, RepairTask
 from tp_twoaxis.repair.sequential import refit_sequentially
@@ -36,6 +37,7 @@ class RepairStrategy:
         start_images: so many images suffice for the statistics of that start; None: all.
         refits: whether it changes weights.
         renews_norms: whether it estimates BatchNorm statistics anew.
+        trains: whether it takes many steps by gradients; tables keep it apart from repairs that do not.
     """
 
     name: str
@@ -47,6 +49,7 @@ class RepairStrategy:
     start_images: int | None = None
     refits: bool = True
     renews_norms: bool = False
+    trains: bool = False
 
 
 def _run_batch_norm(task: RepairTask) -> dict[str, Outcome]:
@@ -110,6 +113,16 @@ _TABLE = (
         start="ridge",
         start_images=_START_IMAGES,
         renews_norms=True,
+    ),
+    RepairStrategy(
+        "distill",
+        "as joint, then train without labels towards the dense network's features",
+        distill,
+        _ALL,
+        contains=("bias", "ridge", "patch", "sequential", "joint"),
+        start="joint",
+        renews_norms=True,
+        trains=True,
     ),
 )
 REPAIRS: dict[str, RepairStrategy] = {strategy.name: strategy for strategy in _TABLE}
@@ -184,7 +197,18 @@ def stages_of(repairs: Iterable[str]) -> list[RepairStrategy]:
     last = [strategy for strategy in REPAIRS.values() if strategy.name in wanted - contained]
     stages: dict[str, RepairStrategy] = {}
     for strategy in sorted(last, key=lambda strategy: not strategy.refits):
-        if strategy.start is not None:
-            stages.setdefault(strategy.start, REPAIRS[strategy.start])
-        stages.setdefault(strategy.name, strategy)
+        chain = [strategy]
+        while (start := chain[0].start) is not None:
+            chain.insert(0, REPAIRS[start])
+        stages |= {stage.name: stage for stage in chain}
     return list(stages.values())
+
+
+def without_training(repairs: Iterable[str]) -> tuple[str, ...]:
+    """Put in the place of repairs that train those that they start from.
+
+    Example:
+        >>> without_training(("distill", "bn"))
+        ('joint', 'bn')
+    """
+    return tuple(str(REPAIRS[name].start) if REPAIRS[name].trains else name for name in repairs)
