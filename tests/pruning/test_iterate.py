@@ -124,10 +124,12 @@ def test_the_target_is_met_and_one_removal_says_it_all(name, flops):
 def test_the_last_repair_is_that_of_the_same_channels_removed_at_once(name, repair):
     net, x, data = build(name)
     stats = calibrate(net, data, consumers=True, progress=False)
-    report = prune(net, x, flops=0.5, steps=2, repair=(repair, "bn"), loader=data, stats=stats)
+    report = prune(net, x, flops=0.5, steps=2, repair=(repair, "bn"), loader=data, stats=stats, training_steps=3)
     at_once = copy.deepcopy(dense(name))
     masks = replay(at_once, x, report)
-    repaired = repair_network(at_once, dense(name), masks, (repair, "bn"), loader=data, stats=stats, progress=False)
+    repaired = repair_network(
+        at_once, dense(name), masks, (repair, "bn"), loader=data, stats=stats, training_steps=3, progress=False
+    )
     images = torch.cat([images for images, _ in data])
     torch.testing.assert_close(net(images), at_once(images), rtol=1e-4, atol=1e-5)
     assert [c.layer for c in report.consumers] == [c.layer for c in repaired.consumers]

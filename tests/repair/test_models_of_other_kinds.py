@@ -37,7 +37,7 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize("items", ["flat", "nested", "named"])
-@pytest.mark.parametrize("repair", ["ridge+bn", "patch+bn", "sequential", "joint"])
+@pytest.mark.parametrize("repair", ["ridge+bn", "patch+bn", "sequential", "joint", "distill"])
 def test_two_inputs(items, repair):
     torch.manual_seed(0)
     dense, images, vectors = Pair(), torch.randn(80, 3, 6, 6), torch.randn(80, 5)
@@ -49,7 +49,7 @@ def test_two_inputs(items, repair):
               "named": [{"image": a, "vector": b} for a, b in pairs]}[items]  # fmt: skip
     net = copy.deepcopy(dense)
     example = (images[:1], vectors[:1])
-    options = {"flops": 0.6, "loader": loader, "progress": False}
+    options = {"flops": 0.6, "loader": loader, "training_steps": 10, "progress": False}
     report = prune_to_flops(net, example, "capture", repair=repair, **options)
     plain = copy.deepcopy(dense)
     prune_to_flops(plain, example, "capture", repair="none", **options)

@@ -27,7 +27,9 @@ WEIGHTS = [name for name in REPAIRS if refits([name])]
 
 def prune(net, repair, loader=None, **options):
     loader = batches(96, 16) if loader is None else loader
-    return prune_to_flops(net, X, "l2", flops=0.6, repair=repair, loader=loader, progress=False, **options)
+    return prune_to_flops(
+        net, X, "l2", flops=0.6, repair=repair, loader=loader, training_steps=3, progress=False, **options
+    )
 
 
 def broken(seed=0):
@@ -43,7 +45,8 @@ def test_every_repair_through_prune_to_flops(repair, with_bn):
     net = conv_net()
     report = prune(net, (repair, "bn") if with_bn else repair)
     assert report.repair == [repair, "bn"][: 1 + with_bn]
-    assert {c.repair for c in report.consumers} == {repair}
+    # three steps of training may serve nothing
+    assert {c.repair for c in report.consumers} <= {repair, REPAIRS[repair].start if REPAIRS[repair].trains else repair}
     assert {f"repair/{name}" for name in ("statistics", "measure", *["bn"] * with_bn)} <= set(report.seconds)
     assert all(c.predicted >= 0 and c.measured >= 0 and c.in_network >= 0 for c in report.consumers)
     assert all(parameter.requires_grad for parameter in net.parameters())
@@ -244,7 +247,7 @@ def test_hooks_modes_and_random_numbers_come_back(repair):
     net, dense, masks = broken()
     net.train()
     state, modes = torch.get_rng_state(), [m.training for m in net.modules()]
-    repair_network(net, dense, masks, (repair,), loader=batches(), progress=False)
+    repair_network(net, dense, masks, (repair,), loader=batches(), training_steps=3, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in net.modules()] == modes
     for model in (net, dense):

@@ -99,8 +99,10 @@ def _train(
             loss = distance(_augmented(next(batches), generator))
             if not torch.isfinite(loss):
                 return
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for parameter, gradient in zip(
+                parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+            ):
+                parameter.grad = gradient
             optimizer.step()
             bar.update()
 

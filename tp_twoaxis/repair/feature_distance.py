@@ -101,6 +101,8 @@ class FeatureDistance:
     def _pairs(self, inputs: Inputs) -> dict[_Call, _Pair]:
         """Run both networks, and match what their layers read and what they return."""
         batch, pairs = Batch(0, inputs, None), dict[_Call, _Pair]()
+        self._dense.clear()
+        self._own.clear()
         with torch.no_grad():
             wanted = self._teacher(batch)
         returned = self._student(batch)
@@ -114,8 +116,6 @@ class FeatureDistance:
             pairs[call] = _Pair(own, select_channels(dense, layer, self._kept[call.layer]), channel_axis(layer))
         for number, (own, dense) in enumerate(zip(all_tensors(returned), all_tensors(wanted), strict=True)):
             pairs[_Call(_OUTPUT, number)] = _Pair(own, dense, min(1, own.ndim - 1))
-        self._dense.clear()
-        self._own.clear()
         return {call: pair for call, pair in pairs.items() if _comparable(pair)}
 
     def _loss(self, pairs: dict[_Call, _Pair]) -> Tensor:
