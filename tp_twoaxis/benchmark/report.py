@@ -22,6 +22,7 @@ from tp_twoaxis.benchmark.results import ResultsFolder, open_folder
 from tp_twoaxis.diagnostics.html_page import image_element, page, png_bytes, table_element
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.pruning.pruning_report import UNITS
+from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.runtime.serialization import write_bytes
 
 REPORT = "report"
@@ -99,6 +100,8 @@ def make_report(folder: str | Path) -> Report:
     failures = tables.failure_table(trials)
     notes = [f"{absent} of {len(records) + absent} trials were not run yet"] if absent else []
     notes += [f"{len(failures)} trials failed"] if len(failures) else []
+    if training := sorted({name for repair in trials.repair for name in repair.split("+") if name in REPAIRS and REPAIRS[name].trains}):
+        notes.append(f"{', '.join(training)}: trained without labels; to be compared with itself, not with other repairs")
     axes, selector = axis_table(auc, trials), selector_table(auc, trials)
     latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
     return Report(

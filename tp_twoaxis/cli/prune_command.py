@@ -35,6 +35,9 @@ class RemovalOptions:
     ] = "macs"
     latency_batch: Annotated[int, _pruning("Images at once whose time --budget latency counts.", min=1)] = 1
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
+    training_steps: Annotated[
+        int, _pruning("Of --repair distill, which trains without labels after the last step.", min=1)
+    ] = 1000
     score: Annotated[
         str, _first(f"auto: what keeps most; or {CRITERION_HELP}", autocompletion=completion.criterion)
     ] = AUTO
@@ -112,6 +115,7 @@ def prune_command(
         stats=stats,
         loader=loader,
         max_images=None,
+        training_steps=removal.training_steps,
         latency=latency,
         other_counters=True,
         progress=output.progress,

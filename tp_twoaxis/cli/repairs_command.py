@@ -9,7 +9,7 @@ from tp_twoaxis.cli.text_table import text_table
 def repairs_command(*, output: JsonOptions) -> None:
     """List the repairs of a pruned network: name, what it needs, what it does, what it makes superfluous.
 
-    None needs labels or training. Join several by a plus sign: ridge+bn.
+    None needs labels, and all but distill do without training. Join several by a plus sign: ridge+bn.
     """
     from tp_twoaxis.repair.strategies import REPAIRS
 
