@@ -100,8 +100,9 @@ def make_report(folder: str | Path) -> Report:
     failures = tables.failure_table(trials)
     notes = [f"{absent} of {len(records) + absent} trials were not run yet"] if absent else []
     notes += [f"{len(failures)} trials failed"] if len(failures) else []
-    if training := sorted({name for repair in trials.repair for name in repair.split("+") if name in REPAIRS and REPAIRS[name].trains}):
-        notes.append(f"{', '.join(training)}: trained without labels; to be compared with itself, not with other repairs")
+    repairs = {name for repair in trials.repair for name in repair.split("+")}
+    if training := sorted(name for name in repairs & set(REPAIRS) if REPAIRS[name].trains):
+        notes.append(f"{', '.join(training)} trains without labels: compare it with itself, not with other repairs")
     axes, selector = axis_table(auc, trials), selector_table(auc, trials)
     latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
     return Report(
