@@ -127,6 +127,8 @@ class _State:
         """Error that the removal of each of the group's inputs would add, [n] float64."""
         taps, width = self.taps, len(self.inverse) // self.taps
         own = self.channels.to(self.inverse.device)
+        if taps == 1:
+            return (self.weight[:, own].square().sum(0) / self.inverse.diagonal()[own]).cpu() / self.power
         blocks = self.inverse.reshape(width, taps, width, taps)[own, :, own]  # [n, taps, taps]
         parts = self.weight.reshape(-1, width, taps)[:, own].permute(1, 2, 0)  # [n, taps, M]
         increase: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
@@ -145,8 +147,9 @@ class _State:
         columns = self._columns(self.channels[torch.isin(self.roots, torch.tensor(roots))])
         if not len(columns):
             return
-        inverse, weight = self.inverse, self.weight
-        rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])  # [removed, n]
+        inverse, weight, rows = self.inverse, self.weight, self.inverse[columns]
+        block = rows[:, columns]
+        rows = rows / block if len(columns) == 1 else torch.linalg.solve(block, rows)  # [removed, n]
         weight -= weight[:, columns] @ rows
         weight[:, columns] = 0.0
         inverse -= inverse[:, columns] @ rows
