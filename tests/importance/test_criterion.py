@@ -9,7 +9,15 @@ from cases import batches, conv_net
 
 from tp_twoaxis import CapQGWImportance, HybridImportance, TwoAxisError, TwoAxisImportance, calibrate
 from tp_twoaxis.errors import StaleStatisticsError
-from tp_twoaxis.importance import CRITERIA, Criterion, PruningState, as_criterion, find_criterion, make_importance
+from tp_twoaxis.importance import (
+    CRITERIA,
+    Criterion,
+    PruningState,
+    as_criterion,
+    criteria,
+    find_criterion,
+    make_importance,
+)
 from tp_twoaxis.importance.baselines.activation_criteria import VBPImportance
 from tp_twoaxis.importance.criterion import (
     criterion_from_factory,
@@ -218,3 +226,26 @@ def test_what_is_gone_reaches_importances_of_factories(stats):
     later = state.after_step({"conv1": 0.25}, {})
     assert criterion.build(state)._removed == {}
     assert criterion.build(later)._removed == {"conv1": 0.25}
+
+
+def test_statistics_of_fewer_images_serve_those_who_need_no_more():
+    net, loader = conv_net(), batches(48)
+    state = PruningState(net, loader, progress=False)
+    few = state.statistics("consumers", target=False, enough=20)
+    assert few["conv1"].num_images == 20
+    assert state.statistics(target=False, enough=20) is few
+    whole = state.statistics(target=False)
+    assert whole["conv1"].num_images == 48
+    assert state.statistics("consumers", target=False, enough=10) is few
+    assert state.statistics(target=False, enough=30) is whole
+    bounded = PruningState(net, loader, max_images=16, progress=False)
+    assert bounded.statistics(target=False, enough=20)["conv1"].num_images == 16
+    assert bounded.statistics(target=False) is bounded.statistics(target=False, enough=20)
+
+
+def test_anticipating_gathers_statistics_of_no_more_images_than_it_reads(monkeypatch):
+    monkeypatch.setattr(criteria, "ENOUGH_IMAGES", 32)
+    net, loader = conv_net(), batches(64)
+    state = PruningState(net, loader, progress=False)
+    importance = find_criterion("anticipating").build(state)
+    assert importance.stats["conv1"].num_images == 32

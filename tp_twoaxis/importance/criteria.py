@@ -33,7 +33,7 @@ from tp_twoaxis.importance.criterion import Axis, Criterion, Importance, option_
 from tp_twoaxis.importance.hybrid import HybridImportance
 from tp_twoaxis.importance.pruning_state import Need, PruningState
 from tp_twoaxis.importance.registry import CRITERIA, find_criterion
-from tp_twoaxis.importance.repair_aware import AnticipatingImportance
+from tp_twoaxis.importance.repair_aware import ENOUGH_IMAGES, AnticipatingImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
 from tp_twoaxis.scores.named_scores import SCORES, entry_of
 from tp_twoaxis.statistics.gradients import accumulate_gradients
@@ -78,7 +78,8 @@ def _cap_qgw(state: PruningState, **options: Any) -> CapQGWImportance:
 def _anticipating(state: PruningState, **options: Any) -> AnticipatingImportance:
     model, loader = state.images()
     given = {"model": model, "loader": loader, "max_images": state.max_images, "progress": state.progress}
-    return AnticipatingImportance(state.statistics("consumers", target=False), **{**given, **options})
+    stats = state.statistics("consumers", target=False, enough=ENOUGH_IMAGES)
+    return AnticipatingImportance(stats, **{**given, **options})
 
 
 def _hybrid(
@@ -162,6 +163,7 @@ _ROWS = (
         ("statistics", "consumers", "images"),
         "mixed",
         option_names(AnticipatingImportance),
+        enough_images=ENOUGH_IMAGES,
     ),
     HybridCriterion(
         "hybrid",

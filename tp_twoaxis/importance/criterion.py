@@ -36,6 +36,7 @@ class Criterion:
         options: keywords that ``factory`` takes.
         score: statistics of a layer -> [C], for criteria that score single layers; takes some of the options.
         draws: whether it draws random numbers.
+        enough_images: so many suffice for its statistics; None: it takes all that it may.
         bound: options that are set.
 
     Example:
@@ -52,6 +53,7 @@ class Criterion:
     options: tuple[str, ...] = ()
     score: Score | None = None
     draws: bool = False
+    enough_images: int | None = None
     bound: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -100,7 +102,7 @@ class Criterion:
             TwoAxisError: there are none, or those that there are hold less.
         """
         try:
-            return state.statistics(*self.extras, also=also, target=self.reads_task)
+            return state.statistics(*self.extras, also=also, target=self.reads_task, enough=self.enough_images)
         except MissingInputError as error:
             raise TwoAxisError(f"criterion {self.name!r}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -71,19 +72,22 @@ class PruningState:
     removed_outputs: Mapping[str, float] = field(default_factory=dict)
     removed_inputs: Mapping[str, float] = field(default_factory=dict)
     pooling: Pooling = "mean"
-    _gathered: list[CalibrationStatistics] = field(default_factory=list, repr=False)
+    _gathered: list[tuple[float, CalibrationStatistics]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.target is not None:
             check_name("target", self.target, TARGETS, more=" or None")
 
-    def statistics(self, *extras: Need, also: Iterable[Need] = (), target: bool = True) -> CalibrationStatistics:
+    def statistics(
+        self, *extras: Need, also: Iterable[Need] = (), target: bool = True, enough: int | None = None
+    ) -> CalibrationStatistics:
         """Give statistics of the network; the only place that turns needs into ``calibrate()``'s flags.
 
         Args:
             extras: what they must hold besides: ``"gradients"``, ``"consumers"``.
             also: extras that are gathered if a pass is made anyway, because somebody else needs them.
             target: whether a pass records the task; without, the model need not be a classifier.
+            enough: images that suffice; None: all that may be read.
 
         Raises:
             TwoAxisError: there are no statistics and nothing to gather them from, or those that there are hold less.
@@ -99,29 +103,31 @@ class PruningState:
                     + (", which need labels" if "gradients" in lacking else "")
                 )
             return self.stats
-        for gathered in self._gathered:
-            if set(extras) <= set(gathered.extras) and (gathered.target or not target or not self.target):
+        limits = [limit for limit in (self.max_images, enough) if limit is not None]
+        most = min(limits, default=None)
+        for limit, gathered in self._gathered:
+            recorded = set(extras) <= set(gathered.extras) and (gathered.target or not target or not self.target)
+            if recorded and limit >= (math.inf if most is None else most):
                 return gathered
         labels = " with labels" if "gradients" in extras else ""
         model, images = self._required(
             f"stats=calibrate(model, loader{flags}), or model=... and loader=...{labels}", self.loader
         )
         wanted = {*extras, *also}
-        self._gathered.append(
-            calibrate(
-                model,
-                images,
-                target=self.target if target else None,
-                layers=self.layers,
-                positions=self.positions,
-                pooling=self.pooling,
-                max_images=self.max_images,
-                gradients="gradients" in wanted,
-                consumers="consumers" in wanted,
-                progress=self.progress,
-            )
+        stats = calibrate(
+            model,
+            images,
+            target=self.target if target else None,
+            layers=self.layers,
+            positions=self.positions,
+            pooling=self.pooling,
+            max_images=most,
+            gradients="gradients" in wanted,
+            consumers="consumers" in wanted,
+            progress=self.progress,
         )
-        return self._gathered[-1]
+        self._gathered.append((math.inf if most is None else most, stats))
+        return stats
 
     def images(self, loader: Iterable[Any] | None = None, *, labels: bool = False) -> tuple[nn.Module, Iterable[Any]]:
         """Give the model and images to run it on.
@@ -162,7 +168,7 @@ class PruningState:
     @property
     def known_statistics(self) -> CalibrationStatistics | None:
         """Statistics that are at hand: those given, or the first that were gathered."""
-        return self.stats or next(iter(self._gathered), None)
+        return self.stats or next((stats for _, stats in self._gathered), None)
 
     @property
     def is_dense(self) -> bool:

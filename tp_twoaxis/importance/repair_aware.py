@@ -25,6 +25,8 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Cost = Literal["macs", "channels"]
 RECONSTRUCTION = "reconstruction"
+# images of the statistics: it reads no more itself, and they serve where patches are too wide to be fitted
+ENOUGH_IMAGES = 512
 
 
 class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -183,7 +185,7 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
         model, loader = state.images(self.loader)
         extras = {"consumers", *self.stats.extras}
         return AnticipatingImportance(
-            self.stats if state.is_dense else state.like(self.stats, loader).statistics(*extras),
+            self.stats if state.is_dense else state.like(self.stats, loader).statistics(*extras, enough=ENOUGH_IMAGES),
             self.ranking,
             loader=loader,
             model=model,
