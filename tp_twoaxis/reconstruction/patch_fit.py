@@ -86,25 +86,29 @@ class PatchFit:
             self._judging = None
         return self._solved
 
-    def update(self, x: Tensor, target: Tensor, *, held_out: bool = False) -> None:
+    def update(self, x: Tensor, target: Tensor, *, held_out: bool = False, kept: Tensor | None = None) -> None:
         """Accumulate a batch.
 
         Args:
             x: the layer's input.
             target: the output that the layer should have, shaped like its output.
             held_out: judge on these images instead of fitting them.
+            kept: [channels of target] bool, those that the layer writes, where it does not write all.
         """
         self.held_out.append(held_out)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
-            moments = self._accumulate(self._judging if held_out else self._fitted, x, target, self._seen[held_out])
+            before = self._judging if held_out else self._fitted
+            moments = self._accumulate(before, x, target, self._seen[held_out], kept)
             self._seen[held_out] += len(x)
             if held_out:
                 self._judging = moments
             else:
                 self._fitted = moments
 
-    def _accumulate(self, moments: PatchMoments | None, x: Tensor, target: Tensor, first: int) -> PatchMoments:
+    def _accumulate(
+        self, moments: PatchMoments | None, x: Tensor, target: Tensor, first: int, kept: Tensor | None
+    ) -> PatchMoments:
         y = flatten_positions(target, self.layer, len(x), "")
         self._positions = y.shape[1]
         weight = weight_blocks(self.layer).flatten(2)  # [blocks, outputs, patch]
@@ -116,7 +120,7 @@ class PatchFit:
         for part, positions, rows in self._rows(x, y.shape[1], first):
             current = torch.einsum("rgf,gof->rgo", rows, weight)
             current = current if bias is None else current + bias.reshape(blocks, -1)
-            chosen = select_positions(y[part], positions).reshape(len(rows), blocks, -1)
+            chosen = _of_channels(select_positions(y[part], positions), kept).reshape(len(rows), blocks, -1)
             moments.update(rows, chosen - current)
         return moments
 
@@ -136,6 +140,7 @@ class PatchFit:
         reference: Sequence[Tensor],
         scale: Tensor,
         target_fn: TargetFunction,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Change the solved weights once more, for a target of a tensor downstream of the layer's outputs.
 
@@ -151,12 +156,13 @@ class PatchFit:
             target_fn: ``(current, reference) -> target``, elementwise. If the target is the projection of ``current``
                 onto the values that have the same effect downstream as ``reference`` (for a rectifier: all values
                 beyond its bound, where ``reference`` is beyond it), the error downstream falls each time.
+            kept: [channels of reference] bool, those that the layer writes, where it does not write all.
 
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
         factor, inverse = scale.to(current[0]), safe_inverse(scale).to(current[0])
-        now, then = self._selected(current), self._selected(reference)
+        now, then = self._selected(current), self._selected(reference, kept)
 
         def residual(i: int) -> Callable[[slice, Tensor], Tensor]:
             here, there = now(i), then(i)
@@ -192,12 +198,12 @@ class PatchFit:
             change, shift = self._fit_rows(x, self._selected(residual))
             return change.reshape(self.layer.weight.shape), shift  # type: ignore[arg-type]
 
-    def _selected(self, tensors: Sequence[Tensor]) -> _BatchRows:
-        """Read rows of tensors that are laid out as the outputs."""
+    def _selected(self, tensors: Sequence[Tensor], kept: Tensor | None = None) -> _BatchRows:
+        """Read rows of tensors that are laid out as the outputs, of some of their channels."""
 
         def batch(i: int) -> Callable[[slice, Tensor], Tensor]:
             view = flatten_positions(tensors[i], self.layer, len(tensors[i]), "")
-            return lambda part, positions: select_positions(view[part], positions)
+            return lambda part, positions: _of_channels(select_positions(view[part], positions), kept)
 
         return batch
 
@@ -237,6 +243,13 @@ class PatchFit:
     def _add(self, change: Tensor) -> None:
         old = weight_blocks(self.layer)
         write_weight(self.layer, old.double() + change.mT.reshape(old.shape).to(old.device))
+
+
+def _of_channels(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """Select channels of rows [..., C]: after their positions, so that no whole map is copied."""
+    if kept is None or bool(kept.all()):
+        return rows
+    return rows.index_select(-1, kept.nonzero()[:, 0].to(rows.device))
 
 
 def largest_useful_step(batches: Iterable[tuple[Tensor, Tensor, Tensor]], target_fn: TargetFunction) -> float:

@@ -181,10 +181,10 @@ class OutputCorrector:
     def _reconstruct_jointly(
         self, producer: ProducerOutput, current: list[Tensor], dense: list[Tensor], target_fn: TargetFunction
     ) -> ProducerOutput:
-        reference = _kept_parts(producer, current, dense)
-        if self._rehearsal or producer.rectified is None or reference is None or not has_transpose(producer.layer):
+        possible = producer.rectified is not None and has_transpose(producer.layer)
+        if self._rehearsal or not possible or not _matches(producer, current, dense):
             return producer
-        return joint_reconstruction(producer, current, reference, target_fn, JOINT_ROUNDS)
+        return joint_reconstruction(producer, current, _KeptChannels(producer, dense), target_fn, JOINT_ROUNDS)
 
     def _correct(
         self,
@@ -194,11 +194,10 @@ class OutputCorrector:
         target_fn: TargetFunction,
     ) -> None:
         layer = producer.layer
-        reference = _kept_parts(producer, current, dense)
-        if self._rehearsal or reference is None:
+        if self._rehearsal or not _matches(producer, current, dense):
             return
         weight_change, shift = producer.solved_fit.refine(
-            producer.inputs, current, reference, producer.scale, target_fn
+            producer.inputs, current, dense, producer.scale, target_fn, producer.kept
         )
         add_bias(layer, shift, producer.norm)
         for x, tensor in zip(producer.inputs, current, strict=True):
@@ -250,13 +249,11 @@ def count_readers(network: nn.Module, layers: Iterable[nn.Module], inputs: Input
     return [count for (count,) in counts]
 
 
-def _kept_parts(producer: ProducerOutput, current: list[Tensor], dense: list[Tensor]) -> _KeptChannels | None:
-    """Select the channels of the dense network's tensors that the pruned one has; None where their shapes differ."""
+def _matches(producer: ProducerOutput, current: list[Tensor], dense: list[Tensor]) -> bool:
+    """Whether tensors have the channels that the layer writes, and the dense network's those that it wrote there."""
     axis, kept = channel_axis(producer.layer), producer.kept
     shape = current[0].shape
-    if len(shape) != dense[0].ndim or dense[0].shape[axis] != len(kept) or shape[axis] != int(kept.sum()):
-        return None
-    return _KeptChannels(producer, dense)
+    return len(shape) == dense[0].ndim and dense[0].shape[axis] == len(kept) and shape[axis] == int(kept.sum())
 
 
 class _KeptChannels(Sequence[Tensor]):

@@ -27,7 +27,7 @@ from tp_twoaxis.repair.repair_task import NO_GAIN, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
-from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, select_channels, weight_blocks
+from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, weight_blocks
 from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.runtime.weights import SHARED, add_bias, cannot_refit, shared_weights, write_weight
 from tp_twoaxis.statistics.moments import float64_device
@@ -264,7 +264,7 @@ class _OrderedRefit:
             x = [kernel_input(layer, *arguments) for arguments in place.pruned]
             fit = PatchFit(layer, images=_count(x, place))
             for own, (_, dense_y), held_out in zip(x, place.dense, place.held_out, strict=True):
-                fit.update(own, select_channels(dense_y, layer, ~pruned.outputs), held_out=held_out)
+                fit.update(own, dense_y, held_out=held_out, kept=~pruned.outputs)
             add_bias(layer, fit.solve(), norm)
             self._corrector.register(place.number, layer, fit, x, norm, ~pruned.outputs)
             return NO_GAIN if math.isnan(fit.solved.ridge) else ""
