@@ -8,6 +8,7 @@ from torch import nn
 
 from tp_twoaxis.reconstruction import patch_fit, patches
 from tp_twoaxis.reconstruction.patch_fit import PatchFit
+from tp_twoaxis.reconstruction.patch_moments import PatchMoments
 from tp_twoaxis.reconstruction.patches import fits, patch_rows
 
 LAYERS = [
@@ -98,3 +99,21 @@ def test_small_layers_fit():
     assert not fits(nn.Conv2d(513, 8, 3))
     assert fits(nn.Conv2d(960, 960, 3, groups=960))
     assert not fits(nn.Linear(25_088, 4))
+
+
+@pytest.mark.parametrize(("blocks", "width"), [(1, 5), (3, 5), (1, 1100), (2, 600)])
+def test_moments_of_narrow_and_wide_patches_are_sums_over_rows(blocks, width):
+    torch.manual_seed(0)
+    rows, targets = torch.randn(70, blocks, width) + 3.0, torch.randn(70, blocks, 2)
+    moments = PatchMoments(blocks, width, 2)
+    for part in (slice(0, 20), slice(20, 70)):
+        moments.update(rows[part], targets[part])
+    moments.symmetrize()
+    for block in range(blocks):
+        x, y = rows[:, block].double(), targets[:, block].double()
+        x, y = x - x.mean(0), y - y.mean(0)
+        torch.testing.assert_close(moments.scatter[block], x.T @ x)
+        torch.testing.assert_close(moments.cross[block], x.T @ y)
+        assert torch.equal(moments.scatter[block], moments.scatter[block].T)
+    before = moments.scatter.clone()
+    assert torch.equal(moments.symmetrize().scatter, before)

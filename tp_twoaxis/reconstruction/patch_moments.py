@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tp_twoaxis.statistics.moments import BLOCK_NUMBERS
+from tp_twoaxis.statistics.moments import BLOCK_NUMBERS, STRIP, mirror
 
 # rows that are multiplied at a time, at most, where patches are wide
 MOST_PIECE_ROWS = 2048
@@ -27,7 +27,8 @@ class PatchMoments:
         count: rows.
         mean: [B, P] float64.
         target_mean: [B, O] float64.
-        scatter: [B, P, P] float64, sum of ``(x - mean)(x - mean)'``.
+        scatter: [B, P, P] float64, sum of ``(x - mean)(x - mean)'``; of wide blocks only what is not below the
+            diagonal, until :meth:`symmetrize`.
         cross: [B, P, O] float64, sum of ``(x - mean)(y - target_mean)'``.
         power: float, sum of ``|y - target_mean|^2`` over all blocks and targets.
 
@@ -60,7 +61,7 @@ class PatchMoments:
             y -= target_mean[:, None]
             # the way from the means so far, as one row more: alone it would cost as much as the product
             x[:, -1], y[:, -1] = self._shift(x.shape[1] - 1, mean, target_mean)
-            _add_products(self.scatter, x, x)
+            _add_square(self.scatter, x)
             _add_products(self.cross, x, y)
             self.power += float(y.square().sum())
 
@@ -80,7 +81,11 @@ class PatchMoments:
 
     def symmetrize(self) -> PatchMoments:
         """Make the scatter symmetric to the last bit, as a factorisation wants it; returns self."""
-        self.scatter = self.scatter.triu() + self.scatter.triu(1).mT
+        if self.scatter.shape[1] > STRIP:
+            for block in self.scatter:
+                mirror(block)
+        else:
+            self.scatter = self.scatter.triu() + self.scatter.triu(1).mT
         return self
 
     def squared_error(self, change: Tensor, shift: Tensor) -> float:
@@ -89,6 +94,8 @@ class PatchMoments:
         Args:
             change: [B, P, O] float64.
             shift: [B, O] float64.
+
+        The scatter has to be symmetric.
         """
         offset = self.target_mean - shift - torch.einsum("bpo,bp->bo", change, self.mean)
         quadratic = (change * (torch.bmm(self.scatter, change) - 2 * self.cross)).sum()
@@ -118,6 +125,16 @@ class PatchMoments:
         self.target_mean += target_delta * (count / total)
         self.count = total
         return between * delta, between * target_delta
+
+
+def _add_square(sums: Tensor, x: Tensor) -> None:
+    """Add ``x' x`` of each block, in place: of one wide block in strips, from the diagonal on."""
+    if len(sums) > 1 or x.shape[2] <= STRIP:
+        _add_products(sums, x, x)
+        return
+    for start in range(0, x.shape[2], STRIP):
+        strip = slice(start, start + STRIP)
+        sums[0, strip, start:].addmm_(x[0, :, strip].T, x[0, :, start:])
 
 
 def _add_products(sums: Tensor, x: Tensor, y: Tensor) -> None:

@@ -74,6 +74,7 @@ def choose_ridge(fit: PatchMoments, held_out: PatchMoments) -> RidgeFit:
         (1e-07, nan)
     """
     fit.symmetrize()
+    held_out.symmetrize()
     tried: dict[float, float] = {}
     best: RidgeFit | None = None
 

@@ -126,7 +126,7 @@ class CoMoments:
     def scatter(self) -> Tensor:
         """Sum of ``weight (x - mean)(y - other_mean)'``, [D, E] float64; symmetric to the last bit unless paired."""
         if not self._mirrored:
-            _mirror(self._scatter)
+            mirror(self._scatter)
             self._mirrored = True
         return self._scatter
 
@@ -278,12 +278,12 @@ def _float32_is_exact() -> bool:
         return False
 
 
-def _mirror(square: Tensor, size: int = 128) -> None:
+def mirror(square: Tensor, size: int = 128) -> None:
     """Copy what is above the diagonal below it; in place, in tiles that the cache holds.
 
     Example:
         >>> square = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
-        >>> _mirror(square)
+        >>> mirror(square)
         >>> square.tolist()
         [[1.0, 2.0], [2.0, 3.0]]
     """
