@@ -13,7 +13,7 @@ from PIL import Image
 
 from tp_twoaxis import TwoAxisError, calibrate
 from tp_twoaxis.diagnostics.channel_table import channel_table
-from tp_twoaxis.diagnostics.plots import plot_layer, plot_overview, tenths, write_plots
+from tp_twoaxis.diagnostics.plots import plot_layer, plot_overview, colour_range, write_plots
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_layer_plot_shows_every_channel(table):
     shown = part[part.variance > 0]
     assert np.array_equal(varying.get_offsets(), shown[["capture", "task_mi"]])
     assert np.array_equal(varying.get_array(), shown.hull_explanation)
-    assert varying.get_clim() == tenths(part)
+    assert varying.get_clim() == colour_range(part)
     assert len(constant.get_offsets()) == 1
     assert "nats" in axes.get_xlabel()
     assert "nats" in axes.get_ylabel()
@@ -52,10 +52,10 @@ def test_marks_are_of_channels_in_the_table(table):
 
 def test_colours_tell_channels_apart_that_are_alike():
     table = pd.DataFrame({"variance": 1.0, "hull_explanation": [0.91, 0.93, 0.97]})
-    assert tenths(table) == (0.9, 1.0)
-    assert tenths(table.assign(hull_explanation=1.0)) == (0.9, 1.0)
-    assert tenths(table.assign(hull_explanation=0.0)) == (0.0, 0.1)
-    assert tenths(table.assign(variance=0.0)) == (0.0, 1.0)
+    assert colour_range(table) == (0.9, 0.98)
+    for value, between in {1.0: (0.99, 1.0), 0.0: (0.0, 0.01), 0.5: (0.49, 0.51)}.items():
+        assert colour_range(table.assign(hull_explanation=value)) == pytest.approx(between)
+    assert colour_range(table.assign(variance=0.0)) == (0.0, 1.0)
 
 
 def test_numbers_of_neighbours_do_not_overlap():

@@ -56,6 +56,9 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
         panel.remove()
     for panel in panels[max(0, len(treatments) - columns) : len(treatments)]:
         panel.tick_params(labelbottom=True)  # shared axes number the last row alone, also where it has a gap
+        panel.set_xlabel("MACs kept (%)", size=9)
+    for panel in panels[: len(treatments) : columns]:
+        panel.set_ylabel("accuracy (%), dashed: dense", size=9)
     colours = mpl.colormaps["tab20" if len(criteria) > 10 else "tab10"]
     lines = {}
     for panel, treatment in zip(panels, treatments, strict=False):
@@ -84,8 +87,6 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
         if len(shares) <= MOST_TICKS:
             panel.set_xticks([100 * share for share in shares], [f"{100 * share:.3g}" for share in shares])
         plain(panel)
-    figure.supxlabel("MACs kept (%)", size=10)
-    figure.supylabel("accuracy (%), dashed: dense", size=10)
     figure.suptitle(shown_name(shown_network(network), 60), size=11, fontweight="bold", parse_math=False)
     whole_means = mine[mine.seeds == mine.seeds.max()].groupby("criterion").accuracy.agg(["size", "mean"])
     places = whole_means.reindex(criteria).fillna(0.0)

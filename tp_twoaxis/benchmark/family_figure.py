@@ -16,6 +16,7 @@ from tp_twoaxis.importance.criterion import parse_expression
 
 DPI = 170
 ROW = 0.24  # inches
+MOST = 110.0  # % of the dense accuracy that a pruned network may show
 # from the top; colours that differ for every kind of colour vision, shapes too
 FAMILIES = {
     "local": ("local", "#0072b2", "o"),
@@ -68,6 +69,8 @@ def family_figure(areas: pd.DataFrame, trials: pd.DataFrame, network: str) -> Fi
     axes.set_ylim(len(own) - 0.5, -0.5)
     axes.set_xlabel("accuracy retained, mean over common MACs (%)", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, 0.0), min(high, MOST))  # intervals of few seeds reach beyond what can be
     name = shown_name(shown_network(network), 40)
     axes.set_title(name, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     axes.grid(True, axis="x", color="0.9", linewidth=0.6)

@@ -154,11 +154,16 @@ def _lesion_table(explanation: Explanation) -> pd.DataFrame:
                 "loss, removed": f"{removed.loss_increase:+.4f} ± {removed.standard_error:.4f}",
                 "loss, replaced": f"{replaced.loss_increase:+.4f} ± {replaced.standard_error:.4f}",
                 "given back": TOO_SMALL if share is None else f"{share:.0%}",
-                "points, removed": f"{-100 * removed.accuracy_drop:+.1f}",
-                "points, replaced": f"{-100 * replaced.accuracy_drop:+.1f}",
+                "points, removed": _points(removed.accuracy_drop),
+                "points, replaced": _points(replaced.accuracy_drop),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _points(drop: float) -> str:
+    """A change of accuracy in points; zero without a minus."""
+    return f"{round(-100 * drop, 1) + 0.0:+.1f}"
 
 
 def _rows(explanation: Explanation, profiles: list[ChannelProfile]) -> Table:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from tp_twoaxis.diagnostics.cell_figures import plain, shown_name
@@ -24,6 +25,7 @@ TASK = "task information $M_k$ (nats)"
 HULL = "hull explanation $E_k$ (share of variance)"
 OVERVIEW = "overview.png"
 DPI = 120
+LEAST_RANGE = 0.02  # of colours: less is no difference
 LAYER_SIZE, LAYER_DPI = (4.5, 4.2), 170  # as wide as a phone shows without scrolling
 CONSTANT_COLOUR = "#d62728"
 MARK_COLOUR = "#d55e00"  # vermilion stands out of viridis for every kind of colour vision; shapes differ too
@@ -46,8 +48,8 @@ def plot_layer(
 
     Returns:
         A figure: x capture, y task information, colour hull explanation (0: nobody replaces the channel, 1: a few
-        peers do), over the tenths that the layer's channels lie between. Constant channels are crosses, dashed lines
-        the medians. Channels at the edges are numbered where none is marked.
+        peers do), between round numbers that the layer's channels lie between. Constant channels are crosses, dashed
+        lines the medians. Channels at the edges are numbered where none is marked.
 
     Raises:
         TwoAxisError: the table is empty or has no target axis, or a marked channel is not in it.
@@ -61,7 +63,7 @@ def plot_layer(
     _check(table)
     figure = Figure(figsize=LAYER_SIZE, dpi=LAYER_DPI, layout="constrained")
     axes = figure.add_subplot()
-    points = _scatter(axes, table, tenths(table), size=34)
+    points = _scatter(axes, table, colour_range(table), size=34)
     constant = int((table.variance == 0).sum())
     name = shown_name(str(table.layer.iloc[0]), 36)
     axes.set_title(name, loc="left", size=11, fontweight="bold", pad=18, parse_math=False)
@@ -106,7 +108,7 @@ def plot_overview(table: pd.DataFrame) -> Figure:
     for panel in panels[len(layers) :]:
         panel.remove()
     used = panels[: len(layers)]
-    between = tenths(table)
+    between = colour_range(table)
     for panel, (name, part) in zip(used, layers, strict=True):
         points = _scatter(panel, part, between, size=11)
         panel.set_title(f"{shown_name(name, 26)} ({len(part)})", size=8, parse_math=False)
@@ -164,18 +166,19 @@ def _check(table: pd.DataFrame) -> None:
         )
 
 
-def tenths(table: pd.DataFrame) -> tuple[float, float]:
-    """Tenths between which the hull explanations of a table's channels lie: colours that tell them apart.
+def colour_range(table: pd.DataFrame) -> tuple[float, float]:
+    """Round numbers between which the hull explanations of a table's channels lie: colours that tell them apart.
 
     Example:
-        >>> tenths(pd.DataFrame({"variance": [1.0, 2.0, 0.0], "hull_explanation": [0.83, 0.91, 0.0]}))
-        (0.8, 1.0)
+        >>> colour_range(pd.DataFrame({"variance": [1.0, 2.0, 0.0], "hull_explanation": [0.83, 0.91, 0.0]}))
+        (0.82, 0.92)
     """
     known = table.hull_explanation[table.variance > 0].dropna()
     if known.empty:
         return 0.0, 1.0
-    low = min(math.floor(10 * known.min()), 9)
-    return low / 10, max(math.ceil(10 * known.max()), low + 1) / 10
+    middle, half = (known.max() + known.min()) / 2, max(known.max() - known.min(), LEAST_RANGE) / 2
+    ticks = MaxNLocator(5).tick_values(middle - half, middle + half)
+    return max(round(float(ticks[0]), 6), 0.0), min(round(float(ticks[-1]), 6), 1.0)
 
 
 def _scatter(axes: Any, table: pd.DataFrame, between: tuple[float, float], *, size: float) -> Any:
@@ -205,7 +208,7 @@ def _number_extremes(figure: Figure, axes: Any, table: pd.DataFrame, count: int 
     rows |= set(table["capture"].nsmallest(1).index)
     taken = _points(figure, axes, table)
     for row in sorted(rows):
-        _number(axes, table.loc[row], int(table.channel[row]), taken, size=8, colour="0.25")
+        _number(axes, table.loc[row], int(table.channel[row]), taken, size=8, colour="0.25", away=4)
 
 
 def _points(figure: Figure, axes: Any, table: pd.DataFrame) -> list[Bbox]:
@@ -256,14 +259,22 @@ def _mark(
 
 
 def _number(
-    axes: Any, row: pd.Series, channel: int, taken: list[Bbox], *, size: float, colour: str, **font: str
+    axes: Any,
+    row: pd.Series,
+    channel: int,
+    taken: list[Bbox],
+    *,
+    size: float,
+    colour: str,
+    away: float = 9,
+    **font: str,
 ) -> None:
     """Write a channel's number beside its point, where it covers least of what is ``taken``, and take that place."""
     pixel = axes.figure.dpi / 72
     width, height = 0.65 * size * len(str(channel)), size
     x, y = axes.transData.transform((row.capture, row.task_mi)) / pixel
     spots: list[tuple[float, int, float, float, Bbox]] = []
-    for right, up in itertools.product((9, -9 - width, -width / 2), (5, -5 - height, -height / 2)):
+    for right, up in itertools.product((away, -away - width, -width / 2), (4, -4 - height, -height / 2)):
         if up == -height / 2 and right == -width / 2:
             continue  # on the point itself
         box = Bbox.from_bounds(*(pixel * n for n in (x + right, y + up, width, height)))

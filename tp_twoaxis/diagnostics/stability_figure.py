@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from tp_twoaxis.dependency.flops import ExampleInputs
@@ -103,12 +104,12 @@ def _draw_agreement(axes: Any, stability: StabilityReport, size: CalibrationSize
         markersize=4,
         label="lowest 30 % that stay",
     )
-    axes.axvline(size.target, color="0.4", linewidth=0.8, linestyle="--", label="target")
+    axes.axvline(size.target, color="0.4", linewidth=0.8, linestyle="--")
     axes.set_ylim(len(size.layers) - 0.5, -0.5)
     axes.set_xlim(0.0, 1.02)
-    axes.set_xlabel(f"agreement (1: the same); target {size.target:g}", size=9)
+    axes.set_xlabel(f"agreement; dashed: target {size.target:g}", size=9)
     axes.set_title(f"{size.score}, {size.images} images", loc="left", size=11, fontweight="bold", pad=22)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=3, fontsize=7, frameon=False, columnspacing=1.0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.02, 0.99), ncols=2, fontsize=8, frameon=False, columnspacing=1.2)
 
 
 def _draw_intervals(axes: Any, layer: LayerStability, stability: StabilityReport) -> None:
@@ -118,6 +119,7 @@ def _draw_intervals(axes: Any, layer: LayerStability, stability: StabilityReport
     )
     axes.plot(range(len(order)), [layer.scores[k] for k in order], "o", color="black", markersize=2.5)
     axes.set_xlabel("channels, ascending", size=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylabel(stability.score, size=9)
     axes.set_title(shown_name(layer.name, 26), loc="left", size=10, fontweight="bold", parse_math=False)
     axes.set_title(f"{stability.level:.0%} intervals", loc="right", size=9)
