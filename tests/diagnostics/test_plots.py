@@ -13,7 +13,7 @@ from PIL import Image
 
 from tp_twoaxis import TwoAxisError, calibrate
 from tp_twoaxis.diagnostics.channel_table import channel_table
-from tp_twoaxis.diagnostics.plots import plot_layer, plot_overview, colour_range, write_plots
+from tp_twoaxis.diagnostics.plots import colour_range, plot_layer, plot_overview, write_plots
 
 
 @pytest.fixture(scope="module")

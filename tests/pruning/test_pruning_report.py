@@ -1,7 +1,6 @@
 """The report for people and for programs."""
 
 import json
-
 import sys
 
 import numpy as np

@@ -238,7 +238,10 @@ def _html(report: Report, curves: dict[str, bytes], families: dict[str, bytes]) 
             report.auc.table.pipe(_with_intervals, "auc").pipe(_with_intervals, "behind_best", "behind"), "{:.3f}"
         ),
         families=[
-            Picture(png, f"{shown_network(name)}: areas by family of criteria, the best of each first; intervals are cut at 0.")
+            Picture(
+                png,
+                f"{shown_network(name)}: areas by family of criteria, the best of each first; intervals are cut at 0.",
+            )
             for name, png in families.items()
         ],
         axes=_table(_with_intervals(report.axes, "points", number="{:.1f}"), "{:.1f}"),

@@ -244,7 +244,7 @@ def explain_statistics(stats: CalibrationStatistics, layer: str, *, peers: int =
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
         >>> stats = calibrate(net, [torch.randn(64, 3, 2, 2)], progress=False)
         >>> explain_statistics(stats, "1").heading()
-        "1 (Linear), 6 channels; statistics of 64 images, target: predicted_margin"
+        '1 (Linear), 6 channels; statistics of 64 images, target: predicted_margin'
     """
     entry = stats[layer]
     few = entry.num_rows < 10 * entry.num_channels

@@ -177,7 +177,7 @@ def colour_range(table: pd.DataFrame) -> tuple[float, float]:
     if known.empty:
         return 0.0, 1.0
     middle, half = (known.max() + known.min()) / 2, max(known.max() - known.min(), LEAST_RANGE) / 2
-    ticks = MaxNLocator(5).tick_values(middle - half, middle + half)
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(middle - half, middle + half)
     return max(round(float(ticks[0]), 6), 0.0), min(round(float(ticks[-1]), 6), 1.0)
 
 
