@@ -240,7 +240,7 @@ def _html(report: Report, curves: dict[str, bytes], families: dict[str, bytes]) 
         families=[
             Picture(
                 png,
-                f"{shown_network(name)}: areas by family of criteria, the best of each first; intervals are cut at 0.",
+                f"{shown_network(name)}: areas by family of criteria; intervals are cut at 0 and 110 %.",
             )
             for name, png in families.items()
         ],

@@ -51,7 +51,7 @@ def _panels(report: SensitivityReport) -> Figure:
     count = len(report.curves)
     columns = min(count, 3 if count <= 9 else 4)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(2.5 * columns + 0.6, 5.2), max(2.0 * rows + 0.8, 3.6)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(max(2.5 * columns + 0.6, 4.5), max(2.0 * rows + 0.8, 3.6)), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
     summary = report.summary()
     for panel in panels[count:]:
