@@ -124,6 +124,24 @@ def test_prune_writes_what_it_prints_and_continues_from_it(folder, tmp_path):
     assert len(shown["channels"]) < 61
 
 
+def test_prune_writes_a_page_linked_with_one_a_layer(folder, tmp_path):
+    out, page = tmp_path / "p.safetensors", tmp_path / "r.html"
+    data = ("--data", folder / "images", "--stats", folder / "stats.safetensors", "--eval-split", "test")
+    options = ("--score", "l2", "--repair", "bn", "--flops", 0.6, "--html", page, "--explain")
+    result = succeed("prune", MODEL, *data, *options, "--out", out)
+    assert f"wrote {out} and {page} and {tmp_path / 'r_layers'}" in result.stdout
+    html = page.read_text()
+    assert MODEL in html
+    assert "Top-1 accuracy on 20 images (test)" in html
+    pages = sorted((tmp_path / "r_layers").iterdir())
+    assert pages
+    for layer in pages:
+        assert f'href="r_layers/{layer.name}"' in html
+        assert 'href="../r.html"' in layer.read_text()
+    assert "exists" in refused("prune", MODEL, *data, *options, "--out", tmp_path / "q.safetensors")
+    assert "--html" in refused("prune", MODEL, *data, "--explain", "--out", tmp_path / "q.safetensors")
+
+
 @pytest.mark.parametrize("score", ["cap-a", "taylor", "random"])
 def test_prune_in_steps(folder, tmp_path, score):
     out, stats = tmp_path / "p.safetensors", folder / "stats.safetensors"

@@ -45,10 +45,10 @@ def test_the_dashboard_shows_every_runs_verdict(tmp_path):
     combined = combine_evidence(folders, [pruning])
     assert [run.label for run in combined.runs] == ["resnet20 on cifar10", "resnet20 on cifar100"]
     html = combined_html(combined)
-    hulls = html[html.index("<section id='hulls'>") : html.index("<section id='pruning'>")]
+    hulls = html[html.index('<section id="hulls">') : html.index('<section id="pruning">')]
     assert [hulls.count(f">{verdict}</span>") for verdict in ("HOLDS", "UNDECIDED")] == [1, 1]
-    assert "data-label='resnet20 on cifar100'" in hulls
-    assert ">HOLDS</span>" in html[html.index("<section id='pruning'>") :]
+    assert 'data-label="resnet20 on cifar100"' in hulls
+    assert ">HOLDS</span>" in html[html.index('<section id="pruning">') :]
     text = combined.markdown()
     assert "| pruning | C5 | +8.0 |  |  | 9.000 [1.000, 17.000] HOLDS |" in text
     assert "| hulls | hulls grow | grows | 0.000 [-0.100, 0.100] UNDECIDED | 0.400 [0.300, 0.500] HOLDS |  |" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -11,8 +12,9 @@ from cases import batches, conv_net
 
 from tp_twoaxis import TwoAxisError, calibrate
 from tp_twoaxis.diagnostics.channel_table import channel_table
-from tp_twoaxis.diagnostics.explain import explain
+from tp_twoaxis.diagnostics.explain import explain, explain_statistics
 from tp_twoaxis.diagnostics.explain_page import explanation_figure, explanation_html, profile_table
+from tp_twoaxis.diagnostics.plots import plot_layer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_one_channel_is_marked_with_its_peers(net, stats):
     assert np.array_equal(points.get_offsets(), table)
     assert np.array_equal(ring.get_offsets(), table[[3]])
     assert np.array_equal(boxes.get_offsets(), table[list(result.profiles[3].hull)])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["3", *map(str, result.profiles[3].hull)]
+    assert [text.get_text() for text in figure.axes[0].texts[1:]] == ["3", *map(str, result.profiles[3].hull)]
     assert [text.get_text() for text in figure.legends[0].texts] == ["channel 3", "its peers"]
 
 
@@ -48,7 +50,7 @@ def test_numbers_lie_inside_the_frame_and_apart(net, stats):
     figure = explanation_figure(result)
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [text.get_window_extent() for text in axes.texts[1:]]
     assert len(boxes) == 16
     for box in boxes:
         assert axes.bbox.x0 <= box.x0 < box.x1 <= axes.bbox.x1
@@ -68,6 +70,26 @@ def test_the_page_holds_words_pictures_and_tables(net, stats):
     assert "<h2>Lesions</h2>" in html
     assert html.count("<tr>") > 16
     assert explanation_html(explain(net, "conv2", stats=stats)).count("src=") == 1
+
+
+def test_removed_channels_take_the_place_of_the_extreme_ones(net, stats):
+    overview = explain_statistics(stats, "conv2")
+    assert overview == explain(net, "conv2", stats=stats)
+    html = explanation_html(overview, removed=[3, 7], back="../report.html")
+    assert "Removed: 2 of 16 channels" in html
+    assert "Easiest" not in html
+    assert html.count("href=") == html.count('href="../report.html"') == 1
+    figure = plot_layer(profile_table(overview), removed=[3, 7])
+    points, rings = figure.axes[0].collections
+    assert np.array_equal(rings.get_offsets(), points.get_offsets()[[3, 7]])
+    assert [text.get_text() for text in figure.legends[0].texts] == ["removed"]
+
+
+def test_names_are_text(net, stats):
+    odd = replace(explain_statistics(stats, "conv2"), layer="<script>größe.層$_$")
+    html = explanation_html(odd)
+    assert "<script" not in html
+    assert "&lt;script&gt;größe.層$_$" in html
 
 
 def test_without_a_second_axis_there_is_a_page_but_no_picture(net):

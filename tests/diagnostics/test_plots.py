@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from tp_twoaxis import TwoAxisError, calibrate
 from tp_twoaxis.diagnostics.channel_table import channel_table
-from tp_twoaxis.diagnostics.plots import plot_layer, plot_overview, write_plots
+from tp_twoaxis.diagnostics.plots import colour_range, plot_layer, plot_overview, write_plots
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,13 @@ def test_layer_plot_shows_every_channel(table):
     shown = part[part.variance > 0]
     assert np.array_equal(varying.get_offsets(), shown[["capture", "task_mi"]])
     assert np.array_equal(varying.get_array(), shown.hull_explanation)
-    assert varying.get_clim() == (0.0, 1.0)
+    assert varying.get_clim() == colour_range(part)
     assert len(constant.get_offsets()) == 1
     assert "nats" in axes.get_xlabel()
     assert "nats" in axes.get_ylabel()
     assert "hull" in bar.get_ylabel()
     assert axes.get_title(loc="left") == "conv1"
-    assert "1 constant" in axes.get_title(loc="right")
+    assert "1 constant" in axes.texts[0].get_text()
 
 
 def test_marks_are_of_channels_in_the_table(table):
@@ -46,6 +48,25 @@ def test_marks_are_of_channels_in_the_table(table):
     assert np.array_equal(boxes.get_offsets(), part[["capture", "task_mi"]].to_numpy()[[2, 7]])
     with pytest.raises(TwoAxisError, match="to mark, got 99"):
         plot_layer(part, marked=[99])
+
+
+def test_colours_tell_channels_apart_that_are_alike():
+    table = pd.DataFrame({"variance": 1.0, "hull_explanation": [0.91, 0.93, 0.97]})
+    assert colour_range(table) == (0.9, 0.98)
+    for value, between in {1.0: (0.99, 1.0), 0.0: (0.0, 0.01), 0.5: (0.49, 0.51)}.items():
+        assert colour_range(table.assign(hull_explanation=value)) == pytest.approx(between)
+    assert colour_range(table.assign(variance=0.0)) == (0.0, 1.0)
+
+
+def test_numbers_of_neighbours_do_not_overlap():
+    rows = {"layer": "$odd_層", "channel": range(6), "variance": 1.0, "hull_explanation": 0.5}
+    near = [0.5, 0.501, 0.502, 0.1, 0.9, 0.3]
+    figure = plot_layer(pd.DataFrame({**rows, "capture": near, "task_mi": [0.2, 0.2, 0.2, 0.1, 0.0, 0.0]}))
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts[1:]]
+    assert len(boxes) >= 4
+    for first, second in itertools.combinations(boxes, 2):
+        assert not first.overlaps(second)
 
 
 def test_overview_has_a_panel_a_layer(table):

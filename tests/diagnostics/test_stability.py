@@ -22,7 +22,7 @@ from tp_twoaxis.diagnostics import (
 )
 from tp_twoaxis.diagnostics.reliability import _halves, lengthening, spearman_brown
 from tp_twoaxis.diagnostics.stability import _multiplicities
-from tp_twoaxis.diagnostics.stability_figure import stability_figure
+from tp_twoaxis.diagnostics.stability_figure import prunable_layers, stability_figure
 from tp_twoaxis.scores import find_score
 
 CHANNELS = 24
@@ -209,6 +209,20 @@ def test_reports(shards):
     weakest = min(size.judged, key=lambda layer: layer.reliability)
     assert figure.axes[1].get_title(loc="left") == weakest.name
     assert len(figure.axes[0].patches) == len(size.judged)
+    figure = stability_figure(stability, size, {layer.name for layer in size.layers} - {weakest.name})
+    assert figure.axes[1].get_title(loc="left") != weakest.name
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [label for label in labels if "(never pruned)" in label] == [f"{weakest.name} (never pruned)"]
+    figure.draw_without_rendering()
+    legend, label = figure.axes[0].get_legend().get_window_extent(), figure.axes[0].xaxis.label.get_window_extent()
+    assert not legend.overlaps(label)
+    assert not legend.overlaps(figure.axes[0].get_window_extent().shrunk(1.0, 0.99))
+
+
+def test_the_model_s_outputs_are_never_pruned():
+    assert prunable_layers(conv_net(), torch.randn(1, 3, 8, 8)) >= {"conv1", "conv2"}
+    assert "fc" not in prunable_layers(conv_net(), torch.randn(1, 3, 8, 8))
+    assert prunable_layers(conv_net(), torch.randn(1, 3)) >= {"conv1", "fc"}  # cannot be traced
 
 
 def test_the_verdict_needs_every_layer():

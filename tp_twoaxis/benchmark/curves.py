@@ -5,13 +5,25 @@ from __future__ import annotations
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from tp_twoaxis.diagnostics.cell_figures import plain
+from tp_twoaxis.diagnostics.cell_figures import plain, shown_name
 
 MARKERS = "osD^vPX<>*ph8d"
-DPI = 110
-# inches
-LEGEND_LINE = 0.17
+DPI = 170
+# inches; one panel is as wide as a phone shows without scrolling
+PANEL, LEGEND_LINE = 3.4, 0.17
+MOST_TICKS = 8
+
+
+def shown_network(name: str) -> str:
+    """Write a network's name for people.
+
+    Example:
+        >>> shown_network("resnet20_conv_shortcut")
+        'resnet20 conv shortcut'
+    """
+    return name.replace("_", " ")
 
 
 def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
@@ -34,16 +46,19 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
     mine = summary[summary.network == network]
     treatments, criteria = list(mine.treatment.unique()), list(mine.criterion.unique())
     shares = sorted(mine.keep.unique())
-    columns = min(3, len(treatments))
+    columns = 1 if len(treatments) < 3 else 2
     rows = -(-len(treatments) // columns)
-    high = 3.6 * rows + 0.4
-    blocks = -(-len(criteria) // int((high - 0.4) / LEGEND_LINE))  # columns of the legend
-    figure = Figure(figsize=(4.6 * columns + 0.5 + 1.7 * blocks, high), dpi=DPI, layout="constrained")
+    blocks = min(2 * columns, len(criteria))  # columns of the legend
+    high = PANEL * rows + LEGEND_LINE * -(-len(criteria) // blocks) + 0.7
+    figure = Figure(figsize=(4.5 * columns, high), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
     for panel in panels[len(treatments) :]:
         panel.remove()
     for panel in panels[max(0, len(treatments) - columns) : len(treatments)]:
         panel.tick_params(labelbottom=True)  # shared axes number the last row alone, also where it has a gap
+        panel.set_xlabel("MACs kept (%)", size=9)
+    for panel in panels[: len(treatments) : columns]:
+        panel.set_ylabel("accuracy (%), dashed: dense", size=9)
     colours = mpl.colormaps["tab20" if len(criteria) > 10 else "tab10"]
     lines = {}
     for panel, treatment in zip(panels, treatments, strict=False):
@@ -68,13 +83,14 @@ def curves_figure(summary: pd.DataFrame, network: str) -> Figure:
             )
         panel.axhline(100 * mine.dense.mean(), color="0.5", linewidth=0.8, linestyle="--")
         panel.set_title(str(treatment), size=10)
+        panel.yaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        if len(shares) <= MOST_TICKS:
+            panel.set_xticks([100 * share for share in shares], [f"{100 * share:.3g}" for share in shares])
         plain(panel)
-    figure.supxlabel("MACs kept (%)", size=10)
-    figure.supylabel("accuracy (%), dashed: dense", size=10)
-    figure.suptitle(network, size=11, fontweight="bold")
+    figure.suptitle(shown_name(shown_network(network), 60), size=11, fontweight="bold", parse_math=False)
     whole_means = mine[mine.seeds == mine.seeds.max()].groupby("criterion").accuracy.agg(["size", "mean"])
     places = whole_means.reindex(criteria).fillna(0.0)
     best_first = sorted(lines, key=lambda criterion: tuple(-places.loc[criterion]))
     handles = [lines[criterion] for criterion in best_first]
-    figure.legend(handles, best_first, loc="outside right center", ncols=blocks, fontsize=8, frameon=False)
+    figure.legend(handles, best_first, loc="outside lower center", ncols=blocks, fontsize=8, frameon=False)
     return figure

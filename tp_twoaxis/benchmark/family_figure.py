@@ -7,12 +7,16 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from tp_twoaxis.benchmark.curves import shown_network
 from tp_twoaxis.benchmark.families import MAGNITUDES, axis_of
+from tp_twoaxis.diagnostics.cell_figures import shown_name
 from tp_twoaxis.importance.criterion import parse_expression
 
-DPI = 110
+DPI = 170
 ROW = 0.24  # inches
+MOST = 110.0  # % of the dense accuracy that a pruned network may show
 # from the top; colours that differ for every kind of colour vision, shapes too
 FAMILIES = {
     "local": ("local", "#0072b2", "o"),
@@ -54,17 +58,21 @@ def family_figure(areas: pd.DataFrame, trials: pd.DataFrame, network: str) -> Fi
     own = own.assign(family=[family_of(str(criteria[method])) for method in own.method])
     own = own.assign(place=[list(FAMILIES).index(family) for family in own.family])
     own = own.sort_values(["place", "auc"], ascending=[True, False]).reset_index(drop=True)
-    figure = Figure(figsize=(6.4, ROW * len(own) + 1.7), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.5, ROW * len(own) + 1.7), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for row, entry in own.iterrows():
         _, colour, marker = FAMILIES[entry.family]
         if not math.isnan(entry.low):
             axes.plot([100 * entry.low, 100 * entry.high], [row, row], color=colour, linewidth=1.2)
         axes.plot(100 * entry.auc, row, color=colour, marker=marker, markersize=5, linestyle="none")
-    axes.set_yticks(range(len(own)), own.method, fontsize=8)
+    axes.set_yticks(range(len(own)), [shown_name(method, 30) for method in own.method], fontsize=8, parse_math=False)
     axes.set_ylim(len(own) - 0.5, -0.5)
-    axes.set_xlabel("accuracy retention, mean over common MACs (%)", fontsize=9)
-    axes.set_title(network, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("accuracy retained, mean over common MACs (%)", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, 0.0), min(high, MOST))  # intervals of few seeds reach beyond what can be
+    name = shown_name(shown_network(network), 40)
+    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     axes.grid(True, axis="x", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,26 +6,45 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tp_twoaxis.benchmark import tables
-from tp_twoaxis.benchmark.curves import curves_figure
+from tp_twoaxis.benchmark.curves import curves_figure, shown_network
 from tp_twoaxis.benchmark.families import axis_table, selector_summary, selector_table, sign_table
 from tp_twoaxis.benchmark.family_figure import family_figure
 from tp_twoaxis.benchmark.results import ResultsFolder, open_folder
-from tp_twoaxis.diagnostics.html_page import image_element, page, png_bytes, table_element
+from tp_twoaxis.diagnostics.html_page import Picture, Table, png_bytes, render, table
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.pruning.pruning_report import UNITS
 from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.runtime.serialization import write_bytes
 
 REPORT = "report"
+# columns whose names do not speak for themselves
+WORDS = {
+    "keep": "share kept",
+    "treatment": "repair, training",
+    "auc": "accuracy retained",
+    "unmeasured": "trials without result",
+    "behind_best": "behind the best",
+    "first": "best of the first",
+    "second": "best of the other",
+    "positive": "ahead on",
+    "networks": "of networks",
+    "held_out": "held-out seeds",
+    "behind_oracle": "over the best local",
+    "over_target": "over the best target",
+    "over_taylor": "over taylor",
+    "over_chip": "over chip",
+    "macs": "our counter",
+    "host_macs": "Torch-Pruning's",
+    "thop_macs": "thop's",
+    "params": "parameters",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,8 @@ class Report:
             if own.empty:
                 continue
             unit = UNITS[self.folder.config.grid]
-            parts.append(f"{network} (dense {100 * own.dense.mean():.1f} %), accuracy in % by share of {unit} kept\n")
+            name, dense = shown_network(network), 100 * own.dense.mean()
+            parts.append(f"{name} (dense {dense:.1f} %), accuracy in % by share of {unit} kept\n")
             parts.append(markdown_table(wide_table(own)) + "\n")
         where = self.provenance
         machine = where.get("machine", {})
@@ -205,93 +225,72 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _html(report: Report, figures: dict[str, bytes], families: dict[str, bytes]) -> str:
+def _html(report: Report, curves: dict[str, bytes], families: dict[str, bytes]) -> str:
     config = report.folder.config
-    failures = report.failures
-    return page(
-        "tp-twoaxis benchmark",
-        [
-            f"<h1>Pruning at equal {UNITS[config.grid]}</h1>",
-            f"<p class='soft'>{len(report.trials)} trials, seeds {_seeds(report.trials)}; accuracy on the "
-            f"{config.data.evaluate_on} images. Calibration, selection and test images do not overlap; how they are "
-            "split, the config below shows.</p>",
-            *(f"<p class='note'>{escape(note)}</p>" for note in report.notes),
-            *_accuracy_sections(report, figures),
-            *_comparison_sections(report, families),
-            "<h2>Three counters</h2><p class='soft'>Mean share of MACs kept by our counter, by Torch-Pruning's and by "
-            "thop's.</p>",
-            _table(_counters(report.trials)),
-            "<h2>Time</h2><p class='soft'>Mean seconds a trial. Statistics and gradients are gathered once for a "
-            "network and seed and shared.</p>",
-            _table(report.timing, "{:.2f}"),
-            *(["<h2>Failed trials</h2>", f"<div class='text'>{_table(failures)}</div>"] if len(failures) else []),
-            f"<h2>Provenance</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre>",
-            f"<details><summary>Config {config.digest()}</summary>"
-            f"<pre>{escape(json.dumps(config.to_dict(), indent=1))}</pre></details>",
+    percent = [f"{name}: {100 * low:.1f} to {100 * high:.1f} %" for name, (low, high) in report.auc.intervals.items()]
+    return render(
+        "benchmark.html",
+        title="tp-twoaxis benchmark",
+        report=report,
+        unit=UNITS[config.grid],
+        trials=len(report.trials),
+        seeds=_seeds(report.trials),
+        config=config,
+        networks=[_network_part(report, network, png) for network, png in curves.items()],
+        intervals="; ".join(percent),
+        areas=_table(
+            report.auc.table.pipe(_with_intervals, "auc").pipe(_with_intervals, "behind_best", "behind"), "{:.3f}"
+        ),
+        families=[
+            Picture(
+                png,
+                f"{shown_network(name)}: areas by family of criteria; intervals are cut at 0 and 110 %.",
+            )
+            for name, png in families.items()
         ],
+        axes=_table(_with_intervals(report.axes, "points", number="{:.1f}"), "{:.1f}"),
+        signs=_table(_with_intervals(report.signs, "points", number="{:.1f}"), "{:.1f}"),
+        selector=_table(report.selector, "{:.2f}"),
+        selected=_table(report.selected, "{:.2f}"),
+        wins=_table((100 * report.wins).round(0).reset_index(), "{:.0f}"),
+        counters=_table(_counters(report.trials), "{:.3f}"),
+        timing=_table(report.timing, "{:.2f}"),
+        failures=_table(report.failures),
+        provenance=json.dumps(report.provenance, indent=1),
+        settings=json.dumps(config.to_dict(), indent=1),
     )
 
 
-def _accuracy_sections(report: Report, figures: dict[str, bytes]) -> Iterator[str]:
-    """Draw each network's curves and table."""
+def _network_part(report: Report, network: str, png: bytes) -> dict[str, Any]:
+    """One network's curves and table."""
+    own = report.summary[report.summary.network == network]
     unit = UNITS[report.folder.config.grid]
-    for network, png in figures.items():
-        own = report.summary[report.summary.network == network]
-        yield f"<h2>{escape(str(network))}: accuracy over MACs</h2>"
-        yield image_element(png, f"accuracy over MACs of {network}")
-        yield (
-            f"<p class='soft'>Accuracy in %, mean ± sample standard deviation over seeds, by share of {unit} kept. "
-            f"Dense: {100 * own.dense.mean():.2f} %.</p>" + _table(wide_table(own))
-        )
+    shown = shown_network(network)
+    return {
+        "name": shown,
+        "curves": Picture(png, f"{shown}: accuracy over MACs kept, a line a criterion, a panel a repair."),
+        "dense": 100 * own.dense.mean(),
+        "accuracy": table(wide_table(own).rename(columns=lambda name: _share_kept(name, unit))),
+    }
 
 
-def _comparison_sections(report: Report, families: dict[str, bytes]) -> Iterator[str]:
-    """Compare methods by areas, by families, by the chosen local score and by wins."""
-    yield "<h2>Area under accuracy retention</h2>"
-    yield _auc_words(report.auc)
-    yield _table(report.auc.table)
-    for network, png in families.items():
-        yield image_element(png, f"areas of {network} by family of criteria")
-    yield (
-        "<h2>Families</h2><p class='soft'>The best score of a family against the best of another, in points of area; "
-        "“best” is by the mean over these seeds, so a family of more members has an advantage.</p>"
-    )
-    yield f"<div class='text'>{_table(report.axes, '{:.1f}')}</div>"
-    if len(report.signs):
-        yield (
-            "<p class='soft'>On how many networks the difference is positive, and its mean over networks; intervals "
-            "are Student's, over networks.</p>"
-        )
-        yield f"<div class='text'>{_table(report.signs, '{:.1f}')}</div>"
-    if len(report.selector):
-        yield (
-            "<h2>Choosing a local score</h2><p class='soft'>For each held-out seed the local score that was best on "
-            "the other seeds, against the best local score of that seed and against others, in points of area.</p>"
-        )
-        yield f"<div class='text'>{_table(report.selector, '{:.2f}')}</div>"
-        yield "<p class='soft'>The same over all networks and held-out seeds.</p>"
-        yield f"<div class='text'>{_table(report.selected, '{:.2f}')}</div>"
-    yield (
-        f"<h2>Wins</h2><p class='soft'>Share of trials (%) of equal network, seed and "
-        f"{UNITS[report.folder.config.grid]} in which the row's method is more accurate than the column's; ties count "
-        "half.</p>"
-    )
-    yield _table((100 * report.wins).round(0).reset_index(), "{:.0f}")
+def _share_kept(column: str, unit: str) -> str:
+    return f"{100 * float(column):g} % of {unit}" if column != "method" else column
+
+
+def _with_intervals(frame: pd.DataFrame, value: str, prefix: str = "", *, number: str = "{:.3f}") -> pd.DataFrame:
+    """Write a number and the ends of its interval in one column; missing ones leave the number alone."""
+    low, high = (f"{prefix}_{end}" if prefix else end for end in ("low", "high"))
+    text = [
+        number.format(mean) + ("" if math.isnan(a) else f" [{number.format(a)}, {number.format(b)}]")
+        for mean, a, b in zip(frame[value], frame[low], frame[high], strict=True)
+    ]
+    return frame.assign(**{value: text}).drop(columns=[low, high])
 
 
 def _seeds(trials: pd.DataFrame) -> str:
     """List the seeds that have results: a suite may name more."""
     return ", ".join(map(str, sorted(trials.seed.unique())))
-
-
-def _auc_words(auc: tables.AucResult) -> str:
-    ends = "; ".join(f"{name}: {100 * low:.1f} to {100 * high:.1f} %" for name, (low, high) in auc.intervals.items())
-    return (
-        "<p class='soft'>Mean of accuracy over dense accuracy on the interval of MACs removed that all methods cover "
-        f"({escape(ends) or 'there is none'}); Student's 95 % intervals over seeds, differences paired. They cover the "
-        "mean of further seeds where these differ as normal numbers do, and hold for no other networks. A method with "
-        "unmeasured trials has no area on their seeds and comes after those that have all.</p>"
-    )
 
 
 def _counters(trials: pd.DataFrame) -> pd.DataFrame:
@@ -300,5 +299,9 @@ def _counters(trials: pd.DataFrame) -> pd.DataFrame:
     return good.assign(**shares).groupby(["network", "keep"], sort=False)[list(shares)].mean().reset_index()
 
 
-def _table(frame: pd.DataFrame, number: str = "{:.4f}") -> str:
-    return table_element(frame, number, whole=["keep"])
+def _table(frame: pd.DataFrame, number: str = "{:.4f}") -> Table:
+    """Turn a table of the report into text, with words for the names of its columns."""
+    named = frame.rename(columns=lambda name: WORDS.get(name, name.replace("_", " ").replace("/", ": ")))
+    if "network" in named:
+        named = named.assign(network=[shown_network(name) for name in named.network])
+    return table(named, number, whole=[WORDS["keep"]])

@@ -159,7 +159,7 @@ def bench_command(
         settings = load_config(config)
     else:
         network = {
-            "name": model if weights.checkpoint is None else weights.checkpoint.stem,
+            "name": model,
             "model": model,
             "data": source.data,
             "checkpoint": None if weights.checkpoint is None else str(weights.checkpoint),

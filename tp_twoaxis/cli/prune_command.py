@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import omit, panel
@@ -22,7 +22,7 @@ from tp_twoaxis.cli.options import (
 from tp_twoaxis.errors import TwoAxisError, check_name
 from tp_twoaxis.known_names import AUTO, BUDGETS, check_criterion, parse_repair
 
-_first, _pruning = panel(None), panel("Pruning")
+_first, _pruning, _output = panel(None), panel("Pruning"), panel("Output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,29 @@ class RemovalOptions:
             raise TwoAxisError(f"--steps: expected a whole number of at least 1, got {self.steps}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """What is written for people beside the network; pages of layers need the page that they are linked from."""
+
+    html: Annotated[
+        Path | None, _output("Write what was removed, who replaces it, how well and at what cost to an HTML file.")
+    ] = None
+    explain: Annotated[
+        bool,
+        _output("With --html, a page for each layer that lost channels, linked, in HTML_layers/.", "--explain"),
+    ] = False
+    card: Annotated[bool, _output("Write a model card beside OUT, with .md for its suffix.", "--card")] = False
+
+    def __post_init__(self) -> None:
+        if self.explain and self.html is None:
+            raise TwoAxisError("--explain: expected --html REPORT.html, which links to the layers' pages; add it")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the layers' pages go."""
+        return self.html.with_name(f"{self.html.stem}_layers") if self.explain and self.html is not None else None
+
+
 def prune_command(
     *,
     model: ModelOptions,
@@ -67,15 +90,16 @@ def prune_command(
     latency: Annotated[
         bool, panel("Evaluation")("Time batches of 1 and of 64, before and after.", "--latency")
     ] = False,
-    card: Annotated[bool, panel("Output")("Write a model card beside OUT, with .md for its suffix.", "--card")] = False,
+    pages: PageOptions,
     output: ReportOptions,
 ) -> None:
     """Remove channels until a share of the MACs is left, repair, and write the smaller network.
 
     Load it again with tp_twoaxis.load_pruned, or hand it to --checkpoint.
     """
-    written = [out, *([out.with_suffix(".md")] if card else []), *([output.report] if output.report else [])]
-    output.check(*written)
+    beside = [out.with_suffix(".md") if pages.card else None, output.report, pages.html]
+    written = [out, *(path for path in beside if path is not None)]
+    output.check(*written, folder=pages.folder)
 
     from tp_twoaxis.importance import PruningState, find_criterion
     from tp_twoaxis.pruning import model_card, prune_to_flops, save_pruned
@@ -98,11 +122,13 @@ def prune_command(
     images = split_batch(next(iter(loader)))[0]
     recipe = choose_recipe(network, images[:1], removal.score, pruning.named_repair, loader=loader, stats=loaded)
     criterion, repairs = find_criterion(str(recipe.importance)), parse_repair(recipe.repair)
+    state = PruningState(
+        network, loader, stats=loaded, **statistics.keywords(), max_images=None, progress=output.progress
+    )
+    read_again: tuple[Literal["consumers"], ...] = ("consumers",) if refits(repairs) else ()
+    explained = state.statistics(*criterion.extras, also=read_again) if pages.explain else None
     if "statistics" in criterion.needs:
-        state = PruningState(
-            network, loader, stats=loaded, **statistics.keywords(), max_images=None, progress=output.progress
-        )
-        stats = criterion.statistics(state, also=("consumers",) if refits(repairs) else ())
+        stats = criterion.statistics(state, also=read_again)
     test = None if test_source is None else test_source.loader()
     before = None if test is None else accuracy(network, test, progress=output.progress)
     result = prune_to_flops(
@@ -135,8 +161,14 @@ def prune_command(
             f"top-1 accuracy on {count} images ({test_source.split}): {before[0]:.2%} before, {after:.2%} after, "
             "without fine-tuning"
         )
-    text = model_card(result, name=model.model, file=out.name, accuracy=measured, **model.factory()) if card else False
+    text: str | bool = False
+    if pages.card:
+        text = model_card(result, name=model.model, file=out.name, accuracy=measured, **model.factory())
     save_pruned(network, out, result, card=text)
+    if pages.html is not None:
+        from tp_twoaxis.diagnostics.pruning_page import write_pruning_page
+
+        write_pruning_page(result, pages.html, name=model.model, accuracy=measured, stats=explained)
     output.show(
         {
             "model": model.model,
@@ -146,5 +178,5 @@ def prune_command(
             "report": json.loads(result.to_json()),
         },
         *lines,
-        f"wrote {' and '.join(map(str, written))}",
+        f"wrote {' and '.join(map(str, [*written, *([pages.folder] if pages.folder else [])]))}",
     )

@@ -53,9 +53,10 @@ def stability_command(
 
     layer_score(score)  # refuses criteria that only rank groups
     score = find_criterion(score).name
+    network, loader = model.build(), source.loader()
     parts = calibrate_shards(
-        model.build(),
-        source.loader(),
+        network,
+        loader,
         shards=shards,
         seed=source.seed,
         max_images=None,
@@ -67,9 +68,12 @@ def stability_command(
     stability = score_stability(parts, score, resamples=resamples, level=level, seed=seed, progress=progress)
     if plot is not None:
         from tp_twoaxis.diagnostics.plots import write_figure
-        from tp_twoaxis.diagnostics.stability_figure import stability_figure
+        from tp_twoaxis.diagnostics.stability_figure import prunable_layers, stability_figure
+        from tp_twoaxis.runtime.batches import split_batch
 
-        write_figure(stability_figure(stability, size), plot)
+        image = split_batch(next(iter(loader)))[0][:1].to(model.device)
+        prunable = prunable_layers(network, image)
+        write_figure(stability_figure(stability, size, prunable), plot)
     output.show(
         {
             "model": model.model,

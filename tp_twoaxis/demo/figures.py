@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable
-from html import escape
-
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,37 +10,10 @@ from matplotlib.lines import Line2D
 # inches: at the width of a phone, letters are as large as the page's small text
 SIZE = (4.4, 4.4)
 DPI = 200
-# text, grid
-LIGHT, DARK = ("#222222", "#dddddd"), ("#e6e6e6", "#444444")
 # seen on white and on black, and apart from each other by every kind of colour vision (Okabe and Ito)
 COLOURS = ("#0a9e78", "#d9822b", "#3a8fc9", "#c06a9e")
 MARKERS = "os^D"
 STYLES = ("-", "--")
-
-
-def themed_picture(draw: Callable[[], Figure], description: str) -> str:
-    """Draw a figure for light and for dark, as one HTML element of which the browser shows what suits it.
-
-    Args:
-        draw: called once with matplotlib's settings for each.
-        description: plain text, for readers who do not see it.
-
-    Example:
-        >>> themed_picture(Figure, "nothing")[:64]
-        '<picture><source media="(prefers-color-scheme: dark)" srcset="da'
-    """
-    light, dark = (_address(draw, *theme) for theme in (LIGHT, DARK))
-    style = "background: none; max-width: min(100%, 34rem)"
-    image = f'<img alt="{escape(description, quote=True)}" src="{light}" style="{style}">'
-    return f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
-
-
-def _address(draw: Callable[[], Figure], text: str, grid: str) -> str:
-    parts = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    buffer = io.BytesIO()
-    with mpl.rc_context({**dict.fromkeys(parts, text), "grid.color": grid, "font.size": 10, "legend.frameon": False}):
-        draw().savefig(buffer, format="png", transparent=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def accuracy_figure(summary: pd.DataFrame, dense: float) -> Figure:

@@ -21,7 +21,7 @@ from tp_twoaxis.benchmark.shared_work import LoadedNetwork, Shared
 from tp_twoaxis.benchmark.tables import summary_table, trial_table
 from tp_twoaxis.benchmark.trial import provenance
 from tp_twoaxis.data import digits
-from tp_twoaxis.demo.demo_page import render
+from tp_twoaxis.demo.demo_page import render_demo
 from tp_twoaxis.demo.network import one_thread, train
 from tp_twoaxis.demo.result import DemoResult, binomial_error
 from tp_twoaxis.diagnostics.channel_table import channel_table
@@ -99,7 +99,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = 
         "provenance": _provenance(out, seed, quick, time.perf_counter() - start),
     }
     write_bytes(out / "results.json", json.dumps(result, indent=1).encode())
-    write_bytes(out / "report.html", render(result).encode())
+    write_bytes(out / "report.html", render_demo(result).encode())
     return DemoResult.of(out, result)
 
 

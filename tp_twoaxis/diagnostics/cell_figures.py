@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 DPI = 120
@@ -124,6 +125,19 @@ def matrix(axes: Axes, values: Any, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.grid(False)
+
+
+def shown_name(name: str, limit: int) -> str:
+    r"""Write a name so that it can be drawn: its end where it is long, and escapes for letters that the font lacks.
+
+    Example:
+        >>> shown_name("schicht.größe", 20), shown_name("層1", 20), shown_name("features.stage3.block12.conv", 16)
+        ('schicht.größe', '\\u5c641', '…e3.block12.conv')
+    """
+    font = get_font(findfont("DejaVu Sans"))
+    letters = [c if font.get_char_index(ord(c)) else c.encode("ascii", "backslashreplace").decode() for c in name]
+    text = "".join(letters)
+    return text if len(text) <= limit else "…" + text[1 - limit :]
 
 
 def _number(value: float) -> str:

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from tp_twoaxis.diagnostics.evidence import Claim
 from tp_twoaxis.diagnostics.evidence_page import (
     READING,
-    STYLE,
     TITLE,
+    FoldedTable,
     counted,
     described,
     markdown_row,
     provenance,
     section_title,
-    table_details,
-    verdict_element,
 )
 from tp_twoaxis.diagnostics.evidence_sections import SECTIONS
 from tp_twoaxis.diagnostics.evidence_store import EvidenceFolder, SectionRecord
-from tp_twoaxis.diagnostics.html_page import page
+from tp_twoaxis.diagnostics.html_page import render
 from tp_twoaxis.errors import TwoAxisError
-
-OVER = (
-    "Over runs: the claim judged on the tables of all networks together, with intervals over models where a network "
-    "was trained twice or more, otherwise over layers, channels or images of all. Sections whose claims are of one "
-    "network's layers have none."
-)
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class CombinedEvidence:
 
     def markdown(self) -> str:
         """All claims as a table: a row each, a column a run, and one over runs."""
-        labels = [*(run.label for run in self.runs), "over runs"]
+        labels = self.labels()
         lines = [f"| section | claim | paper | {' | '.join(labels)} |", "|---" * (3 + len(labels)) + "|"]
         for name in self.sections():
             for row in self.matched(name):
@@ -94,6 +86,10 @@ class CombinedEvidence:
                 cells = ["" if found is None else f"{found.estimate} {found.verdict}" for found in row]
                 lines.append(markdown_row([name, claim.sentence, claim.paper, *cells]))
         return "\n".join(lines) + "\n"
+
+    def labels(self) -> list[str]:
+        """Names of the columns of :meth:`matched`."""
+        return [*(run.label for run in self.runs), "over runs"]
 
     def sections(self) -> list[str]:
         """Names of sections in the paper's order, then those from elsewhere."""
@@ -136,20 +132,28 @@ def combined_html(combined: CombinedEvidence) -> str:
     Returns:
         A complete HTML document without references to anything outside itself.
     """
-    parts = [STYLE, f"<h1>{TITLE}: {len(combined.runs)} runs</h1>", f"<p class='soft'>{escape(READING)} {OVER}</p>"]
-    parts.append(_overview(combined))
-    for name in combined.sections():
-        rows = combined.matched(name)
-        if not rows:
-            continue
-        tables = "".join(
-            table_details(table, frame, f"{name}-{table}.csv of each run")
-            for table, frame in combined.tables.get(name, {}).items()
-        )
-        heading = f"<h2>{escape(section_title(name))}</h2>"
-        parts.append(f"<section id='{name}'>{heading}{_claims_table(combined, rows)}{tables}</section>")
-    parts += [f"<p class='soft'>{escape(provenance(run.folder.description()))}</p>" for run in combined.runs]
-    return page(f"{TITLE}: {len(combined.runs)} runs", parts)
+    sections = [
+        {
+            "name": name,
+            "title": section_title(name),
+            "rows": rows,
+            "tables": [
+                FoldedTable.of(table, frame, f"{name}-{table}.csv of each run")
+                for table, frame in combined.tables.get(name, {}).items()
+            ],
+        }
+        for name in combined.sections()
+        if (rows := combined.matched(name))
+    ]
+    return render(
+        "evidence_runs.html",
+        title=f"{TITLE}: {len(combined.runs)} runs",
+        reading=READING,
+        labels=combined.labels(),
+        overview=_overview(combined),
+        sections=sections,
+        provenances=[provenance(run.folder.description()) for run in combined.runs],
+    )
 
 
 def _runs(folders: Sequence[EvidenceFolder]) -> list[Run]:
@@ -168,39 +172,15 @@ def _runs(folders: Sequence[EvidenceFolder]) -> list[Run]:
     return runs
 
 
-def _overview(combined: CombinedEvidence) -> str:
-    rows = []
-    for run in combined.runs:
-        claims = [claim for record in run.records for claim in record.claims]
-        skipped = [record.name for record in run.records if record.skipped is not None]
-        note = f"; skipped: {', '.join(skipped)}" if skipped else ""
-        what = described(run.folder.description())
-        rows.append(f"<li><b>{escape(run.label)}</b>: {counted(claims)}{escape(note)}. {escape(what)}</li>")
-    over = [claim for record in combined.over for claim in record.claims]
-    rows.append(f"<li><b>over runs</b>: {counted(over)}</li>")
-    return f"<ul>{''.join(rows)}</ul>"
-
-
-def _claims_table(combined: CombinedEvidence, rows: Iterable[Sequence[Claim | None]]) -> str:
-    labels = [*(run.label for run in combined.runs), "over runs"]
-    body = ""
-    for row in rows:
-        claim = next(claim for claim in row if claim is not None)
-        shared = len({found.note for found in row if found is not None}) == 1
-        cells = "".join(
-            f"<td data-label='{escape(label, quote=True)}'>{_cell(found, with_note=not shared)}</td>"
-            for label, found in zip(labels, row, strict=True)
-        )
-        note = f"<span class='soft'>{escape(claim.note)}</span>" if shared else ""
-        first = f"<td>{escape(claim.sentence)}{note}</td>"
-        body += f"<tr>{first}<td data-label='Paper'>{escape(claim.paper) or 'no number'}</td>{cells}</tr>"
-    head = "".join(f"<th>{escape(label)}</th>" for label in ("Claim", "Paper", *labels))
-    table = f"<table class='claims stack'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div class='wide'>{table}</div>"
-
-
-def _cell(claim: Claim | None, *, with_note: bool) -> str:
-    if claim is None:
-        return ""
-    note = f"<span class='soft'>{escape(claim.note)}</span>" if with_note else ""
-    return f"{verdict_element(claim)} {escape(str(claim.estimate))}{note}"
+def _overview(combined: CombinedEvidence) -> list[dict[str, Any]]:
+    described_runs = [described(run.folder.description()) for run in combined.runs]
+    rows = [*(run.records for run in combined.runs), combined.over]
+    return [
+        {
+            "label": label,
+            "counted": counted(claim for record in records for claim in record.claims),
+            "skipped": [record.name for record in records if record.skipped is not None],
+            "described": what,
+        }
+        for label, records, what in zip(combined.labels(), rows, [*described_runs, ""], strict=True)
+    ]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -209,8 +209,7 @@ def explain(
             notes.append("the statistics are of the images that lesions are measured on; pass others for a fair test")
     assert stats is not None
     stats.verify(network, [layer])
-    entry = stats[layer]
-    profiles = profile_channels(entry, peers)
+    overview = explain_statistics(stats, layer, peers=peers)
     lesions = None
     if wanted and loader is not None:
         lesions = lesion(
@@ -226,10 +225,30 @@ def explain(
         )
         if lesions.reference != "labels":
             notes.append("there are no labels: loss and agreement are with the classes that the whole network predicts")
-    if entry.num_rows < 10 * entry.num_channels:
-        notes.append(
-            f"{entry.num_rows} rows are few for {entry.num_channels} channels: explained shares come out too high"
-        )
+    return replace(overview, removal=removal, channels=tuple(wanted), lesions=lesions, notes=[*notes, *overview.notes])
+
+
+def explain_statistics(stats: CalibrationStatistics, layer: str, *, peers: int = PEERS) -> Explanation:
+    """Give a layer's overview without the network: from statistics of it as it was.
+
+    Args:
+        stats: calibration statistics that hold the layer.
+        layer: its name.
+        peers: how many predict a channel, at most; 1 to 10.
+
+    Raises:
+        TwoAxisError: the statistics hold no such layer, or ``peers`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+        >>> stats = calibrate(net, [torch.randn(64, 3, 2, 2)], progress=False)
+        >>> explain_statistics(stats, "1").heading()
+        '1 (Linear), 6 channels; statistics of 64 images, target: predicted_margin'
+    """
+    entry = stats[layer]
+    few = entry.num_rows < 10 * entry.num_channels
+    note = f"{entry.num_rows} rows are few for {entry.num_channels} channels: explained shares come out too high"
     return Explanation(
         layer,
         entry.kind,
@@ -237,11 +256,9 @@ def explain(
         entry.num_images,
         entry.num_rows,
         peers,
-        removal,
-        profiles,
-        tuple(wanted),
-        lesions,
-        notes,
+        "mean",
+        profile_channels(entry, peers),
+        notes=[note] if few else [],
     )
 
 

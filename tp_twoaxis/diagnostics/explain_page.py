@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from html import escape
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from tp_twoaxis.diagnostics.explain import IN_ITS_PLACE, TOO_SMALL, Explanation
-from tp_twoaxis.diagnostics.html_page import image_element, page, png_bytes, table_element
+from tp_twoaxis.diagnostics.html_page import Picture, Table, png_bytes, render, table
 from tp_twoaxis.diagnostics.peers import ChannelProfile
 from tp_twoaxis.diagnostics.plots import plot_layer
-
-READING = (
-    "In the pictures each point is a channel. To the right: its signal captures more of the layer's input. Up: its "
-    "mean response to an image says more about the task. Yellow: a few peers of the same layer can predict it, so "
-    "that it can be replaced, whatever it says about the task."
-)
 
 
 def explanation_figure(explanation: Explanation) -> Figure:
@@ -69,11 +64,16 @@ def profile_table(explanation: Explanation) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def explanation_html(explanation: Explanation) -> str:
+def explanation_html(explanation: Explanation, *, removed: Iterable[int] = (), back: str | None = None) -> str:
     """Build the document: words, the two axes, peers with weights, lesions, and all channels of the layer.
 
+    Args:
+        explanation: of a layer.
+        removed: channels that a pruning removed; an overview then shows these instead of the extreme ones.
+        back: address of the page that links to this one.
+
     Returns:
-        A complete HTML document without references to anything outside itself.
+        A complete HTML document that refers to nothing outside itself but ``back``.
 
     Example:
         >>> import torch
@@ -83,48 +83,49 @@ def explanation_html(explanation: Explanation) -> str:
         >>> html.startswith("<!DOCTYPE html>"), "http" in html
         (True, False)
     """
-    name = escape(explanation.layer)
-    sections = [
-        f"<h1>{name}: what its peers can replace</h1>",
-        f"<p class='soft'>{escape(explanation.heading())}</p>",
-        *(f"<p class='note'>{escape(note)}</p>" for note in explanation.notes),
-        f"<p class='soft'>{READING}</p>",
-    ]
-    for channel in explanation.channels:
-        sections.append(f"<h2>Channel {channel}</h2>")
-        sections += [f"<p>{escape(text)}</p>" for text in explanation.sentences(channel)]
-        sections.append(_picture(explanation, channel))
-        profile = explanation.profiles[channel]
-        if profile.order:
-            sections.append(
-                f"<p class='soft'>Peers of channel {channel} in the order in which they add most. Predicted: share of "
-                "its variance, in %, by this peer and those above. Weight: in the prediction that replaces it.</p>"
-            )
-            sections.append(table_element(_peer_table(profile), "{:.3f}"))
-    if explanation.lesions is not None:
-        sections += ["<h2>Lesions</h2>", _lesion_words(explanation), table_element(_lesion_table(explanation))]
-    if not explanation.channels:
-        easy, hard = explanation.ends()
-        sections.append(_picture(explanation, None))
-        for title, some in (("Easiest to replace", easy), ("Hardest to replace", hard)):
-            sections += [f"<h2>{title}</h2>", table_element(_rows(explanation, some), "{:.3f}")]
-    everything = table_element(_rows(explanation, explanation.profiles), "{:.3f}")
-    sections += [
-        f"<details><summary>All {len(explanation.profiles)} channels of the layer</summary>{everything}</details>",
-        f"<p class='soft'>tp-twoaxis {escape(version('tp-twoaxis'))}; {explanation.score_images} images and "
-        f"{explanation.rows} rows behind the statistics, up to {explanation.peers} peers in a prediction.</p>",
-    ]
-    return page(f"{explanation.layer} explained", sections)
+    return render(
+        "explain.html",
+        title=f"{explanation.layer} explained",
+        explanation=explanation,
+        back=back,
+        channels=[_channel_part(explanation, channel) for channel in explanation.channels],
+        in_its_place=IN_ITS_PLACE[explanation.removal],
+        lesions=None if explanation.lesions is None else table(_lesion_table(explanation)),
+        overview=None if explanation.channels else _overview(explanation, sorted(removed)),
+        everything=_rows(explanation, explanation.profiles),
+        version=version("tp-twoaxis"),
+    )
 
 
-def _picture(explanation: Explanation, channel: int | None) -> str:
+def _channel_part(explanation: Explanation, channel: int) -> dict[str, Any]:
+    profile = explanation.profiles[channel]
+    caption = f"{explanation.layer}: its channels on both axes, channel {channel} ringed, squares around its peers."
+    return {
+        "number": channel,
+        "sentences": explanation.sentences(channel),
+        "picture": _picture(explanation, caption, marked=(channel,), peers=profile.hull),
+        "peers": table(_peer_table(profile), "{:.3f}") if profile.order else None,
+    }
+
+
+def _overview(explanation: Explanation, removed: Sequence[int]) -> dict[str, Any]:
+    caption = f"{explanation.layer}: its channels on both axes" + (", rings around removed ones." if removed else ".")
+    easy, hard = explanation.ends()
+    parts = {"Easiest to replace": easy, "Hardest to replace": hard}
+    if removed:
+        title = f"Removed: {len(removed)} of {len(explanation.profiles)} channels, the hardest to replace first"
+        gone = [explanation.profiles[channel] for channel in removed]
+        parts = {title: sorted(gone, key=lambda profile: profile.hull_explanation)}
+    return {
+        "picture": _picture(explanation, caption, removed=removed),
+        "tables": [(title, _rows(explanation, some)) for title, some in parts.items()],
+    }
+
+
+def _picture(explanation: Explanation, caption: str, **marks: Sequence[int]) -> Picture | None:
     if explanation.target is None:
-        return "<p class='soft'>No picture: the statistics hold no target, so there is no second axis.</p>"
-    marked = () if channel is None else (channel,)
-    peers = () if channel is None else explanation.profiles[channel].hull
-    figure = plot_layer(profile_table(explanation), marked=marked, peers=peers)
-    which = "all channels" if channel is None else f"channel {channel} marked"
-    return image_element(png_bytes(figure), f"{explanation.layer} on both axes, {which}")
+        return None
+    return Picture(png_bytes(plot_layer(profile_table(explanation), **marks)), caption)
 
 
 def _peer_table(profile: ChannelProfile) -> pd.DataFrame:
@@ -137,17 +138,6 @@ def _peer_table(profile: ChannelProfile) -> pd.DataFrame:
             "weight": [weights.get(peer, math.nan) for peer in shown],
             "in the hull": ["yes" if peer in profile.hull else "" for peer in shown],
         }
-    )
-
-
-def _lesion_words(explanation: Explanation) -> str:
-    lesions = explanation.lesions
-    assert lesions is not None
-    measure = "accuracy" if lesions.reference == "labels" else "agreement with the whole network's predictions"
-    return (
-        f"<p class='soft'>On {lesions.images} images. Removed: {IN_ITS_PLACE[explanation.removal]} in the channel's "
-        f"place, before BatchNorm and activation; replaced: the prediction of its peers. Loss in nats, {measure} in "
-        "points; both are changes against the whole network. Given back: share of the removed channel's loss.</p>"
     )
 
 
@@ -164,15 +154,20 @@ def _lesion_table(explanation: Explanation) -> pd.DataFrame:
                 "loss, removed": f"{removed.loss_increase:+.4f} ± {removed.standard_error:.4f}",
                 "loss, replaced": f"{replaced.loss_increase:+.4f} ± {replaced.standard_error:.4f}",
                 "given back": TOO_SMALL if share is None else f"{share:.0%}",
-                "points, removed": f"{-100 * removed.accuracy_drop:+.1f}",
-                "points, replaced": f"{-100 * replaced.accuracy_drop:+.1f}",
+                "points, removed": _points(removed.accuracy_drop),
+                "points, replaced": _points(replaced.accuracy_drop),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _rows(explanation: Explanation, profiles: list[ChannelProfile]) -> pd.DataFrame:
-    table = profile_table(explanation).loc[[p.channel for p in profiles]]
+def _points(drop: float) -> str:
+    """A change of accuracy in points; zero without a minus."""
+    return f"{round(-100 * drop, 1) + 0.0:+.1f}"
+
+
+def _rows(explanation: Explanation, profiles: list[ChannelProfile]) -> Table:
+    shown = profile_table(explanation).loc[[p.channel for p in profiles]]
     columns = {
         "channel": "channel",
         "hull_explanation": "predicted by peers",
@@ -183,4 +178,4 @@ def _rows(explanation: Explanation, profiles: list[ChannelProfile]) -> pd.DataFr
         "task_mi": "task information, nats",
         "target_excess": "with a partner, nats",
     }
-    return table[list(columns)].rename(columns=columns)
+    return table(shown[list(columns)].rename(columns=columns), "{:.3f}")

@@ -1,67 +1,132 @@
-"""Self-contained HTML pages of tables and pictures, for the benchmark's report and the explanations."""
+"""Pages that open offline: Jinja2's templates beside this file, with the tables and pictures that they hold."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
-from html import escape
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
+import jinja2
+import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
-CSS = """
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.2rem 4rem; font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-.soft { opacity: .75; font-size: .9rem; max-width: 52rem; }
-.note { border-left: 4px solid #c44500; padding-left: .8rem; }
-.wide { overflow-x: auto; } img { max-width: 100%; background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #8884; white-space: nowrap; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid #8884; font-size: .82rem; }
-@media (max-width: 40rem) {
-  body { padding: .8rem .9rem 3rem; } table { font-size: .82rem; } th, td { padding: .25rem .3rem; }
-}
-"""
+# CSS pixels an inch of a figure: on phones the least at which its letters can be read, and on desks
+PHONE, DESK = 80, 120
+# of letters and grids, where the page is light and where it is dark
+LIGHT, DARK = ("#222222", "#dddddd"), ("#e6e6e6", "#444444")
+
+# what stands at the right of its column: nothing, a dash, 0.5, 50.0 %, 95.1 ± 0.3, 0.50 [0.40, 0.60], 12 of 16
+NUMBER = re.compile(r"-?|[-+]?[\d.,]+ ?%?( of \d+)?( ± [\d.]+)?( [(\[].*[)\]])?")
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("tp_twoaxis.diagnostics"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """Put sections of HTML into a document that refers to nothing outside itself.
+@dataclass(frozen=True)
+class Column:
+    """A column's name, and whether it holds words, which start at the left and may be broken into lines."""
+
+    name: str
+    text: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text, for the macro ``table``."""
+
+    columns: list[Column]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, for the macro ``picture``.
+
+    Attributes:
+        png: the file's bytes.
+        caption: plain text below it; also for readers who do not see it.
+        dark_png: drawn for dark pages; without it the picture is on white everywhere.
+    """
+
+    png: bytes
+    caption: str
+    dark_png: bytes | None = None
+
+    @property
+    def light(self) -> str:
+        """The picture as an address that holds all of it."""
+        return _address(self.png)
+
+    @property
+    def dark(self) -> str | None:
+        """The same for dark pages."""
+        return None if self.dark_png is None else _address(self.dark_png)
+
+    @property
+    def style(self) -> str:
+        """CSS that keeps letters legible: a phone scrolls sideways over a figure that is wider than 4.5 inches.
+
+        Example:
+            >>> Picture(png_bytes(Figure(figsize=(4, 3))), "nothing").style
+            'width: 480px; max-width: 100%; min-width: 320px'
+        """
+        image = Image.open(io.BytesIO(self.png))
+        inches = image.width / image.info["dpi"][0]
+        return f"width: {DESK * inches:.0f}px; max-width: 100%; min-width: {PHONE * inches:.0f}px"
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill a template; all text of it is shown as text.
 
     Args:
-        title: plain text.
-        sections: HTML, one line or more each.
+        template: its file's name.
+        content: what it names.
+
+    Returns:
+        A complete HTML document that refers to nothing outside itself but to pages it is linked with.
 
     Example:
-        >>> page("a < b", ["<p>text</p>"]).splitlines()[-2:]
-        ['<p>text</p>', '</body></html>']
+        >>> render("base.html", title="a < b").splitlines()[3]
+        '<title>a &lt; b</title>'
     """
-    viewport = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    head = f"<meta charset='utf-8'>{viewport}<title>{escape(title)}</title><style>{CSS}</style>"
-    return f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
+    return _TEMPLATES.get_template(template).render(**content)
 
 
-def table_element(frame: pd.DataFrame, number: str = "{:.4f}", *, whole: Iterable[str] = ()) -> str:
-    """Turn a frame into an HTML table that scrolls sideways where it is too wide.
+def table(frame: pd.DataFrame, number: str = "{:.4f}", *, whole: Iterable[str] = ()) -> Table:
+    """Turn a frame into text; columns that hold nothing are left out.
 
     Args:
         frame: any table.
-        number: format of floating-point columns.
-        whole: columns that are shown as they are.
+        number: format of floating-point columns; missing numbers are empty.
+        whole: columns of numbers that are shown as they are.
 
     Example:
-        >>> "<td>0.50</td>" in table_element(pd.DataFrame({"share": [0.5]}), "{:.2f}")
-        True
+        >>> table(pd.DataFrame({"layer": ["a"], "share": [0.5], "note": [""]}), "{:.2f}").rows
+        [['a', '0.50']]
     """
-    if frame.empty:
-        return "<p class='soft'>nothing to show</p>"
-    formats = {
-        name: number.format for name in frame.columns if frame[name].dtype.kind == "f" and name not in set(whole)
-    }
-    html = frame.to_html(index=False, border=0, na_rep="", formatters=formats)
-    return f"<div class='wide'>{html}</div>"
+    kept = [place for place in range(frame.shape[1]) if not _is_empty(frame.iloc[:, place])]
+    shown = frame.iloc[:, kept]
+    formats = ["{}" if str(name) in set(whole) else number for name in shown.columns]
+    rows = [
+        [_text(value, form) for value, form in zip(row, formats, strict=True)]
+        for row in shown.itertuples(index=False, name=None)
+    ]
+    columns = [
+        Column(str(name), not all(NUMBER.fullmatch(cell) for cell in cells))
+        for name, *cells in zip(shown.columns, *rows, strict=True)
+    ]
+    return Table(columns, rows)
 
 
 def png_bytes(figure: Figure) -> bytes:
@@ -76,15 +141,40 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def image_element(png: bytes, description: str) -> str:
-    """Make an HTML image that holds its own bytes.
+def themed_picture(draw: Callable[[], Figure], caption: str) -> Picture:
+    """Draw a figure for light and for dark pages, without a background.
 
     Args:
-        png: the file's bytes.
-        description: plain text, for readers who do not see it.
+        draw: called once with matplotlib's settings for each.
+        caption: of the picture.
 
     Example:
-        >>> image_element(b"x", "a curve")
-        '<img alt="a curve" src="data:image/png;base64,eA==">'
+        >>> themed_picture(Figure, "nothing").dark[:21]
+        'data:image/png;base64'
     """
-    return f'<img alt="{escape(description, quote=True)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    light, dark = (_themed_png(draw, *theme) for theme in (LIGHT, DARK))
+    return Picture(light, caption, dark)
+
+
+def _themed_png(draw: Callable[[], Figure], text: str, grid: str) -> bytes:
+    parts = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    buffer = io.BytesIO()
+    with mpl.rc_context({**dict.fromkeys(parts, text), "grid.color": grid, "font.size": 10, "legend.frameon": False}):
+        draw().savefig(buffer, format="png", transparent=True)
+    return buffer.getvalue()
+
+
+def _address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _is_empty(column: pd.Series) -> bool:
+    return len(column) > 0 and bool((column.isna() | (column.astype(str) == "")).all())
+
+
+def _text(value: Any, number: str) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else number.format(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None or value is pd.NA else str(value)

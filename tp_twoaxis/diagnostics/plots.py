@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from tp_twoaxis.diagnostics.cell_figures import plain
+from tp_twoaxis.diagnostics.cell_figures import plain, shown_name
 from tp_twoaxis.diagnostics.html_page import png_bytes
 from tp_twoaxis.errors import TwoAxisError, listing
 from tp_twoaxis.runtime.serialization import write_bytes
@@ -24,22 +25,31 @@ TASK = "task information $M_k$ (nats)"
 HULL = "hull explanation $E_k$ (share of variance)"
 OVERVIEW = "overview.png"
 DPI = 120
+LEAST_RANGE = 0.02  # of colours: less is no difference
+LAYER_SIZE, LAYER_DPI = (4.5, 4.2), 170  # as wide as a phone shows without scrolling
 CONSTANT_COLOUR = "#d62728"
 MARK_COLOUR = "#d55e00"  # vermilion stands out of viridis for every kind of colour vision; shapes differ too
 
 
-def plot_layer(table: pd.DataFrame, *, marked: Sequence[int] = (), peers: Sequence[int] = ()) -> Figure:
+def plot_layer(
+    table: pd.DataFrame,
+    *,
+    marked: Sequence[int] = (),
+    peers: Sequence[int] = (),
+    removed: Sequence[int] = (),
+) -> Figure:
     """Draw one layer.
 
     Args:
         table: the rows of one layer from :func:`~tp_twoaxis.diagnostics.channel_table.channel_table`.
         marked: channels to mark with a ring and a bold number.
         peers: channels to mark with a square and a number, those that can replace the marked one.
+        removed: channels to mark with a thin ring alone.
 
     Returns:
-        A figure: x capture, y task information, colour hull explanation from 0 (nobody replaces the channel)
-        to 1 (a few peers do). Constant channels are crosses, dashed lines the medians. Channels at the edges
-        are numbered where none is marked.
+        A figure: x capture, y task information, colour hull explanation (0: nobody replaces the channel, 1: a few
+        peers do), between round numbers that the layer's channels lie between. Constant channels are crosses, dashed
+        lines the medians. Channels at the edges are numbered where none is marked.
 
     Raises:
         TwoAxisError: the table is empty or has no target axis, or a marked channel is not in it.
@@ -51,24 +61,22 @@ def plot_layer(table: pd.DataFrame, *, marked: Sequence[int] = (), peers: Sequen
         'conv1'
     """
     _check(table)
-    figure = Figure(figsize=(6.4, 4.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=LAYER_SIZE, dpi=LAYER_DPI, layout="constrained")
     axes = figure.add_subplot()
-    points = _scatter(axes, table, size=34)
+    points = _scatter(axes, table, colour_range(table), size=34)
     constant = int((table.variance == 0).sum())
-    axes.set_title(str(table.layer.iloc[0]), loc="left", fontweight="bold")
-    axes.set_title(
-        f"{len(table)} channels" + (f", {constant} constant (x)" if constant else "") + ", dashed: medians",
-        loc="right",
-        size=9,
-    )
+    name = shown_name(str(table.layer.iloc[0]), 36)
+    axes.set_title(name, loc="left", size=11, fontweight="bold", pad=18, parse_math=False)
+    about = f"{len(table)} channels" + (f", {constant} constant (x)" if constant else "") + ", dashed: medians"
+    axes.text(0.0, 1.02, about, transform=axes.transAxes, size=9, va="bottom", color="0.25")
     axes.set_xlabel(CAPTURE)
     axes.set_ylabel(TASK)
-    bar = figure.colorbar(points, ax=axes)
+    bar = figure.colorbar(points, ax=axes, aspect=30)
     bar.set_label(HULL)
-    if marked or peers:
-        _mark(figure, axes, table, marked, peers)
+    if marked or peers or removed:
+        _mark(figure, axes, table, marked, peers, removed)
     else:
-        _number_extremes(axes, table)
+        _number_extremes(figure, axes, table)
     # medians cut the plane in four: top left holds what a local score alone would remove
     axes.axvline(table.capture.median(), color="0.6", linewidth=0.8, linestyle="--", zorder=1)
     axes.axhline(table.task_mi.median(), color="0.6", linewidth=0.8, linestyle="--", zorder=1)
@@ -100,9 +108,10 @@ def plot_overview(table: pd.DataFrame) -> Figure:
     for panel in panels[len(layers) :]:
         panel.remove()
     used = panels[: len(layers)]
+    between = colour_range(table)
     for panel, (name, part) in zip(used, layers, strict=True):
-        points = _scatter(panel, part, size=11)
-        panel.set_title(f"{name} ({len(part)})", size=8)
+        points = _scatter(panel, part, between, size=11)
+        panel.set_title(f"{shown_name(name, 26)} ({len(part)})", size=8, parse_math=False)
         panel.tick_params(labelsize=7)
         panel.locator_params(nbins=4)
     figure.supxlabel(CAPTURE, size=10)
@@ -157,7 +166,22 @@ def _check(table: pd.DataFrame) -> None:
         )
 
 
-def _scatter(axes: Any, table: pd.DataFrame, *, size: float) -> Any:
+def colour_range(table: pd.DataFrame) -> tuple[float, float]:
+    """Round numbers between which the hull explanations of a table's channels lie: colours that tell them apart.
+
+    Example:
+        >>> colour_range(pd.DataFrame({"variance": [1.0, 2.0, 0.0], "hull_explanation": [0.83, 0.91, 0.0]}))
+        (0.82, 0.92)
+    """
+    known = table.hull_explanation[table.variance > 0].dropna()
+    if known.empty:
+        return 0.0, 1.0
+    middle, half = (known.max() + known.min()) / 2, max(known.max() - known.min(), LEAST_RANGE) / 2
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(middle - half, middle + half)
+    return max(round(float(ticks[0]), 6), 0.0), min(round(float(ticks[-1]), 6), 1.0)
+
+
+def _scatter(axes: Any, table: pd.DataFrame, between: tuple[float, float], *, size: float) -> Any:
     varying, constant = table[table.variance > 0], table[table.variance == 0]
     points = axes.scatter(
         varying.capture,
@@ -165,8 +189,8 @@ def _scatter(axes: Any, table: pd.DataFrame, *, size: float) -> Any:
         c=varying.hull_explanation,
         s=size,
         cmap="viridis",
-        vmin=0.0,
-        vmax=1.0,
+        vmin=between[0],
+        vmax=between[1],
         edgecolors="black",
         linewidths=0.3,
         zorder=2,
@@ -177,31 +201,43 @@ def _scatter(axes: Any, table: pd.DataFrame, *, size: float) -> Any:
     return points
 
 
-def _number_extremes(axes: Any, table: pd.DataFrame, count: int = 3) -> None:
+def _number_extremes(figure: Figure, axes: Any, table: pd.DataFrame, count: int = 3) -> None:
     """Number the channels with the largest and smallest values of either axis."""
     count = min(count, len(table))
     rows = {row for name in ("capture", "task_mi") for row in table[name].nlargest(count).index}
     rows |= set(table["capture"].nsmallest(1).index)
+    taken = _points(figure, axes, table)
     for row in sorted(rows):
-        axes.annotate(
-            str(table.channel[row]),
-            (table.capture[row], table.task_mi[row]),
-            xytext=(4, 3),
-            textcoords="offset points",
-            size=7,
-            color="0.3",
-        )
+        _number(axes, table.loc[row], int(table.channel[row]), taken, size=8, colour="0.25", away=4)
 
 
-def _mark(figure: Figure, axes: Any, table: pd.DataFrame, marked: Sequence[int], peers: Sequence[int]) -> None:
-    """Ring the marked channels, box their peers, number both, and explain the marks below."""
+def _points(figure: Figure, axes: Any, table: pd.DataFrame) -> list[Bbox]:
+    """Lay the figure out and say where on the page its points lie."""
+    axes.margins(0.09)  # room for rings and numbers at the edges
+    figure.draw_without_rendering()
+    radius = 3 * figure.dpi / 72
+    return [
+        Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius)
+        for x, y in axes.transData.transform(table[["capture", "task_mi"]])
+    ]
+
+
+def _mark(
+    figure: Figure, axes: Any, table: pd.DataFrame, marked: Sequence[int], peers: Sequence[int], removed: Sequence[int]
+) -> None:
+    """Ring the marked channels, box their peers, number both, ring removed ones, and explain the marks below."""
     rows = table.set_index("channel")
-    if absent := [channel for channel in (*marked, *peers) if channel not in rows.index]:
+    if absent := [channel for channel in (*marked, *peers, *removed) if channel not in rows.index]:
         raise TwoAxisError(f"plot: expected channels of the table to mark, got {listing(map(str, absent))}")
     one = len(marked) == 1
-    what = f"channel{'' if one else 's'} {listing(map(str, marked))}", f"{'its' if one else 'their'} peers"
-    shapes = (("o", 190, 2.2, MARK_COLOUR), ("s", 70, 1.4, "black"))
-    for channels, label, (marker, size, width, colour) in zip((marked, peers), what, shapes, strict=True):
+    kinds = (
+        (marked, f"channel{'' if one else 's'} {listing(map(str, marked))}", "o", 190, 2.2, MARK_COLOUR),
+        (peers, f"{'its' if one else 'their'} peers", "s", 70, 1.4, "black"),
+        (removed, "removed", "o", 100, 1.2, MARK_COLOUR),
+    )
+    for channels, label, marker, size, width, colour in kinds:
+        if not channels:
+            continue
         shown = rows.loc[list(channels)]
         axes.scatter(
             shown.capture,
@@ -212,12 +248,10 @@ def _mark(figure: Figure, axes: Any, table: pd.DataFrame, marked: Sequence[int],
             edgecolors=colour,
             linewidths=width,
             zorder=3,
-            label=label if channels else None,
+            label=label,
         )
-    axes.margins(0.09)  # room for rings and numbers at the edges
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.draw_without_rendering()  # the layout decides where points lie on the page
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(rows[["capture", "task_mi"]])]
+    taken = _points(figure, axes, table)
     for channel in marked:
         _number(axes, rows.loc[channel], channel, taken, size=11, colour=MARK_COLOUR, fontweight="bold")
     for channel in peers:
@@ -225,14 +259,22 @@ def _mark(figure: Figure, axes: Any, table: pd.DataFrame, marked: Sequence[int],
 
 
 def _number(
-    axes: Any, row: pd.Series, channel: int, taken: list[Bbox], *, size: float, colour: str, **font: str
+    axes: Any,
+    row: pd.Series,
+    channel: int,
+    taken: list[Bbox],
+    *,
+    size: float,
+    colour: str,
+    away: float = 9,
+    **font: str,
 ) -> None:
     """Write a channel's number beside its point, where it covers least of what is ``taken``, and take that place."""
     pixel = axes.figure.dpi / 72
     width, height = 0.65 * size * len(str(channel)), size
     x, y = axes.transData.transform((row.capture, row.task_mi)) / pixel
     spots: list[tuple[float, int, float, float, Bbox]] = []
-    for right, up in itertools.product((9, -9 - width, -width / 2), (5, -5 - height, -height / 2)):
+    for right, up in itertools.product((away, -away - width, -width / 2), (4, -4 - height, -height / 2)):
         if up == -height / 2 and right == -width / 2:
             continue  # on the point itself
         box = Bbox.from_bounds(*(pixel * n for n in (x + right, y + up, width, height)))

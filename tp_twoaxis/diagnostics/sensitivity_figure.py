@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 
+from tp_twoaxis.diagnostics.cell_figures import shown_name
 from tp_twoaxis.diagnostics.group_sensitivity import SensitivityReport
 from tp_twoaxis.diagnostics.plots import write_figure
 from tp_twoaxis.errors import TwoAxisError
@@ -51,7 +51,7 @@ def _panels(report: SensitivityReport) -> Figure:
     count = len(report.curves)
     columns = min(count, 3 if count <= 9 else 4)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(2.5 * columns + 0.6, 5.2), max(2.0 * rows + 0.8, 3.6)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(max(2.5 * columns + 0.6, 4.5), max(2.0 * rows + 0.8, 3.6)), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
     summary = report.summary()
     for panel in panels[count:]:
@@ -156,16 +156,3 @@ def write_sensitivity(report: SensitivityReport, folder: str | Path) -> list[Pat
     report.curves.save(folder / "curves.json")
     figure = write_figure(sensitivity_figure(report), folder / "sensitivity.png")
     return [*(folder / name for name in tables), folder / "curves.json", figure]
-
-
-def shown_name(name: str, limit: int) -> str:
-    r"""Write a name so that it can be drawn: its end where it is long, and escapes for letters that the font lacks.
-
-    Example:
-        >>> shown_name("schicht.größe", 20), shown_name("層1", 20), shown_name("features.stage3.block12.conv", 16)
-        ('schicht.größe', '\\u5c641', '…e3.block12.conv')
-    """
-    font = get_font(findfont("DejaVu Sans"))
-    letters = [c if font.get_char_index(ord(c)) else c.encode("ascii", "backslashreplace").decode() for c in name]
-    text = "".join(letters)
-    return text if len(text) <= limit else "…" + text[1 - limit :]
