@@ -37,7 +37,7 @@ class PatchFit:
     Args:
         layer: its weights are the starting point; only :meth:`solve` and :meth:`refine` change them.
         images: how many images are fitted in all, to draw so many output positions of each that about ``64 x patch``
-            rows come together, no fewer than 16,384 and no more than 131,072.
+            rows come together, within the bounds of :func:`~tp_twoaxis.reconstruction.patches.positions_of`.
         ridge: relative to the mean variance; default by the held-out images, or by the number of rows if there are
             none (:func:`~tp_twoaxis.reconstruction.affine.ridge_for`).
 
