@@ -86,7 +86,7 @@ def test_batches_chunks_and_order_do_not_matter(monkeypatch):
 
 
 def test_many_positions_are_sampled(monkeypatch):
-    monkeypatch.setattr(patches, "FEWEST_ROWS", 64)
+    monkeypatch.setattr(patches.positions_of, "__defaults__", (1, 64))
     monkeypatch.setattr(patches, "FEWEST_ROWS_OF_BLOCKS", 64)
     monkeypatch.setattr(patches, "MOST_ROWS", 64)
     layer = nn.Conv2d(3, 4, 1)

@@ -24,7 +24,7 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 # numbers in a patch up to which it is fitted as a whole, and rows a number: their moments then cost no more than a few
 # passes over the images; of larger ones the channels are
 LARGEST_FITTED_PATCH = 2048
-ROWS_PER_NUMBER = 16
+ROWS_PER_NUMBER, FEWEST_ROWS = 16, 2**14
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class LayerRefits:
                 seen[name] = first + len(x)
                 available = flatten_positions(output, layer, len(x), name).shape[1]
                 drawn = range(first, seen[name])
-                positions = positions_of(layer, available, count, drawn, ROWS_PER_NUMBER).to(x.device)
+                positions = positions_of(layer, available, count, drawn, ROWS_PER_NUMBER, FEWEST_ROWS).to(x.device)
                 held_out = (torch.arange(first, seen[name]) % 4 == 3).to(x.device)
                 rows = patch_rows(x, layer, positions)
                 for own, chosen in zip(moments[name], (rows[~held_out], rows[held_out]), strict=True):

@@ -13,8 +13,8 @@ from tp_twoaxis.statistics.sampling import sampled_positions, select_rows
 # numbers in a patch (inputs x taps) up to which a layer is fitted: the normal equations then take 162 MiB, and
 # their factor as much; of sequential repair up to three such layers are alive at a time
 LARGEST_PATCH = 4608
-# rows of a fit: this many a number of the patch, within these bounds. Narrow layers gain from many positions of an image:
-# with a lower bound of 2**14, 2**15 and 2**16 rows, joint repair of a CIFAR-10 ResNet-20 with conv shortcuts, half the
+# rows of a fit: this many a number of the patch, within these bounds. Narrow layers gain from many positions of an
+# image: with at least 2**14, 2**15 and 2**16 rows, joint repair of a CIFAR-10 ResNet-20 with conv shortcuts, half the
 # MACs by hull, 2,048 images, kept 87.4, 88.3 and 88.8 % on 2,000 held-out training images
 ROWS_PER_NUMBER, FEWEST_ROWS, MOST_ROWS = 64, 2**16, 2**17
 # and this many where a layer has many blocks, each with a fit of its own to make
@@ -103,17 +103,22 @@ def select_positions(view: Tensor, positions: Tensor) -> Tensor:
 
 
 def positions_of(
-    layer: nn.Module, available: int, images: int, drawn: range, rows_per_number: int = ROWS_PER_NUMBER
+    layer: nn.Module,
+    available: int,
+    images: int,
+    drawn: range,
+    rows_per_number: int = ROWS_PER_NUMBER,
+    fewest: int = FEWEST_ROWS,
 ) -> Tensor:
     """Choose output positions for a fit: all, or one at random from each of equally long stretches of every image.
 
     Args:
-        layer: decides how many are needed, with bounds :data:`FEWEST_ROWS`, shared by its blocks, and
-            :data:`MOST_ROWS`.
+        layer: decides how many are needed, up to :data:`MOST_ROWS`.
         available: output positions of an image.
         images: that the fit has in all.
         drawn: numbers of the images to choose positions for; the same image number always has the same positions.
         rows_per_number: rows of all images together, a number of the patch.
+        fewest: rows at least, shared by the layer's blocks, though each has 16,384.
 
     Returns:
         [available] or [len(drawn), p] int64.
@@ -126,7 +131,7 @@ def positions_of(
         >>> positions_of(nn.Conv2d(64, 64, 3, groups=64), 64, 2048, range(3)).shape
         torch.Size([3, 8])
     """
-    fewest = max(FEWEST_ROWS // blocks_of(layer), FEWEST_ROWS_OF_BLOCKS)
+    fewest = max(fewest // blocks_of(layer), FEWEST_ROWS_OF_BLOCKS)
     needed = min(max(rows_per_number * patch_size(layer), fewest), MOST_ROWS)
     wanted = min(available, max(1, -(-needed // images)))
     if wanted == available:
