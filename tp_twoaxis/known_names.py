@@ -109,6 +109,8 @@ MODELS = (
     "cifar_mobilenet_v2",
 )
 """Built-in networks; the table is in :mod:`tp_twoaxis.models.factory`."""
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of device that networks run on; see :mod:`tp_twoaxis.runtime.devices`."""
 ATTENTION_UNITS = ("heads", "head-dims")
 """What attention loses; see :mod:`tp_twoaxis.dependency.attention`."""
 
@@ -133,8 +135,12 @@ def criterion_names() -> list[str]:
     return list(dict.fromkeys([*CRITERIA, *plugins()]))
 
 
-def check_criterion(expression: str) -> None:
+def check_criterion(expression: str, families: Iterable[str] = ()) -> None:
     """Refuse a criterion expression that starts with an unknown name; options and factories are not looked at.
+
+    Args:
+        expression: what was given.
+        families: names that stand for several criteria, where those are taken too.
 
     Raises:
         TwoAxisError: the message lists the valid names and those near it.
@@ -145,7 +151,8 @@ def check_criterion(expression: str) -> None:
     """
     name = expression.partition("(")[0].strip()
     if ":" not in name:
-        check_name("criterion", name, [*criterion_names(), *ALIASES], more=" or module:factory")
+        names = [*criterion_names(), *ALIASES, *families]
+        check_name("criterion", name, names, more=" or module:factory (`tp-twoaxis scores` lists all)")
 
 
 def check_criteria(expressions: Iterable[str]) -> None:
@@ -156,7 +163,7 @@ def check_criteria(expressions: Iterable[str]) -> None:
     """
     for expression in expressions:
         if expression not in FAMILIES:
-            check_criterion(expression)
+            check_criterion(expression, FAMILIES)
 
 
 def parse_repair(repair: str | Iterable[str] | None) -> tuple[str, ...]:

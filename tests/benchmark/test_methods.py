@@ -49,11 +49,11 @@ def test_aliases_are_the_default_scores_of_their_axes(stats):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Method("tailor"), r"capture.*lamp.*module:factory, got 'tailor'; did you mean 'taylor'"),
+        (Method("tailor"), r"capture.*module:factory.*got 'tailor'; did you mean 'taylor'"),
         (Method("l2", allocation="locale"), "global, uniform, got 'locale'"),
         (Method("l2", repair=("bm",)), "repair: expected one of bn.*got 'bm'"),
-        (Method("l2", finetune_batches=-1), "0 or more"),
-        (Method("l2", steps=0), "steps: expected at least 1, got 0"),
+        (Method("l2", finetune_batches=-1), "finetune_batches: expected a whole number of at least 0"),
+        (Method("l2", steps=0), "steps: expected a whole number of at least 1, got 0"),
         (Method("no.such.module:f"), r"importing 'no.such.module'.*install it"),
         (Method("bench_cases:own_scor"), "did you mean '?own_score"),
         (Method("bench_cases:CLASSES"), "function that makes an importance"),

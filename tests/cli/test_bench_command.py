@@ -90,7 +90,7 @@ def test_failures_are_reported(options, tmp_path):
     [
         (["--methods", "tailor"], "did you mean 'taylor'"),
         (["--keep", "0.5,x"], "--keep: expected numbers"),
-        (["--keep", "50"], "above 0 and up to 1"),
+        (["--keep", "50"], "keep.0: expected less than or equal to 1, got 50.0"),
         (["--seeds", "a"], "--seeds: expected whole numbers"),
         (["--repair", "ridged"], "repair: expected one of"),
         (["--part", "3"], "--part: expected k/n"),

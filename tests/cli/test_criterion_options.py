@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from cli_cases import MODEL, refused, succeed
@@ -42,9 +43,16 @@ def takes_criterion(folder, tmp_path):
 def test_the_same_message_in_every_command(takes_criterion, monkeypatch, criterion, part):
     for opened in ("tp_twoaxis.data.open_dataset", "tp_twoaxis.models.build_model"):
         monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("the name is to be refused before"))
-    messages = takes_criterion(criterion)
+    # commands that take families know more names
+    messages = {re.sub(r"\d+ in all", "in all", message) for message in takes_criterion(criterion)}
     assert len(messages) == 1
     assert part in messages.pop()
+
+
+def test_families_are_suggested_where_they_are_taken(folder):
+    data = (MODEL, "--data", folder / "images")
+    assert "did you mean 'all-local'" in refused("select", *data, "--candidates", "all-locl")
+    assert "all-local" not in refused("stability", *data, "--score", "all-locl")
 
 
 def test_the_same_message_for_a_repair(folder, tmp_path, monkeypatch):

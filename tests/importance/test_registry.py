@@ -116,7 +116,7 @@ def test_what_is_missing_is_said(name):
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(TwoAxisError, match=r"capture.*lamp.*, got 'tailor'; did you mean 'taylor'"):
+    with pytest.raises(TwoAxisError, match=r"capture.*module:factory.*, got 'tailor'; did you mean 'taylor'"):
         make_importance("tailor")
 
 

@@ -402,7 +402,11 @@ class WorksOnce:
 @pytest.mark.parametrize(
     ("importance", "loader", "message"),
     [
-        (ReadsGradients(), batches(), r"^step 2 of 3: ReadsGradients raised TypeError .* need loss\.backward"),
+        (
+            ReadsGradients(),
+            batches(),
+            r"^step 2 of 3: ReadsGradients failed .*TypeError.* need loss\.backward",
+        ),
         ("capture", WorksOnce(batches()), "^step 2 of 3: .*disk gone"),
     ],
 )

@@ -283,7 +283,7 @@ def test_stopping_early_is_no_error():
 def test_errors_of_model_and_loader_name_the_batch():
     model = nn.Linear(4, 2)
     loader = [torch.zeros(2, 4), torch.zeros(3, 5)]
-    message = r"Linear raised RuntimeError on batch 1 of shape \[3, 5\]: .*; the model is as it was"
+    message = r"Linear does not run on batch 1 of shape \[3, 5\] \(RuntimeError: .*\); .*; the model is as it was"
     with pytest.raises(TwoAxisError, match=message), forward_pass(model, loader, what="look") as run:
         list(run)
     message = "loader: batch 1 raised OSError: disk gone; the model is as it was"

@@ -440,7 +440,7 @@ class Silent(nn.Linear):
         (linear(), [(torch.zeros(2, 6), torch.zeros(2))], "expected int64"),
         (linear(), [(torch.zeros(2, 6), torch.tensor([0]))], "expected int64"),
         (linear(), [torch.zeros(2, 6)], "training needs labels"),
-        (linear(), [(torch.zeros(2, 5), torch.tensor([0, 1]))], "Linear raised RuntimeError in training batch 0"),
+        (linear(), [(torch.zeros(2, 5), torch.tensor([0, 1]))], "Linear fails in training batch 0 .*RuntimeError"),
         (linear(), [(torch.full((1, 6), math.nan), torch.tensor([0]))], "NaN"),
         (linear().requires_grad_(False), vectors(), "no parameter requires a gradient"),
         (Silent(6, 3), [(torch.zeros(2, 6), torch.tensor([0, 1]))], r"expected logits \[n, K\], got list"),

@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor
 
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.errors import check_count, check_name
 from tp_twoaxis.importance import Importance, find_criterion
 from tp_twoaxis.repair import parse_repair
 
@@ -51,6 +52,10 @@ ALLOCATIONS: dict[str, Callable[[Importance], Importance]] = {"global": _as_it_i
 """How a score decides how many channels each group loses: ``global`` by one threshold on the normalised scores."""
 
 
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""How a dataclass of a config is read: no unknown keys, and no text in a number's place."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One column of a table.
@@ -68,6 +73,8 @@ class Method:
         >>> Method("l2", repair=("bn",), steps=3).name
         'l2+bn+steps3'
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     criterion: str
     allocation: str = "global"
@@ -104,10 +111,8 @@ class Method:
         criterion = find_criterion(self.criterion).name
         check_name("allocation", self.allocation, ALLOCATIONS)
         repair = parse_repair(self.repair)
-        if self.finetune_batches < 0:
-            raise TwoAxisError(f"finetune_batches: expected 0 or more, got {self.finetune_batches}; 0 trains nothing")
-        if self.steps < 1:
-            raise TwoAxisError(f"steps: expected at least 1, got {self.steps}; 1 removes everything at once")
+        check_count("finetune_batches", self.finetune_batches, least=0)
+        check_count("steps", self.steps)
         return replace(self, criterion=criterion, repair=repair)
 
 

@@ -11,25 +11,28 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from tp_twoaxis.benchmark import protocol
-from tp_twoaxis.benchmark.methods import Method, Trial, cross
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.benchmark.methods import STRICT, Method, Trial, cross
+from tp_twoaxis.errors import TwoAxisError, check_name, reason
 from tp_twoaxis.importance import expand_criteria
 from tp_twoaxis.pruning.config import Budget
+from tp_twoaxis.repair import parse_repair
 from tp_twoaxis.runtime.serialization import Json
 from tp_twoaxis.training.settings import Precision
 
 T = TypeVar("T")
-PARTS = ("test", "selection")
-GRIDS = get_args(Budget)
 Draw = Literal["fixed", "seed"]
-DRAWS = get_args(Draw)
-PRECISIONS = get_args(Precision)
+Part = Literal["test", "selection"]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,16 @@ class NetworkConfig:
         label_column: Parquet's label column, where there are several.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     name: str
     model: str
     data: str
     checkpoint: str | None = None
-    num_classes: int | None = None
+    num_classes: Count | None = None
     pretrained: bool = False
     test_data: str | None = None
-    image_size: int | None = None
+    image_size: Count | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     label_column: str | None = None
@@ -87,16 +92,53 @@ class DataConfig:
         decoders: processes that decode large images, a worker; speed only.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     train_split: str = "train"
     test_split: str = "test"
-    calibration_images: int = protocol.CALIBRATION_IMAGES
+    calibration_images: Count = protocol.CALIBRATION_IMAGES
     calibration_draw: Draw = "fixed"
-    selection_images: int = 0
-    test_images: int | None = None
-    evaluate_on: str = "test"
-    batch_size: int = protocol.BATCH_SIZE
-    test_batch_size: int = 128
-    decoders: int = 0
+    selection_images: Annotated[int, Field(ge=0)] = 0
+    test_images: Count | None = None
+    evaluate_on: Part = "test"
+    batch_size: Count = protocol.BATCH_SIZE
+    test_batch_size: Count = 128
+    decoders: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class MethodGrid:
+    """Methods as lists to be crossed, as a config file may hold them; see :func:`~tp_twoaxis.benchmark.methods.cross`.
+
+    Attributes:
+        criteria: expressions or families.
+        allocation: names.
+        repair: repairs of one method each.
+        finetune_batches: training batches after the repair.
+        steps: of pruning.
+
+    Example:
+        >>> len(MethodGrid(("l1", "l2"), repair=((), ("bn",))).methods())
+        4
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    criteria: tuple[str, ...] = ("all",)
+    allocation: tuple[str, ...] = ("global",)
+    repair: tuple[tuple[str, ...], ...] = (("bn",),)
+    finetune_batches: tuple[int, ...] = (0,)
+    steps: tuple[int, ...] = (1,)
+
+    def methods(self) -> tuple[Method, ...]:
+        """Cross the lists."""
+        return cross(
+            expand_criteria(self.criteria),
+            allocations=self.allocation,
+            repairs=self.repair,
+            budgets=self.finetune_batches,
+            steps=self.steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,13 +168,15 @@ class BenchmarkConfig:
         (4, True)
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     networks: tuple[NetworkConfig, ...]
     methods: tuple[Method, ...]
-    keep: tuple[float, ...] = protocol.KEEP
+    keep: tuple[Share, ...] = protocol.KEEP
     grid: Budget = "macs"
     seeds: tuple[int, ...] = protocol.SEEDS
     data: DataConfig = field(default_factory=DataConfig)
-    finetune_epochs: int = protocol.FINETUNE_EPOCHS
+    finetune_epochs: Count = protocol.FINETUNE_EPOCHS
     finetune_lr: float = protocol.FINETUNE_LR
     finetune_amp: Precision | None = None
     channels_last: bool = False
@@ -172,22 +216,25 @@ class BenchmarkConfig:
             TwoAxisError: a key or a name is unknown, or a value is out of range.
         """
         given = {key: value for key, value in values.items() if not key.startswith("_")}
-        given["networks"] = tuple(_make(NetworkConfig, n, "networks") for n in _list("networks", given))
-        given["methods"] = _methods(given.get("methods", ()))
-        given |= {
-            key: _numbers(key, given[key], kind) for key, kind in (("keep", float), ("seeds", int)) if key in given
-        }
-        given["data"] = _make(DataConfig, given.get("data", {}), "data")
-        config = _make(cls, given, "config")
+        methods = given.get("methods", [])
+        if isinstance(methods, Mapping):
+            criteria = methods.get("criteria", "all")
+            lists = {**methods, "criteria": [criteria] if isinstance(criteria, str) else criteria}
+            given["methods"] = [dataclasses.asdict(method) for method in _read(MethodGrid, lists, "methods").methods()]
+        elif isinstance(methods, (list, tuple)):
+            given["methods"] = [_method(method) for method in methods]
+        config = _read(cls, given)
+        config = dataclasses.replace(config, methods=tuple(method.checked() for method in config.methods))
         config.check()
         return config
 
     def check(self) -> None:
-        """Check names and ranges, not files.
+        """Check kinds, names and ranges, not files.
 
         Raises:
             TwoAxisError: something does not fit; the message says what.
         """
+        _read(BenchmarkConfig, dataclasses.asdict(self))
         for method in self.methods:
             method.checked()
         for what, names in (
@@ -198,20 +245,8 @@ class BenchmarkConfig:
         ):
             if not names or len(set(names)) < len(names):
                 raise TwoAxisError(f"{what}: expected one or more, each once, got {names}; give different ones")
-        wrong = [keep for keep in self.keep if not 0.0 < keep <= 1.0]
-        if wrong:
-            raise TwoAxisError(f"keep: expected shares above 0 and up to 1, got {wrong[0]:g}")
-        check_name("grid", self.grid, GRIDS)
-        if self.finetune_amp not in (None, *PRECISIONS):
-            raise TwoAxisError(f"finetune_amp: expected {' or '.join(PRECISIONS)} or null, got {self.finetune_amp!r}")
-        data = self.data
-        check_name("evaluate_on", data.evaluate_on, PARTS)
-        check_name("calibration_draw", data.calibration_draw, DRAWS)
-        if data.evaluate_on == "selection" and data.selection_images < 1:
+        if self.data.evaluate_on == "selection" and self.data.selection_images < 1:
             raise TwoAxisError("evaluate_on: 'selection' needs selection_images of at least 1, got 0; set it")
-        for name in ("calibration_images", "batch_size", "test_batch_size"):
-            if getattr(data, name) < 1:
-                raise TwoAxisError(f"{name}: expected at least 1, got {getattr(data, name)}")
 
     def digest(self) -> str:
         """Hash the whole config; equal configs, equal digests."""
@@ -253,7 +288,8 @@ def load_config(path: str | Path) -> BenchmarkConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TwoAxisError(f"{path}: expected a JSON config, reading it failed: {error}; check the file") from error
+        way = "write it as JSON" if path.suffix in (".yaml", ".yml", ".toml") else "check the file"
+        raise TwoAxisError(f"{path}: expected a JSON config, reading it says {reason(error)}; {way}") from error
     if not isinstance(values, dict):
         raise TwoAxisError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return BenchmarkConfig.from_dict(values)
@@ -293,53 +329,38 @@ def _digest(values: Json) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _list(name: str, values: Mapping[str, Any]) -> Sequence[Any]:
-    found = values.get(name)
-    if not isinstance(found, (list, tuple)):
-        raise TwoAxisError(f"{name}: expected a list, got {found!r}; see the example configs")
-    return found
+def _method(given: Any) -> Any:
+    """Write a method out that stands in a file as a criterion alone, or with its repair as a text."""
+    if isinstance(given, str):
+        return {"criterion": given}
+    if isinstance(given, Mapping) and isinstance(given.get("repair"), str):
+        return {**given, "repair": parse_repair(given["repair"])}
+    return given
 
 
-def _make(cls: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, Mapping):
-        raise TwoAxisError(f"{where}: expected an object, got {values!r}; see the example configs")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = [name for name in values if name not in fields]
-    if unknown:
-        check_name(f"{where}: key", unknown[0], fields)
-    missing = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in values
-    ]
-    if missing:
-        raise TwoAxisError(f"{where}: expected the key {missing[0]!r}, it is missing; add it")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+def _read(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make a dataclass of JSON's values, with every key and kind checked by pydantic.
 
-
-def _numbers(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    Raises:
+        TwoAxisError: of the first thing that does not fit.
+    """
     try:
-        # 1 and 1.0 are the same share, and must be the same config
-        return tuple(kind(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise TwoAxisError(f"{name}: expected a list of numbers, got {values!r}; correct it") from error
+        return TypeAdapter(cls).validate_json(json.dumps(values))
+    except ValidationError as error:
+        found = error.errors()[0]
+    except TypeError as error:
+        raise TwoAxisError(f"{where or 'config'}: expected what JSON can hold, got {reason(error)}") from error
+    *path, key = found["loc"]
+    place = ".".join(map(str, [where, *path] if where else path)) or "config"
+    if found["type"] == "unexpected_keyword_argument":
+        check_name(f"{place}: key", str(key), [f.name for f in dataclasses.fields(_PARTS[path[0]] if path else cls)])
+    if found["type"] == "missing":
+        raise TwoAxisError(f"{place}: expected the key {key!r}, it is missing; add it")
+    place = f"{place}.{key}".removeprefix("config.")
+    if found["type"] == "literal_error":
+        check_name(place, found["input"], re.findall(r"'([^']+)'", found["ctx"]["expected"]))
+    expected = found["msg"].removeprefix("Input should be ").replace("array", "list")
+    raise TwoAxisError(f"{place}: expected {expected}, got {reprlib.repr(found['input'])}; correct it")
 
 
-def _methods(given: Any) -> tuple[Method, ...]:
-    if isinstance(given, Mapping):
-        known = ("criteria", "allocation", "repair", "finetune_batches", "steps")
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            check_name("methods: key", unknown[0], known)
-        criteria = given.get("criteria", "all")
-        return cross(
-            expand_criteria([criteria] if isinstance(criteria, str) else criteria),
-            allocations=given.get("allocation", ("global",)),
-            repairs=given.get("repair", (("bn",),)),
-            budgets=given.get("finetune_batches", (0,)),
-            steps=given.get("steps", (1,)),
-        )
-    methods = [
-        Method(m) if isinstance(m, str) else _make(Method, m, "methods") for m in _list("methods", {"methods": given})
-    ]
-    return tuple(method.checked() for method in methods)
+_PARTS: dict[int | str, type] = {"networks": NetworkConfig, "data": DataConfig, "methods": Method}

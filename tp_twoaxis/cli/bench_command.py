@@ -104,8 +104,8 @@ class ScaleOptions:
     def __post_init__(self) -> None:
         check_name("--engine", self.engine, ("local", "ray"))
         number, slash, count = ("1/1" if self.part is None else self.part).partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal()):
-            raise TwoAxisError(f"--part: expected k/n such as 2/4, got {self.part!r}")
+        if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise TwoAxisError(f"--part: expected k/n with k from 1 to n, such as 2/4, got {self.part!r}")
 
     def keywords(self) -> dict[str, Any]:
         """Give these options as keywords of ``run_benchmark``."""

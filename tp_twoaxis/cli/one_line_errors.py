@@ -48,7 +48,13 @@ def _message(error: Exception) -> str | None:
         text = f"{error}; {INSTALL}"
     elif hasattr(error, "format_message"):
         # wrong usage: typer raises the installed click's exceptions or, since 0.25, those of its own copy
-        text = f"{error.format_message()} (--help lists what there is)"
+        text = f"{error.format_message()}{_given(error)} (--help lists what there is)"
     else:
         return None
     return " ".join(text.split())
+
+
+def _given(error: Exception) -> str:
+    """Say what value was refused, where typer keeps it from its message: it reads values by pydantic since 0.25."""
+    found: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    return f", got {found[0]['input']!r}" if found else ""

@@ -42,8 +42,8 @@ def numbers(option: str, text: str | None, kind: type[float] | type[int] = float
     try:
         return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError as error:
-        what = "whole numbers such as 42,123" if kind is int else "numbers such as 0.485,0.456,0.406"
-        raise TwoAxisError(f"{option}: expected {what}, got {text!r}") from error
+        what = "whole numbers such as 42,123" if kind is int else "numbers such as 0.5,0.25"
+        raise TwoAxisError(f"{option}: expected {what}, with a comma between them, got {text!r}") from error
 
 
 def position_rule(text: str) -> Positions:

@@ -17,8 +17,8 @@ import typer
 from tp_twoaxis.cli import completion
 from tp_twoaxis.cli.option_groups import panel
 from tp_twoaxis.cli.option_values import names, numbers, position_rule
-from tp_twoaxis.errors import TwoAxisError, check_name
-from tp_twoaxis.known_names import ATTENTION_UNITS, AUTO, MODELS, POOLINGS, REPAIRS, TARGETS, parse_repair
+from tp_twoaxis.errors import TwoAxisError, check_name, refuse_pickle_name
+from tp_twoaxis.known_names import ATTENTION_UNITS, AUTO, DEVICES, MODELS, POOLINGS, REPAIRS, TARGETS, parse_repair
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,6 @@ CRITERION_HELP = (
     "What ranks channels: capture, hull, anticipating, l2, taylor or another that `tp-twoaxis scores` lists, with "
     "options as in hull(strength=1.0), or module:factory."
 )
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _first, _model, _data, _statistics = panel(None), panel("Model"), panel("Data"), panel("Statistics")
 _pruning, _evaluation = panel("Pruning"), panel("Evaluation")
@@ -71,18 +70,13 @@ class ModelOptions(WeightOptions):
         Raises:
             TwoAxisError: the model, its weights or the device do not fit.
         """
-        import torch
-
         from tp_twoaxis.models import load_weights
         from tp_twoaxis.pruning.checkpoint import FORMAT as PRUNED
         from tp_twoaxis.pruning.checkpoint import load_pruned
+        from tp_twoaxis.runtime.devices import check_device
         from tp_twoaxis.statistics.store import FORMAT as STATISTICS
 
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            check_name("--device", self.device.partition(":")[0], DEVICES)
-            raise TwoAxisError(f"--device: expected one that is there, got {self.device!r}: {error}") from error
+        check_device(self.device, "--device")
         if self.checkpoint is None:
             return self._dense(self.pretrained).to(self.device).eval()
         if self.pretrained:
@@ -356,6 +350,7 @@ class OutputOptions(JsonOptions):
         if len({path.absolute() for path in paths}) < len(paths):
             raise TwoAxisError(f"expected a name for each output, got {', '.join(map(str, paths))}; rename one")
         for path in paths:
+            refuse_pickle_name(path)
             if not path.absolute().parent.is_dir():
                 raise TwoAxisError(f"{path}: the folder {path.parent} does not exist; create it first")
             if not os.access(path if path.is_dir() else path.absolute().parent, os.W_OK):

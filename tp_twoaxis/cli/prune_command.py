@@ -31,7 +31,7 @@ class RemovalOptions:
 
     flops: Annotated[float, _first("Share of the budget to keep, above 0 and up to 1.")] = 0.5
     budget: Annotated[
-        str, _pruning("What that is a share of: macs, channels, or latency, measured on --device as it is.")
+        str, _pruning("What --flops is a share of: macs, channels, or latency, measured on --device as it is.")
     ] = "macs"
     latency_batch: Annotated[int, _pruning("Images at once whose time --budget latency counts.", min=1)] = 1
     steps: Annotated[int, _pruning("Remove in so many steps; each scores the network that the last one left.")] = 1
@@ -39,7 +39,11 @@ class RemovalOptions:
         int, _pruning("Of --repair distill, which trains without labels after the last step.", min=1)
     ] = 1000
     score: Annotated[
-        str, _first(f"auto: what keeps most; or {CRITERION_HELP}", autocompletion=completion.criterion)
+        str,
+        _first(
+            f"auto: what keeps most; or {CRITERION_HELP.removeprefix('What ranks channels: ')}",
+            autocompletion=completion.criterion,
+        ),
     ] = AUTO
     stats: Annotated[Path | None, _first("Statistics that `calibrate` wrote; default calibrate now.")] = None
 

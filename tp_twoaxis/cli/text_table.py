@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 from tp_twoaxis.errors import TwoAxisError
@@ -33,5 +34,7 @@ def matching(rows: Sequence[Row], text: str | None) -> list[int]:
     """
     found = [i for i, row in enumerate(rows) if text is None or any(text.lower() in cell.lower() for cell in row)]
     if not found:
-        raise TwoAxisError(f"expected a text that one of {len(rows)} rows contains, got {text!r}; leave it out for all")
+        near = difflib.get_close_matches(str(text), [row[0] for row in rows], n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "leave it out for all"
+        raise TwoAxisError(f"expected a text that one of {len(rows)} rows contains, got {text!r}; {hint}")
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tp_twoaxis.data.augmentation import crop_and_flip
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, check_count
 
 
 class ArrayDataset(Dataset[Any]):
@@ -113,7 +113,7 @@ class ArrayLoader:
         generator: torch.Generator | None = None,
         augment: bool = False,
     ) -> None:
-        check_positive("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         rows = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(dataset)):
             raise TwoAxisError(
@@ -147,19 +147,6 @@ class ArrayLoader:
                 images = crop_and_flip(images, self.generator)
             images = self.dataset.normalise(images)
             yield images if self.dataset.labels is None else (images, self.dataset.labels[chosen])
-
-
-def check_positive(name: str, value: int) -> None:
-    """Refuse a number below 1.
-
-    Raises:
-        TwoAxisError: naming it.
-
-    Example:
-        >>> check_positive("batch_size", 1)
-    """
-    if value < 1:
-        raise TwoAxisError(f"{name}: expected at least 1, got {value}; choose a positive number")
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tp_twoaxis.data.array_dataset import ArrayDataset, ArrayLoader, check_positive
+from tp_twoaxis.data.array_dataset import ArrayDataset, ArrayLoader
 from tp_twoaxis.data.augmentation import crop_and_flip
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, check_count
 from tp_twoaxis.runtime.batches import split_batch
 
 
@@ -49,7 +49,7 @@ def make_loader(
         >>> len(loader), [len(labels) for images, labels in loader]
         (2, [64, 36])
     """
-    check_positive("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     generator = torch.Generator().manual_seed(seed)
     size = _length(dataset)
     rows = torch.arange(size) if num_images is None else draw_rows(size, num_images, generator)
@@ -67,7 +67,7 @@ def draw_rows(size: int, num_images: int, generator: torch.Generator) -> Tensor:
         >>> draw_rows(3, 5, torch.Generator())
         tensor([0, 1, 2])
     """
-    check_positive("num_images", num_images)
+    check_count("num_images", num_images)
     return torch.randperm(size, generator=generator)[:num_images].sort().values
 
 

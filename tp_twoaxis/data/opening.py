@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tp_twoaxis.data.array_dataset import ArrayDataset, check_positive
+from tp_twoaxis.data.array_dataset import ArrayDataset
 from tp_twoaxis.data.catalog import CATALOG, DATASETS, Normalisation, normalisation_of, open_by_name, split_spec
 from tp_twoaxis.data.image_dataset import ImageDataset, read_pixels
 from tp_twoaxis.data.loaders import draw_rows
 from tp_twoaxis.data.sources import DrawnSource, FolderSource, ParquetSource, Source
-from tp_twoaxis.errors import TwoAxisError, check_name, listing
+from tp_twoaxis.errors import TwoAxisError, check_count, check_name, listing
 from tp_twoaxis.runtime.progress_bar import progress_bar
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def open_dataset(
         (2, tensor([0, 1]), torch.Size([3, 32, 32]))
     """
     if image_size is not None:
-        check_positive("image_size", image_size)
+        check_count("image_size", image_size)
     if not 0 < crop_fraction <= 1:
         raise TwoAxisError(f"crop_fraction: expected a number in (0, 1], got {crop_fraction}; 0.875 is usual")
     normalisation, source = _find_source(spec, split, label_column)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError, listing, reason
 
 ANNOTATIONS = "val_annotations.txt"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -43,7 +43,7 @@ class Source:
             return Image.open(io.BytesIO(data)).convert("RGB")
         except Exception as error:  # Pillow's decoders raise SyntaxError, OSError, ValueError and more
             raise TwoAxisError(
-                f"{self.name(index)}: expected an image that Pillow reads, it says: {error}; repair or remove it"
+                f"{self.name(index)}: expected an image that Pillow reads, it says {reason(error)}; repair or remove it"
             ) from error
 
 
@@ -182,7 +182,7 @@ class ParquetSource(Source):
                 file = parquet.ParquetFile(path)
             except Exception as error:  # pyarrow has its own hierarchy, and OSError
                 raise TwoAxisError(
-                    f"{path}: expected a Parquet file, reading it says: {error}; copy it anew"
+                    f"{path}: expected a Parquet file, reading it says {reason(error)}; copy it anew"
                 ) from error
             image, label = _columns(path, file.schema_arrow, label_column)
             if path == files[0]:

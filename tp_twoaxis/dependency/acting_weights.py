@@ -18,6 +18,7 @@ from tp_twoaxis.dependency.channel_marks import own_layers
 from tp_twoaxis.dependency.flops import ExampleInputs, all_tensors, call
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, group_key
 from tp_twoaxis.dependency.groups import Member
+from tp_twoaxis.errors import reason
 from tp_twoaxis.runtime.kernels import has_own_forward
 from tp_twoaxis.runtime.layers import channel_axis
 from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng
@@ -119,7 +120,7 @@ def _differs(name: str, graph: Any, part: Member, channels: list[int], read: Ten
         (pruner.prune_out_channels if part.is_producer else pruner.prune_in_channels)(layer, channels)
         after = layer(read)
     except Exception as error:
-        return f"channels cannot leave {name} ({type(error).__name__}: {error})"
+        return f"channels cannot leave {name} ({reason(error)})"
     tolerance = max(1e-3, 50.0 * torch.finfo(before.dtype).eps)
     if after.shape == before.shape and bool((after - before).abs().max() <= tolerance * before.abs().max()):
         return None

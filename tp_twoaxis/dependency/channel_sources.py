@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.runtime.forward import inference_state
 from tp_twoaxis.runtime.layers import (
     MIXING_NORMS,
@@ -82,7 +82,7 @@ def channel_sources(model: nn.Module, example: Tensor) -> dict[str, list[Channel
     except Exception as error:  # a model is anybody's code
         raise TwoAxisError(
             f"{type(network).__name__}: its channels could not be followed from layer to layer "
-            f"({type(error).__name__}: {error}); it must run on batches of any size, and pass NaN on"
+            f"({reason(error)}); it must run on batches of any size, and pass NaN on"
         ) from error
     return sources
 

@@ -27,7 +27,7 @@ from tp_twoaxis.dependency.cost import CostModel, Side, Term
 from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, call, inside, running_layers
 from tp_twoaxis.dependency.groups import Member, members, root_layer, roots_at_outputs
 from tp_twoaxis.dependency.recurrent import RECURRENT_LAYERS
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError, listing, reason
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS, channel_layers, in_channels_of, out_channels_of
 from tp_twoaxis.runtime.model_state import preserve_modes
 
@@ -87,7 +87,7 @@ def build_graph(model: nn.Module, example_inputs: ExampleInputs) -> Any:
             where = inside(running or _layer_in_question(error, model), model)
             raise TwoAxisError(
                 f"Torch-Pruning could not trace {type(model).__name__}{where}: "
-                f"{type(error).__name__}: {error}; check example_inputs, and that the forward returns tensors (in "
+                f"{reason(error)}; check example_inputs, and that the forward returns tensors (in "
                 "tuples, lists or dicts), or prune a part of the model that it can follow"
             ) from error
 
@@ -217,8 +217,7 @@ class _Listing:
             self._whole.append(f"{name} and the layers coupled with it stay whole: {error}")
         except Exception as error:  # Torch-Pruning's rules for an operation do not hold here
             self._whole.append(
-                f"{name}: stays whole, because Torch-Pruning could not list what is coupled with it "
-                f"({type(error).__name__}: {error})"
+                f"{name}: stays whole, because Torch-Pruning could not list what is coupled with it ({reason(error)})"
             )
         return None
 
@@ -262,8 +261,8 @@ class _Listing:
         if (owner := enclosing_attention(parts, self.owners)) is not None:
             self._take_attention(owner, parts)
             return
-        if reason := self._cannot_leave(parts):
-            self._whole.append(f"{name}: stays whole, because {reason}")
+        if why := self._cannot_leave(parts):
+            self._whole.append(f"{name}: stays whole, because {why}")
             return
         size = len(group[0].idxs) if channels is None else len(channels)
         blocks = blocks_of_parts(parts)

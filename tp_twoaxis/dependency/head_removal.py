@@ -13,6 +13,7 @@ from tp_twoaxis.dependency.flops import ExampleInputs, call
 from tp_twoaxis.dependency.graph import build_graph, group_key, prunable_groups
 from tp_twoaxis.dependency.groups import root_layer
 from tp_twoaxis.dependency.removal import prune_group
+from tp_twoaxis.errors import reason
 from tp_twoaxis.runtime.model_state import ModelSnapshot, eval_mode, fork_rng
 
 
@@ -55,7 +56,7 @@ def fixed_heads(
                     prune_group(graph, group, _first(heads))
                 found = _written(projections, model, example_inputs)
         except Exception as error:
-            stuck |= {group_key(group): f"{type(error).__name__}: {error}" for group, _ in alike}
+            stuck |= {group_key(group): reason(error) for group, _ in alike}
         else:
             if attention == "head-dims":
                 stuck |= {

@@ -14,7 +14,7 @@ from torch import nn
 from tp_twoaxis.dependency.attention import without
 from tp_twoaxis.dependency.graph import PrunableGroup, group_key
 from tp_twoaxis.dependency.groups import module_names, root_layer, roots_at_outputs
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.runtime.layers import CHANNEL_LAYERS
 
 Masks = Mapping[str, npt.NDArray[np.bool_]]
@@ -65,7 +65,7 @@ def remove(graph: Any, groups: list[PrunableGroup], removed: Masks) -> None:
             prune_group(graph, group, [channel - int((before < channel).sum()) for channel in leaving])
         except Exception as error:
             raise TwoAxisError(
-                f"Torch-Pruning could not remove channels of {group.name} ({type(error).__name__}: {error}); put its "
+                f"Torch-Pruning could not remove channels of {group.name} ({reason(error)}); put its "
                 "layers into ignored_layers; the model is as it was"
             ) from error
         for part in group.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch_pruning as tp
 
+from tp_twoaxis.errors import TwoAxisError, is_number
 from tp_twoaxis.importance.base import GatheredImportance
 from tp_twoaxis.importance.baselines.activation_criteria import (
     ActivationRMSImportance,
@@ -35,7 +37,7 @@ from tp_twoaxis.importance.pruning_state import Need, PruningState
 from tp_twoaxis.importance.registry import CRITERIA, find_criterion
 from tp_twoaxis.importance.repair_aware import ENOUGH_IMAGES, AnticipatingImportance
 from tp_twoaxis.importance.two_axis import TwoAxisImportance
-from tp_twoaxis.scores.named_scores import SCORES, entry_of
+from tp_twoaxis.scores.named_scores import SCORES, Score, entry_of
 from tp_twoaxis.statistics.gradients import accumulate_gradients
 
 _MAGNITUDE = tp.importance.MagnitudeImportance
@@ -56,8 +58,20 @@ class ScoreCriterion(Criterion):
     def configured(self, options: Mapping[str, Any], name: str | None = None) -> Criterion:
         """Return the criterion with options set, and its axis with them."""
         made = super().configured(options, name)
+        if self.score is not None:
+            self._check_numbers(options, self.score)
         entry = None if self.score is None else entry_of(self.score)
         return made if entry is None else replace(made, axis=entry.axis_with(made.bound))
+
+    def _check_numbers(self, options: Mapping[str, Any], score: Score) -> None:
+        """Refuse another thing where the score's own default is a number, before images are read."""
+        for parameter in inspect.signature(score).parameters.values():
+            value = options.get(parameter.name, 0)
+            if is_number(parameter.default) and not is_number(value):
+                raise TwoAxisError(
+                    f"criterion {self.name!r}: option {parameter.name}: expected a number such as "
+                    f"{parameter.default:g}, got {value!r}"
+                )
 
 
 def _score(name: str) -> Criterion:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from torch import nn
+
 from tp_twoaxis.errors import TwoAxisError, check_name
 from tp_twoaxis.importance.pruning_state import EXTRAS, MissingInputError, Need, PruningState
 from tp_twoaxis.scores.named_scores import Score
@@ -225,7 +227,7 @@ def criterion_from_factory(name: str, made: Any, options: Mapping[str, Any] | No
                 f"another signature ({error}); give its other parameters defaults"
             ) from error
         importance: Importance = made(*arguments, **given, **keywords)
-        if not callable(importance):
+        if not callable(importance) or isinstance(importance, nn.Module):
             raise TwoAxisError(
                 f"criterion {name!r}: expected an importance, group -> scores, got {type(importance).__name__}; "
                 "return it from the factory"
@@ -251,9 +253,12 @@ def criterion_from_importance(importance: Importance) -> Criterion:
         >>> criterion.build(PruningState())(None)
         1.0
     """
-    if not callable(importance):
+    if isinstance(importance, type):
+        raise TwoAxisError(f"importance: expected an object, got the class {importance.__name__}; make one of it")
+    if not callable(importance) or isinstance(importance, nn.Module):
         raise TwoAxisError(
-            f"importance: expected a Torch-Pruning importance or a criterion's name, got {type(importance).__name__}"
+            "importance: expected a Torch-Pruning importance or a criterion's name, got "
+            f"{type(importance).__name__}; such as 'hull', or LocalImportance(stats)"
         )
     build: Callable[[PruningState], Importance] | None = getattr(importance, "build", None)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from tp_twoaxis.errors import TwoAxisError, check_name
 from tp_twoaxis.statistics.calibration import calibrate
+from tp_twoaxis.statistics.given_statistics import check_statistics
 from tp_twoaxis.statistics.pooling import Pooling
 from tp_twoaxis.statistics.recorder import Positions
 from tp_twoaxis.statistics.store import CalibrationStatistics
@@ -75,6 +76,8 @@ class PruningState:
     _gathered: list[tuple[float, CalibrationStatistics]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        if self.stats is not None:
+            check_statistics(self.stats)
         if self.target is not None:
             check_name("target", self.target, TARGETS, more=" or None")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.importance.criterion import (
     Criterion,
     Importance,
@@ -61,7 +61,7 @@ def find_criterion(expression: str) -> Criterion:
         except Exception as error:  # another package's import may raise anything
             raise TwoAxisError(
                 f"criterion {expression!r}: its entry point {point.value} does not load "
-                f"({type(error).__name__}: {error}); repair or uninstall that package"
+                f"({reason(error)}); repair or uninstall that package"
             ) from error
     elif ":" in canonical:
         names = ", ".join(criterion_names())

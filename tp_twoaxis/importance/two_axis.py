@@ -22,12 +22,14 @@ from tp_twoaxis.runtime.layers import CHANNEL_LAYERS
 from tp_twoaxis.scores.named_scores import (
     DEFAULT_SCORE,
     Score,
+    check_hull_options,
     entry_of,
     evaluate,
     find_score,
     hull_refined,
 )
 from tp_twoaxis.scores.quantiles import assign_by_rank
+from tp_twoaxis.statistics.given_statistics import check_statistics
 from tp_twoaxis.statistics.layer_statistics import InputStatistics, LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -129,6 +131,7 @@ class TwoAxisImportance(GroupImportance):
     ) -> None:
         super().__init__(group_reduction=group_reduction, normalizer="median" if normalizer == "auto" else normalizer)
         check_name("site", site, get_args(Site))
+        check_statistics(stats)
         if isinstance(score, str):
             find_score(score, self.axis)
         self.stats = stats
@@ -356,8 +359,7 @@ class HullImportance(TwoAxisImportance):
     """
 
     def __init__(self, stats: CalibrationStatistics, *, strength: float = 0.5, peers: int = 8, **options: Any) -> None:
-        if not 0.0 <= strength <= 1.0:
-            raise TwoAxisError(f"strength: expected a number in [0, 1], got {strength}")
+        check_hull_options(strength, peers)
         super().__init__(stats, partial(hull_refined, strength=strength, peers=peers), **options)
         self.strength = strength
         self.peers = peers

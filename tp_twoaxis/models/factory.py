@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.models.cifar_networks import cifar_mobilenet_v2, cifar_resnet18, cifar_vgg16_bn
 from tp_twoaxis.models.cifar_resnet import (
     cifar_resnet20_conv_shortcut,
@@ -90,7 +90,7 @@ def build_model(spec: str, *, num_classes: int | None = None, pretrained: bool =
         >>> build_model("cifar_resnet20_option_a", num_classes=100).linear.out_features
         100
     """
-    library, colon, name = spec.partition(":")
+    library, colon, name = str(spec).partition(":")
     if spec in BUILT_IN:
         _refuse_pretrained(spec, pretrained)
         return BUILT_IN[spec](**({} if num_classes is None else {"num_classes": num_classes}))
@@ -107,11 +107,13 @@ def build_model(spec: str, *, num_classes: int | None = None, pretrained: bool =
     names = available_models()
     # each name with and without its library, once
     spellings = dict.fromkeys(names + [n.partition(":")[2] for n in names])
-    near = difflib.get_close_matches(spec, spellings, n=6)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    near = difflib.get_close_matches(str(spec), spellings, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
     absent = [lib for lib in ("torchvision", "timm") if not any(n.startswith(f"{lib}:") for n in names)]
     install = f"; {' and '.join(absent)} not found, install tp-twoaxis[cli]" if absent else ""
-    raise TwoAxisError(f"model: expected {FORMS}, got {spec!r}; {hint}available_models() lists all{install}")
+    raise TwoAxisError(
+        f"model: expected {FORMS}, got {spec!r}; {hint}available_models() and `tp-twoaxis models` list all{install}"
+    )
 
 
 def _refuse_pretrained(spec: str, pretrained: bool) -> None:
@@ -137,9 +139,7 @@ def _from_library(library: str, name: str, num_classes: int | None, pretrained: 
             step = f"without network access fetch {_published_weights(library, name)} elsewhere, then {LOAD}"
         else:
             step = "leave num_classes out with pretrained weights" if pretrained else "check num_classes"
-        raise TwoAxisError(
-            f"{library}:{name}: expected a model, {library} says {type(error).__name__}: {error}; {step}"
-        ) from error
+        raise TwoAxisError(f"{library}:{name}: expected a model, {library} says {reason(error)}; {step}") from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -167,7 +167,12 @@ def _from_factory(spec: str, num_classes: int | None) -> nn.Module:
             raise TwoAxisError(f"{spec}: the factory has no num_classes, got {num_classes}; leave it out")
         options["num_classes"] = num_classes
     with working_directory_on_path():  # the factory may import more
-        model = factory(**options)
+        try:
+            model = factory(**options)
+        except Exception as error:  # anybody's code
+            raise TwoAxisError(
+                f"{spec}: the factory raised {reason(error)}; correct it, or its surroundings"
+            ) from error
     if not isinstance(model, nn.Module):
         raise TwoAxisError(
             f"{spec}: expected a torch.nn.Module, got {type(model).__name__}; return the model from the factory"

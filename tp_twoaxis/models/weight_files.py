@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing, reason
 from tp_twoaxis.runtime.serialization import is_pickle
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -78,7 +78,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             for name, tensor in model.state_dict().items():
                 tensor.copy_(before[name])
         raise TwoAxisError(
-            f"{path}: names and shapes fit, but {type(model).__name__} refuses to load them: {error}; "
+            f"{path}: names and shapes fit, but {type(model).__name__} refuses to load them ({reason(error)}); "
             "look at its load_state_dict hooks"
         ) from error
 

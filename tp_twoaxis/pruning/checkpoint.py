@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.attention import SCALES
-from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing, reason
 from tp_twoaxis.pruning.card_text import model_card
 from tp_twoaxis.pruning.pruning_report import PruningReport
 from tp_twoaxis.runtime import serialization
@@ -183,7 +183,7 @@ def load_pruned(path: str | Path, model_factory: Callable[[], nn.Module]) -> nn.
         empty = set(header["empty"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(
-            f"{path}: the recipe is incomplete or damaged ({type(error).__name__}: {error}); save the network again"
+            f"{path}: the recipe is incomplete or damaged ({reason(error)}); save the network again"
         ) from error
     modules = dict(model.named_modules())
     slots = _slots(model)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from tp_twoaxis.dependency.attention import AttentionUnit
-from tp_twoaxis.errors import TwoAxisError, check_name, listing
+from tp_twoaxis.errors import TwoAxisError, check_count, check_name, is_number, listing
 from tp_twoaxis.pruning.plan import check_constraints
 from tp_twoaxis.repair import parse_repair
 from tp_twoaxis.repair.repair_task import TRAINING_STEPS
@@ -47,12 +47,10 @@ class PruningConfig:
         check_name("budget", self.budget, get_args(Budget))
         check_name("attention", self.attention, get_args(AttentionUnit))
         check_constraints(self.flops, self.min_keep, self.round_to, self.tolerance)
-        if not self.max_memory > 0:
+        if not (is_number(self.max_memory) and self.max_memory > 0):
             raise TwoAxisError(f"max_memory: expected GiB above 0, got {self.max_memory!r}")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise TwoAxisError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
-        if not isinstance(self.training_steps, int) or isinstance(self.training_steps, bool) or self.training_steps < 1:
-            raise TwoAxisError(f"training_steps: expected a whole number of at least 1, got {self.training_steps!r}")
+        check_count("steps", self.steps)
+        check_count("training_steps", self.training_steps)
         object.__setattr__(self, "repair", parse_repair(self.repair))
         object.__setattr__(self, "ignored_layers", listed_layers(self.ignored_layers))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 
 import numpy as np
 
 from tp_twoaxis.dependency.cost import CostModel
-from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError, is_number
 from tp_twoaxis.pruning.allocation_cost import AllocationCost, Levels
 from tp_twoaxis.pruning.allocation_search import Allocation, nearest_allocation
 from tp_twoaxis.pruning.portions import Bools, ScoredGroup, leaving_order, portions_of
@@ -138,13 +138,13 @@ def check_constraints(flops: float, min_keep: float, round_to: int | None, toler
     Example:
         >>> check_constraints(0.5, 0.1, None, 0.01)
     """
-    if not (_is_number(flops) and 0.0 < flops <= 1.0):
+    if not (is_number(flops) and 0.0 < flops <= 1.0):
         raise TwoAxisError(f"flops: expected the share of MACs to keep, in (0, 1], got {flops!r}")
-    if not (_is_number(min_keep) and 0.0 < min_keep <= 1.0):
+    if not (is_number(min_keep) and 0.0 < min_keep <= 1.0):
         raise TwoAxisError(f"min_keep: expected a share in (0, 1], got {min_keep!r}")
-    if round_to is not None and not (_is_number(round_to, Integral) and round_to > 0):
+    if round_to is not None and not (is_number(round_to, Integral) and round_to > 0):
         raise TwoAxisError(f"round_to: expected a positive whole number or None, got {round_to!r}")
-    if tolerance is not None and not (_is_number(tolerance) and tolerance > 0.0):
+    if tolerance is not None and not (is_number(tolerance) and tolerance > 0.0):
         raise TwoAxisError(f"tolerance: expected a positive relative distance, got {tolerance!r}")
 
 
@@ -169,10 +169,6 @@ def coarse_reason(round_to: int | None) -> str:
         (f"multiples of {round_to} channels", "lower round_to") if round_to else ("single channels", "lower min_keep")
     )
     return f"no removal near the threshold lies closer, {portions} are that coarse here; {remedy}"
-
-
-def _is_number(value: object, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class _Search:

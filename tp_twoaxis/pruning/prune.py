@@ -21,7 +21,7 @@ from tp_twoaxis.dependency.flops import (
     running_layers,
 )
 from tp_twoaxis.dependency.other_counters import thop_macs, tp_macs
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.importance import (
     AnticipatingImportance,
     Criterion,
@@ -45,7 +45,7 @@ from tp_twoaxis.pruning.recipe import choose_recipe, is_auto
 from tp_twoaxis.repair import RepairReport, check_repair, refits, repair_network
 from tp_twoaxis.repair.repair_task import TRAINING_STEPS
 from tp_twoaxis.repair.strategies import without_training
-from tp_twoaxis.runtime.model_state import ModelSnapshot, unwrap
+from tp_twoaxis.runtime.model_state import ModelSnapshot, refuse_quantised, unwrap
 from tp_twoaxis.runtime.timing import timed
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -177,6 +177,7 @@ def prune_to_flops(
         training_steps,
     )
     network = unwrap(model)
+    refuse_quantised(network)
     parameter = next(network.parameters(), None)
     if parameter is None:
         raise TwoAxisError(f"{type(network).__name__} has no parameters, so nothing can be removed")
@@ -367,6 +368,6 @@ def _count_dense(network: nn.Module, inputs: ExampleInputs) -> MacsCount:
         except Exception as error:
             raise TwoAxisError(
                 f"{type(network).__name__} does not run on example_inputs{inside(running, network)} "
-                f"({type(error).__name__}: {error}); "
+                f"({reason(error)}); "
                 "give it what its forward takes, for example torch.randn(1, 3, 224, 224)"
             ) from error

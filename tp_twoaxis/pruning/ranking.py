@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tp_twoaxis.dependency.graph import PrunableGroup, group_key
 from tp_twoaxis.dependency.groups import root_size
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.pruning.portions import ScoredGroup
 
 
@@ -40,7 +40,7 @@ def score_groups(groups: list[PrunableGroup], importance: Callable[[Any], Any]) 
             raise
         except Exception as error:
             raise TwoAxisError(
-                f"{type(importance).__name__} raised {type(error).__name__} on the group of {group.name}: {error}; "
+                f"{type(importance).__name__} failed on the group of {group.name} ({reason(error)}); "
                 "gradient-based importances need loss.backward() before, others their own preparation"
             ) from error
         if scores is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tp_twoaxis.dependency.attention import AttentionUnit
 from tp_twoaxis.dependency.flops import ExampleInputs
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError, is_number, listing, reason
 from tp_twoaxis.importance import FAMILIES, Criterion, Importance, PruningState, as_criterion, expand_criteria
 from tp_twoaxis.importance.criterion import criterion_from_factory
 from tp_twoaxis.pruning.config import PruningConfig, listed_layers
@@ -116,8 +116,8 @@ def select_score(
         for share in shares
     ]
     configs[0].ignored_in(network)
-    if not 0.0 < held_out < 1.0:
-        raise TwoAxisError(f"held_out: expected a share between 0 and 1, got {held_out}; 0.5 is usual")
+    if not (is_number(held_out) and 0.0 < held_out < 1.0):
+        raise TwoAxisError(f"held_out: expected a share between 0 and 1, got {held_out!r}; 0.5 is usual")
     check_repair(repair, network, loader)
     with fork_rng():
         calibration, judges = _split(network, loader, max_images, held_out, seed, progress)
@@ -178,8 +178,8 @@ def _attempt(
         )
         right, divergence = judge.judge(pruned)
     except Exception as error:  # a candidate may be anybody's code
-        reason = str(error) if isinstance(error, TwoAxisError) else f"{type(error).__name__}: {error}"
-        return SelectionRow(name, config.flops, None, None, None, time.perf_counter() - start, reason), None
+        why = str(error) if isinstance(error, TwoAxisError) else reason(error)
+        return SelectionRow(name, config.flops, None, None, None, time.perf_counter() - start, why), None
     seconds = time.perf_counter() - start
     mean = float(right.double().mean())
     return SelectionRow(name, config.flops, report.achieved, mean, divergence, seconds), right
@@ -305,5 +305,5 @@ def _all_failed(table: list[SelectionRow]) -> str:
     for row in table:
         if row.error is not None and row.candidate not in reasons.setdefault(row.error, []):
             reasons[row.error].append(row.candidate)
-    causes = "; ".join(f"{listing(names)}: {reason}" for reason, names in reasons.items())
+    causes = "; ".join(f"{listing(names)}: {why}" for why, names in reasons.items())
     return f"no candidate could be judged at every share - {causes}"

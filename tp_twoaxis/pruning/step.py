@@ -15,7 +15,7 @@ from tp_twoaxis.dependency.flops import ExampleInputs, MacsCount, count_macs, in
 from tp_twoaxis.dependency.graph import PrunableGroup, build_graph, cost_model, group_key
 from tp_twoaxis.dependency.removal import group_report, refresh_widths, remove, removed_channels
 from tp_twoaxis.dependency.validation import verified_groups
-from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError
+from tp_twoaxis.errors import TwoAxisError, UnreachableTargetError, reason
 from tp_twoaxis.pruning.config import Budget, PruningConfig
 from tp_twoaxis.pruning.history import RemovalHistory
 from tp_twoaxis.pruning.plan import PruningPlan, coarse_reason, make_plan, missed_note
@@ -258,7 +258,7 @@ def _count_pruned(network: nn.Module, inputs: ExampleInputs, shapes: list[tuple[
         except Exception as error:
             raise TwoAxisError(
                 f"{type(network).__name__} does not run after removal{inside(running, network)} "
-                f"({type(error).__name__}: {error}); its code holds a width that Torch-Pruning cannot see - put the "
+                f"({reason(error)}); its code holds a width that Torch-Pruning cannot see - put the "
                 "layers concerned into ignored_layers; the model is as it was"
             ) from error
     if count.outputs != shapes:

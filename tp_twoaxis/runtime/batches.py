@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError, listing, reason
 from tp_twoaxis.runtime.inputs import CallSignature, Inputs, usable
 from tp_twoaxis.runtime.progress_bar import progress_bar
 
@@ -71,6 +73,7 @@ def image_batches(
         ...     [len(batch.images) for batch in batches]
         [3, 1]
     """
+    check_loader(loader)
 
     def batches(bar: Any) -> Iterator[Batch]:
         left = max_images
@@ -81,10 +84,10 @@ def image_batches(
                 batch = next(iterator)
             except StopIteration:
                 return
+            except TwoAxisError:
+                raise
             except Exception as error:
-                raise TwoAxisError(
-                    f"loader: batch {index} raised {type(error).__name__}: {error}; the model is as it was"
-                ) from error
+                raise TwoAxisError(f"loader: batch {index} raised {reason(error)}; the model is as it was") from error
             inputs, classes = read_batch(batch, index, labels=labels, call=call)
             if left is not None:
                 surplus = len(inputs) - left
@@ -102,6 +105,30 @@ def image_batches(
     total = expected_images(loader, None, max_images, ranks=False)
     with progress_bar(total=total, desc=description, unit="image", show=progress) as bar:
         yield batches(bar)
+
+
+def check_loader(loader: object) -> None:
+    """Refuse what yields no batches: a path, a tensor, one batch, a data set of single images.
+
+    Raises:
+        TwoAxisError: saying what to wrap it in.
+
+    Example:
+        >>> check_loader([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))])
+    """
+    way = ""
+    if isinstance(loader, (str, os.PathLike)):
+        way = f"open it: make_loader(open_dataset({str(loader)!r}), batch_size=64) of tp_twoaxis.data"
+    elif isinstance(loader, Tensor):
+        way = "put it into a list: [images]"
+    elif isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, Tensor) for part in loader):
+        way = "it is one batch, put it into a list: [(images, labels)]"
+    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        way = "its items are single images: torch.utils.data.DataLoader(dataset, batch_size=64)"
+    elif not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        way = "give a DataLoader or a list of (images, labels)"
+    if way:
+        raise TwoAxisError(f"loader: expected an iterable of batches, got {type(loader).__name__}; {way}")
 
 
 def split_shards(batches: Iterator[Batch], shards: int, seed: int = 0) -> Iterator[tuple[int, Batch]]:

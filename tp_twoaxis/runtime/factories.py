@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def load_attribute(spec: str, what: str, *, otherwise: str = "") -> Any:
             module = importlib.import_module(module_name)
         except (ImportError, ValueError, TypeError) as error:  # the latter two for names such as "" and ".x"
             raise TwoAxisError(
-                f"{what} {spec!r}: importing {module_name!r} says: {error}; run from its folder or install it"
+                f"{what} {spec!r}: importing {module_name!r} says {reason(error)}; run from its folder or install it"
                 + (f"; {otherwise}" if otherwise else "")
             ) from error
     if not hasattr(module, attribute):

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import TwoAxisError, listing
+from tp_twoaxis.errors import TwoAxisError, listing, reason
 from tp_twoaxis.runtime.batches import Batch, image_batches
+from tp_twoaxis.runtime.devices import check_device
 from tp_twoaxis.runtime.inputs import CallSignature
 from tp_twoaxis.runtime.model_state import eager_mode, eval_mode, fork_rng, unwrap
 
@@ -85,8 +86,8 @@ class ForwardPass:
             raise
         except Exception as error:  # a model is anybody's code
             raise TwoAxisError(
-                f"{type(self.network).__name__} raised {type(error).__name__} on batch {batch.number} of shape "
-                f"{batch.inputs.shapes}: {error}; the model is as it was"
+                f"{type(self.network).__name__} does not run on batch {batch.number} of shape {batch.inputs.shapes} "
+                f"({reason(error)}); give it what its forward takes; the model is as it was"
             ) from error
 
     def logits(self, batch: Batch) -> Tensor:
@@ -203,9 +204,15 @@ def _placed(network: nn.Module, device: torch.device | str | None) -> Iterator[t
     """Put a model on another device for a while; parameters keep their identity."""
     parameter = next(network.parameters(), None)
     home = torch.device("cpu") if parameter is None else parameter.device
-    if device is None or torch.device(device) == home:
+    if home.type == "meta" and device is None:
+        raise TwoAxisError(
+            f"{type(network).__name__}: expected weights with values, got the meta device; load them, or build the "
+            "network elsewhere"
+        )
+    if device is None or str(device) == str(home):
         yield home
         return
+    check_device(device)
     try:
         network.to(device)
         yield torch.device(device)

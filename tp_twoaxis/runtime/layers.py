@@ -54,6 +54,10 @@ def channel_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict
         raise TwoAxisError("layers: expected at least one layer name, got none; leave it out to record every layer")
     modules = dict(model.named_modules())
     for name in wanted:
+        if not isinstance(name, str):
+            raise TwoAxisError(
+                f"layers: expected names of layers, got {type(name).__name__}; see model.named_modules()"
+            )
         if name in found:
             continue
         if name in modules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,13 +17,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Strip ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers, however nested.
 
     Raises:
-        TwoAxisError: the model is TorchScript.
+        TwoAxisError: it is no module, or TorchScript.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> unwrap(DataParallel(DataParallel(net))) is net
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TwoAxisError(_no_module(model))
     if isinstance(model, torch.jit.ScriptModule):
         raise TwoAxisError(
             f"model: expected an eager module, got TorchScript ({model.original_name}), whose layers cannot be "
@@ -37,6 +39,37 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+def _no_module(model: object) -> str:
+    """Say what stands in a model's place, and how a model comes of it."""
+    way = "pass the network itself"
+    if isinstance(model, str):
+        way = f"build it: tp_twoaxis.models.build_model({model!r})"
+    elif isinstance(model, type):
+        return f"model: expected a torch.nn.Module, got the class {model.__name__}; make a network of it"
+    elif isinstance(model, Mapping):
+        way = "a state dict holds weights alone: build the network, and load them into it with load_state_dict"
+    elif callable(model):
+        way = "call the function that builds it"
+    return f"model: expected a torch.nn.Module, got {type(model).__name__}; {way}"
+
+
+def refuse_quantised(network: nn.Module) -> None:
+    """Refuse a network with layers whose weights are packed integers, which cannot be cut or refitted.
+
+    Raises:
+        TwoAxisError: naming the first such layer.
+
+    Example:
+        >>> refuse_quantised(nn.Linear(2, 2))
+    """
+    for name, module in network.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise TwoAxisError(
+                f"model: expected layers with weights of floats, got the quantised {type(module).__name__} "
+                f"{name or 'itself'}; prune first, and quantise what is left"
+            )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tp_twoaxis.errors import FileFormatError, TwoAxisError
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, refuse_pickle_name
 
 Json = dict[str, Any]
 
@@ -91,6 +91,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: Js
         >>> tensors["a"].tolist(), header["note"]
         ([1.0, 1.0], 'hi')
     """
+    refuse_pickle_name(path)
     metadata = {"format": kind, "version": str(version), "header": json.dumps(header), "tensors": _digest(tensors)}
     write_bytes(path, save(tensors, metadata={**metadata, "checksum": _checksum(metadata)}))
 

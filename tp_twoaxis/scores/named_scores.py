@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tp_twoaxis.errors import TwoAxisError, check_name
+from tp_twoaxis.errors import TwoAxisError, check_count, check_name, is_number
 from tp_twoaxis.scores import composite, hull, local, spectral, target
 from tp_twoaxis.scores.quantiles import annealed_quantiles, assign_by_rank
 from tp_twoaxis.statistics.layer_statistics import LayerStatistics
@@ -88,9 +88,24 @@ def hull_refined(layer: LayerStatistics, strength: float = 0.5, peers: int = 8) 
     of 84.6 / 56.3 (with variances over their medians). ``P_k`` is relative to the layer's mean; c = 0.5 was the best of
     0, 0.5 and 1 on a ResNet-20, see :func:`~tp_twoaxis.scores.hull.greedy_hulls` for the peers.
     """
+    check_hull_options(strength, peers)
     hulls = hull.greedy_hulls(layer.correlation, active=layer.variance > 0, max_size=peers)
     explained = hulls.path[:, -1] if hulls.path.shape[1] else torch.zeros_like(layer.variance)
     return relative_variance(layer) * (1.0 - strength * explained)
+
+
+def check_hull_options(strength: float, peers: int) -> None:
+    """Refuse options of :func:`hull_refined` that are out of range.
+
+    Raises:
+        TwoAxisError: naming the option.
+
+    Example:
+        >>> check_hull_options(0.5, 8)
+    """
+    if not (is_number(strength) and 0.0 <= strength <= 1.0):
+        raise TwoAxisError(f"strength: expected a number in [0, 1], got {strength!r}; 0.5 is usual")
+    check_count("peers", peers, least=0)
 
 
 def cap_a(layer: LayerStatistics, overlap: float = 0.3, removed: float = 0.0) -> Tensor:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import TwoAxisError, check_name, listing
+from tp_twoaxis.errors import TwoAxisError, check_count, check_name, is_number, listing, reason
 from tp_twoaxis.runtime.batches import Batch, expected_images, mixed_labels, split_shards
 from tp_twoaxis.runtime.distributed import world_size
 from tp_twoaxis.runtime.forward import ForwardPass, NoImagesError, find_logits, forward_pass
 from tp_twoaxis.runtime.image_rows import image_rows
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.layers import channel_layers
-from tp_twoaxis.runtime.model_state import unwrap
+from tp_twoaxis.runtime.model_state import refuse_quantised, unwrap
 from tp_twoaxis.statistics.gradients import OutputSaliency
 from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
 from tp_twoaxis.statistics.memory import GIB, MemoryPlan
@@ -140,9 +140,9 @@ class CalibrationRequest:
         if self.target is not None:
             check_name("target", self.target, TARGETS, more=" or None")
         check_name("pooling", self.pooling, POOLINGS)
-        if self.max_images is not None and not (isinstance(self.max_images, int) and self.max_images > 0):
-            raise TwoAxisError(f"max_images: expected a positive whole number or None, got {self.max_images!r}")
-        if self.max_memory is not None and not self.max_memory > 0:
+        if self.max_images is not None:
+            check_count("max_images", self.max_images, more=" or None")
+        if self.max_memory is not None and not (is_number(self.max_memory) and self.max_memory > 0):
             raise TwoAxisError(f"max_memory: expected a positive number of GiB or None, got {self.max_memory!r}")
 
 
@@ -164,6 +164,7 @@ def gather(
         The statistics of each shard.
     """
     network = unwrap(model)
+    refuse_quantised(network)
     recorded = channel_layers(network, request.layers)
     if not recorded:
         raise TwoAxisError(f"{type(network).__name__} has no convolution, linear or attention layer to calibrate")
@@ -355,7 +356,7 @@ def _backward(saliency: OutputSaliency, logits: Tensor, labels: Tensor | None, i
         raise TwoAxisError(f"batch {index}: {error}") from error
     except Exception as error:  # a model's own autograd function may raise anything
         raise TwoAxisError(
-            f"the backward pass of batch {index} raised {type(error).__name__}: {error}; the model is as it was"
+            f"the backward pass of batch {index} raised {reason(error)}; the model is as it was"
         ) from error
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.runtime.batches import Batch
 from tp_twoaxis.runtime.fingerprints import ModelFingerprints
 from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
@@ -373,5 +373,5 @@ def _backward_errors(network: nn.Module, advice: str) -> Iterator[None]:
         yield
     except Exception as error:  # a loss, and a model's own autograd function, may raise anything
         raise TwoAxisError(
-            f"{type(network).__name__} raised {type(error).__name__} while gradients were gathered: {error}; {advice}"
+            f"{type(network).__name__} failed while gradients were gathered ({reason(error)}); {advice}"
         ) from error

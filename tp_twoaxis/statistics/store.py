@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, listing, reason
 from tp_twoaxis.runtime.distributed import gather_over_ranks
 from tp_twoaxis.runtime.fingerprints import (
     Fingerprint,
@@ -326,7 +326,7 @@ class CalibrationStatistics:
             return cls._from_header(header, tensors)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(
-                f"{path}: the file is incomplete ({type(error).__name__}: {error}); calibrate and save again"
+                f"{path}: the file is incomplete ({reason(error)}); calibrate and save again"
             ) from error
 
     @classmethod

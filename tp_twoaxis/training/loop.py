@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.errors import TwoAxisError, reason
 from tp_twoaxis.runtime.batches import Batch, image_batches
 from tp_twoaxis.runtime.distributed import broadcast_buffers, data_parallel, min_over_ranks, sum_in_place, world_size
 from tp_twoaxis.runtime.model_state import fork_rng, preserve_modes
@@ -229,9 +229,9 @@ class TrainingRun:
             raise
         except Exception as error:
             raise TwoAxisError(
-                f"{type(self.network).__name__} raised {type(error).__name__} in training batch {progress.step} with "
-                f"images {list(images.shape)}: {error}; it must return logits [n, K] with a gradient, and batches must "
-                "be large enough for its BatchNorm and small enough for the memory; the model is as it was"
+                f"{type(self.network).__name__} fails in training batch {progress.step} with images "
+                f"{list(images.shape)} ({reason(error)}); it must return logits [n, K] with a gradient, and batches "
+                "must be large enough for its BatchNorm and small enough for the memory; the model is as it was"
             ) from error
         self.unread_losses.append(loss.detach())
         if labels is not None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tp_twoaxis.errors import FileFormatError, TwoAxisError
+from tp_twoaxis.errors import FileFormatError, TwoAxisError, reason
 from tp_twoaxis.runtime.distributed import gather_over_ranks, rank
 from tp_twoaxis.runtime.serialization import read_tensors, write_tensors
 
@@ -160,7 +160,7 @@ def load(path: Path, state: RunState, config: dict[str, Any]) -> tuple[Progress,
         scaler = header["scaler"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"{path}: the header is incomplete or damaged ({type(error).__name__}: {error}); start again without it"
+            f"{path}: the header is incomplete or damaged ({reason(error)}); start again without it"
         ) from error
     expected = json.loads(json.dumps(config))
     other = [name for name in expected if saved.get(name) != expected[name]]
