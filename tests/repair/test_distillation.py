@@ -252,3 +252,14 @@ def test_mixtures_are_between_two_images():
     unchanged = (mixed == x).float().mean()
     assert 0.5 < unchanged < 0.75  # half of them, and those mixed with themselves
     assert torch.equal(mix(x[:1], generator), x[:1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_is_that_which_the_repair_before_left(layout):
+    net, dense, masks = broken(conv_net().to(memory_format=layout))
+    net.to(memory_format=layout)
+    strides = {name: p.stride() for name, p in net.named_parameters()}
+    task = task_of(net, dense, masks, batches(40))
+    task.training_steps = 3
+    distillation.distill(task)
+    assert {name: p.stride() for name, p in net.named_parameters()} == strides

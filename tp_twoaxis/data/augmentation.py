@@ -14,7 +14,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
         generator: a CPU generator; None uses PyTorch's global one.
 
     Returns:
-        [N, C, H, W], in the images' dtype.
+        [N, C, H, W], in the images' dtype and memory format.
 
     Example:
         >>> crop_and_flip(torch.ones(2, 3, 16, 16), torch.Generator().manual_seed(0)).shape
@@ -31,4 +31,6 @@ def crop_and_flip(images: Tensor, generator: torch.Generator | None) -> Tensor:
     batch = torch.arange(count)[:, None, None]
     rows, columns, batch = (i.to(images.device) for i in (rows[:, :, None], columns[:, None, :], batch))
     # an index on each side of the channels moves them to the end
-    return padded[batch, :, rows, columns].permute(0, 3, 1, 2)
+    cropped = padded[batch, :, rows, columns].permute(0, 3, 1, 2)
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return cropped.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -127,7 +127,7 @@ def _augmented(inputs: Inputs, generator: torch.Generator) -> Inputs:
     tensors = inputs.tensors
     if len(tensors) != 1 or tensors[0].ndim != 4 or not tensors[0].is_floating_point():
         return inputs
-    return inputs.replaced([mix(crop_and_flip(tensors[0], generator), generator)])
+    return inputs.replaced([mix(crop_and_flip(tensors[0].contiguous(), generator), generator)])
 
 
 @contextmanager
@@ -141,7 +141,8 @@ def _trainable(task: RepairTask) -> Iterator[list[nn.Parameter]]:
         for key, old in module._parameters.items():
             if old is not None and old.is_floating_point() and name not in whole:
                 if old not in made:
-                    made[old] = nn.Parameter(old.detach().clone())
+                    # not channels last: with that, oneDNN 3.12 crashes in the gradient of some 1x1 convolutions
+                    made[old] = nn.Parameter(old.detach().clone(memory_format=torch.contiguous_format))
                 module._parameters[key] = made[old]
     try:
         yield list(made.values())
@@ -149,6 +150,8 @@ def _trainable(task: RepairTask) -> Iterator[list[nn.Parameter]]:
         for old, new in made.items():
             new.requires_grad_(old.requires_grad)
             new.grad = None
+            if not old.is_contiguous():
+                new.data = torch.empty_like(old).copy_(new.data)
 
 
 def _set(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
