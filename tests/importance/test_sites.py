@@ -339,4 +339,6 @@ def test_functions_see_the_inputs():
     read = importance.layer_statistics("fc")
     torch.testing.assert_close(importance.layer_scores("fc"), evaluate(lambda layer: layer.mean.abs(), read))
     assert read.num_channels == 24
-    assert repr(TwoAxisImportance(None, "capture", site="consumer")).endswith("normalizer='median', site='consumer')")
+    assert repr(TwoAxisImportance(statistics(net), "capture", site="consumer")).endswith(
+        "normalizer='median', site='consumer')"
+    )

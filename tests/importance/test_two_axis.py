@@ -344,9 +344,10 @@ def test_statistics_of_a_wrapped_model_fit():
 
 
 def test_repr_names_the_score():
-    assert repr(TargetImportance(None)) == "TargetImportance(score='task-mi', normalizer='median')"
-    chosen = repr(LocalImportance(None, "composite-local"))
+    stats = statistics(conv_net())
+    assert repr(TargetImportance(stats)) == "TargetImportance(score='task-mi', normalizer='median')"
+    chosen = repr(LocalImportance(stats, "composite-local"))
     assert chosen == "LocalImportance(score='composite-local', normalizer='median', allocation='capture')"
-    plain = repr(LocalImportance(None, "composite-local", normalizer="softmax"))
+    plain = repr(LocalImportance(stats, "composite-local", normalizer="softmax"))
     assert plain == "LocalImportance(score='composite-local', normalizer='softmax')"
-    assert "hull" not in repr(LocalImportance(None))
+    assert "hull" not in repr(LocalImportance(stats))

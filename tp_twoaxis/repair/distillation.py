@@ -150,7 +150,7 @@ def _trainable(task: RepairTask) -> Iterator[list[nn.Parameter]]:
         for old, new in made.items():
             new.requires_grad_(old.requires_grad)
             new.grad = None
-            if not old.is_contiguous():
+            if new.stride() != old.stride():
                 new.data = torch.empty_like(old).copy_(new.data)
 
 

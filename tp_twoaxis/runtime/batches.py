@@ -115,13 +115,14 @@ def check_loader(loader: object) -> None:
 
     Example:
         >>> check_loader([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))])
+        >>> check_loader(torch.zeros(4, 3, 8, 8).split(2))
     """
     way = ""
     if isinstance(loader, (str, os.PathLike)):
         way = f"open it: make_loader(open_dataset({str(loader)!r}), batch_size=64) of tp_twoaxis.data"
     elif isinstance(loader, Tensor):
         way = "put it into a list: [images]"
-    elif isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, Tensor) for part in loader):
+    elif _is_images_and_labels(loader):
         way = "it is one batch, put it into a list: [(images, labels)]"
     elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         way = "its items are single images: torch.utils.data.DataLoader(dataset, batch_size=64)"
@@ -129,6 +130,14 @@ def check_loader(loader: object) -> None:
         way = "give a DataLoader or a list of (images, labels)"
     if way:
         raise TwoAxisError(f"loader: expected an iterable of batches, got {type(loader).__name__}; {way}")
+
+
+def _is_images_and_labels(loader: object) -> bool:
+    """Whether this is one batch; ``images.split(64)`` is a tuple too, of tensors with as many dimensions each."""
+    if not (isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, Tensor) for part in loader)):
+        return False
+    images, labels = loader
+    return bool(labels.ndim < images.ndim)
 
 
 def split_shards(batches: Iterator[Batch], shards: int, seed: int = 0) -> Iterator[tuple[int, Batch]]:
