@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.data.augmentation import crop_and_flip
+from tp_twoaxis.reconstruction.patch_fit import STEPS
 from tp_twoaxis.repair.feature_distance import FeatureDistance, feature_distance
 from tp_twoaxis.repair.images import RepairImages
 from tp_twoaxis.repair.repair_task import NO_GAIN, Outcome, RepairTask
-from tp_twoaxis.runtime.batches import image_batches
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.progress_bar import progress_bar
 from tp_twoaxis.training.settings import learning_rate
@@ -26,8 +27,6 @@ RATES = (1e-2, 2e-3)
 WARMUP = 0.3
 # parameters near zero move as if their root mean square was this
 SMALLEST_SCALE = 1e-3
-# the change is tried whole, by halves and by quarters before it is dropped
-PARTS = (1.0, 0.5, 0.25)
 
 
 def distill(task: RepairTask) -> dict[str, Outcome]:
@@ -89,37 +88,32 @@ def _train(
 ) -> None:
     """Take so many steps in one cycle; stops early where the loss is not finite."""
     scales = [max(float(p.detach().double().square().mean().sqrt()), SMALLEST_SCALE) for p in parameters]
-    optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
+    groups = [{"params": [p], "lr": rate * scale} for p, scale in zip(parameters, scales, strict=True)]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, steps, lr=1.0, warmup=WARMUP) if step < steps else 0.0
+    )
     generator = torch.Generator().manual_seed(0)
     batches = _batches(images)
     with progress_bar(total=steps, desc="distill", unit="step", show=images.progress) as bar:
-        for step in range(steps):
-            for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                group["lr"] = learning_rate(step, steps, lr=rate * scale, warmup=WARMUP)
+        for _ in range(steps):
             loss = distance(_augmented(next(batches), generator))
             if not torch.isfinite(loss):
                 return
-            for parameter, gradient in zip(
-                parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-            ):
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
+            schedule.step()
             bar.update()
 
 
 def _batches(images: RepairImages) -> Iterator[Inputs]:
     """Read the fitted images over and over."""
     while True:
-        with image_batches(
-            images.fit_batches,
-            max_images=images.most_fitted,
-            labels=False,
-            description="distill",
-            progress=False,
-            call=images.call,
-        ) as batches:
-            for batch in batches:
-                yield from batch.inputs.split(BATCH)
+        with images.fitted() as batches:
+            for inputs in batches:
+                yield from inputs.split(BATCH)
 
 
 def _augmented(inputs: Inputs, generator: torch.Generator) -> Inputs:
@@ -168,9 +162,10 @@ def _keep_useful_part(
         return 1.0, None
     end = [p.detach().clone() for p in parameters]
     losses = {0.0: before}
-    for part in PARTS:
+    for part in STEPS:
         _set(parameters, [a.lerp(b, part) for a, b in zip(start, end, strict=True)])
-        losses[part] = distance.held_out() or 0.0
-    best = min(losses, key=lambda part: losses[part] if losses[part] == losses[part] else float("inf"))
+        loss = distance.held_out()
+        losses[part] = math.inf if loss is None or math.isnan(loss) else loss
+    best = min(losses, key=losses.__getitem__)
     _set(parameters, [a.lerp(b, best) for a, b in zip(start, end, strict=True)])
     return best, losses[best]

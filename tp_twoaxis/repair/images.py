@@ -124,6 +124,19 @@ class RepairImages:
         return frozenset() if self.held_out is None else frozenset(_keys(self.held_out))
 
     @contextmanager
+    def fitted(self) -> Iterator[Iterator[Inputs]]:
+        """Read the images that are fitted, once, in the loader's batches."""
+        with image_batches(
+            self.fit_batches,
+            max_images=self.most_fitted,
+            labels=False,
+            description="repair",
+            progress=False,
+            call=self.call,
+        ) as batches:
+            yield (batch.inputs for batch in batches)
+
+    @contextmanager
     def chunks(self, size: int) -> Iterator[Iterator[ImageChunk]]:
         """Read the images in chunks: some to be fitted, and of those held out a quarter as many, in turn.
 
@@ -137,15 +150,8 @@ class RepairImages:
             [(8, False), (2, True), (5, False), (1, True)]
         """
         judges = [] if self.held_out is None else self.held_out.split(-(-size // (HELD_OUT_EVERY - 1)))
-        with image_batches(
-            self.fit_batches,
-            max_images=self.most_fitted,
-            labels=False,
-            description="repair",
-            progress=False,
-            call=self.call,
-        ) as batches:
-            fitted = _cut((batch.inputs for batch in batches), size)
+        with self.fitted() as batches:
+            fitted = _cut(batches, size)
             yield (
                 ImageChunk(inputs, held_out)
                 for pair in itertools.zip_longest(fitted, judges)
