@@ -14,6 +14,7 @@ from tp_twoaxis.errors import TwoAxisError, check_name
 SCORES = (
     "capture",
     "variance",
+    "conditional-variance",
     "low-overlap",
     "composite-local",
     "norm-local",

@@ -45,6 +45,16 @@ def arrays(layer):
     return layer.variance.numpy(), layer.correlation.numpy(), layer.pooled_correlation.numpy()
 
 
+def residual_shares(rho, ridge=1e-6):
+    """What regression on all peers leaves of each channel, one channel at a time."""
+    shares = []
+    for k in range(len(rho)):
+        peers = np.delete(np.arange(len(rho)), k)
+        inner = rho[np.ix_(peers, peers)] + ridge * np.eye(len(peers))
+        shares.append(1 - rho[k, peers] @ np.linalg.solve(inner, rho[peers, k]))
+    return np.array(shares)
+
+
 def slow_scores(variance, norm, rho, pooled, r):
     """Every score of channels that all vary, from the formulas."""
     active = np.ones(len(variance), dtype=bool)
@@ -64,6 +74,7 @@ def slow_scores(variance, norm, rho, pooled, r):
     return {
         "capture": capture,
         "variance": variance / np.mean(variance),
+        "conditional-variance": variance / np.mean(variance) * residual_shares(rho),
         "low-overlap": -overlap,
         "composite-local": z(capture) - 0.3 * z(overlap),
         "norm-local": 0.3 * z(np.log(norm)) + z(capture) - 0.3 * z(overlap),

@@ -75,6 +75,17 @@ def relative_variance(layer: LayerStatistics) -> Tensor:
     return layer.variance / layer.variance[varying].mean() if bool(varying.any()) else torch.zeros_like(layer.variance)
 
 
+def conditional_variance(layer: LayerStatistics) -> Tensor:
+    """Output variance that all peers together leave unexplained, ``P_k (1 - E_k)``; the variance given all of them.
+
+    For Gaussian channels it is the error of the best prediction of a channel from its peers, and ``1 / (S^-1)_kk`` of
+    their covariance S. ``P_k`` is relative to the layer's mean. Where a layer has more channels than inputs all of it
+    is 0 but for the ridge of :func:`~tp_twoaxis.scores.hull.full_explanation`: :func:`hull_refined` counts a few peers.
+    """
+    active = layer.variance > 0
+    return relative_variance(layer) * (1.0 - hull.full_explanation(layer.correlation, active=active))
+
+
 def low_overlap(layer: LayerStatistics) -> Tensor:
     """Minus the mean peer overlap ``R_k`` in nats: what peers share most goes first (equation 2)."""
     return -local.peer_overlap(layer.correlation, layer.variance > 0)
@@ -160,6 +171,9 @@ def target_excess(layer: LayerStatistics, partners: int = 10, rule: target.Partn
 SCORES: dict[str, NamedScore] = {
     "capture": NamedScore(capture, "local", "input capture I_k"),
     "variance": NamedScore(relative_variance, "local", "output variance over its layer's mean"),
+    "conditional-variance": NamedScore(
+        conditional_variance, "local", "variance that all peers leave unexplained", allocation=capture
+    ),
     "low-overlap": NamedScore(low_overlap, "local", "minus the mean peer overlap R_k", allocation=capture),
     "composite-local": NamedScore(composite.composite_local, "local", "capture less overlap", allocation=capture),
     "norm-local": NamedScore(
