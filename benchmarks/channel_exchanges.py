@@ -1,4 +1,4 @@
-r"""Would exchanges of single channels improve the order in which ``anticipating`` removes them?
+r"""Exchanges of single channels: whether they improve the order in which ``anticipating`` removes them.
 
 Greedy removal never takes a channel back. Local search can (OSSCAR, Meng et al. 2024): of the channels that stay and
 those that left, exchange the pair that lowers the consumer's error most, until none does. Here it starts from the

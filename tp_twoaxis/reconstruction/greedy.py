@@ -52,6 +52,10 @@ def greedy_reconstruction(readings: list[Reading], size: int, *, ridge: float = 
     least when all others are there (ours): every error is exact, and a channel outside of the pool could only be the
     cheapest if its cost fell while others left, which it rarely does.
 
+    A channel that left never comes back. Exchanges of one that left for one that stays, as long as any lowers the error
+    (OSSCAR, Meng et al. 2024), change 16 of 36 sets of two CIFAR-10 ResNet-20s and lower the error on other images by
+    0.3 % in the mean (``benchmarks/channel_exchanges.py``), so there are none.
+
     Cost: O(C_in^3) for each consumer, with C_in taps for C_in where it has patches. A score that looks at each channel
     once, like ``hull``, is O(C^2) but takes channels to be replaceable by peers that may be removed themselves.
 
