@@ -55,11 +55,11 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 KEY = ("network", "share", "method", "draw")
 
 
-def draw(folder: Path, network: Network, seed: int) -> Batches:
-    """Draw training images to calibrate and repair from."""
+def draw(folder: Path, network: Network, seed: int, places: range = range(IMAGES)) -> Batches:
+    """Draw training images to calibrate and repair from: those at some places of a random order."""
     mean, std = network.normalisation
     training = open_dataset(str(folder), mean=mean, std=std, image_size=32)
-    chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:IMAGES].tolist()
+    chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[list(places)].tolist()
     x = torch.stack([training[index][0] for index in chosen]).contiguous(memory_format=torch.channels_last)
     y = torch.tensor([training[index][1] for index in chosen])
     return list(zip(x.split(BATCH), y.split(BATCH), strict=True))

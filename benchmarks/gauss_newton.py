@@ -1,0 +1,209 @@
+r"""Gauss-Newton steps of all layers together, after ``joint``: what fitting more than two layers at a time is worth.
+
+Two third-party CIFAR-10 ResNet-20s are pruned to half of their MACs by ``anticipating`` and repaired by ``joint`` from
+2,048 images. Then all weights together move towards what the outputs of the nine blocks, at the channels that stay, and
+the logits are in the dense network, each squared error over its variance: conjugate gradients on the Gauss-Newton
+system of the same images (matrix-free, by forward and reverse differentiation), with every parameter in units of its
+root mean square. The iterate and the step, of 1, 1/2 and 1/4, that are best on 512 other training images are taken,
+then it is linearised anew. No labels, no learning rate.
+
+    python benchmarks/gauss_newton.py --data DIR --checkpoints DIR
+
+``--data`` holds ``cifar10/``. Accuracy is in % on all 10,000 test images, which nothing is chosen on. About half an
+hour on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from default_score import NETWORKS, Batches, batches
+from few_images import accuracy
+from provenance import save
+from rivals import CIFAR_NETWORKS, EXAMPLE, IMAGES, draw
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+from tp_twoaxis import prune_to_flops
+
+SHARE, ROUNDS, ITERATIONS, CHUNK, JUDGES = 0.5, 2, 16, 256, 512
+JUDGED = (2, 4, 8, 12, 16)  # iterations after which the step so far is judged
+STEPS = (1.0, 0.5, 0.25)
+RIDGE = 1e-3  # of the curvature along the first gradient
+Weights = dict[str, Tensor]
+
+
+def dot(a: Weights, b: Weights) -> float:
+    """Inner product of all parameters."""
+    return sum(float((a[key].double() * b[key].double()).sum()) for key in a)
+
+
+def plus(a: Weights, factor: float, b: Weights) -> Weights:
+    """Add a multiple of ``b``."""
+    return {key: a[key] + factor * b[key] for key in a}
+
+
+class LeastSquares:
+    """Distance of a pruned network's block outputs and logits from the dense network's, as residuals of its weights.
+
+    Args:
+        network: pruned.
+        dense: before that.
+        kept: block -> channels of its output that the pruned network still has.
+        images: of the distance; at least one batch.
+    """
+
+    def __init__(self, network: nn.Module, dense: nn.Module, kept: dict[str, Tensor], images: Tensor) -> None:
+        self.network, self.kept = network, kept
+        self.seen: dict[str, Tensor] = {}
+        self.images = images.split(CHUNK)
+        with torch.no_grad():
+            self.targets = [self._targets(dense, chunk) for chunk in self.images]
+        self.count = len(images)
+        for name in kept:
+            network.get_submodule(name).register_forward_hook(self._hook(name))
+        self.parameters = {name: p.detach().clone() for name, p in network.named_parameters()}
+        # units: with them a step of the same size changes every tensor by the same share
+        self.scales = {name: p.square().mean().sqrt().clamp_min(1e-3) for name, p in self.parameters.items()}
+        self.powers = {
+            key: sum(float((t[key] - t[key].mean(0)).square().sum()) for t in self.targets) / self.count
+            for key in self.targets[0]
+        }
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            self.seen[name] = output
+
+        return hook
+
+    def _targets(self, dense: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        handles = [
+            dense.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, name=name, own=own: seen.update({name: output[:, own]})
+            )
+            for name, own in self.kept.items()
+        ]
+        logits = dense(images)
+        for handle in handles:
+            handle.remove()
+        return {**seen, "": logits - logits.mean(1, keepdim=True)}
+
+    def residual(self, change: Weights, number: int) -> Tensor:
+        """Give the weighted residuals of a chunk, at the parameters plus so much of their units."""
+        weights = {name: p + self.scales[name] * change[name] for name, p in self.parameters.items()}
+        logits = functional_call(self.network, weights, (self.images[number],))
+        found = {**self.seen, "": logits - logits.mean(1, keepdim=True)}
+        parts = []
+        for key, target in self.targets[number].items():
+            weight = (1.0 if not key else 1.0 / len(self.kept)) / self.powers[key] / self.count
+            parts.append((found[key] - target).flatten() * math.sqrt(weight))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def loss(self, change: Weights) -> float:
+        """Squared norm of all residuals."""
+        return sum(float(self.residual(change, n).square().sum()) for n in range(len(self.images)))
+
+    def gradient(self, change: Weights) -> Weights:
+        """Half of the loss's gradient."""
+        total = {key: torch.zeros_like(p) for key, p in change.items()}
+        for number in range(len(self.images)):
+            value, back = vjp(lambda c, n=number: self.residual(c, n), change)
+            total = plus(total, 1.0, back(value)[0])
+        return total
+
+    def curvature(self, change: Weights, direction: Weights) -> Weights:
+        """Multiply by the Gauss-Newton matrix ``J'J``."""
+        total = {key: torch.zeros_like(p) for key, p in change.items()}
+        for number in range(len(self.images)):
+
+            def residual(c: Weights, n: int = number) -> Tensor:
+                return self.residual(c, n)
+
+            forward = jvp(residual, (change,), (direction,))[1]
+            total = plus(total, 1.0, vjp(residual, change)[1](forward)[0])
+        return total
+
+
+def solve(fitted: LeastSquares, judge: Callable[[Weights], float], start: Weights) -> Weights:
+    """Take a round of conjugate gradients from some weights; the step that the judge likes best, or none."""
+    residual = {key: -g for key, g in fitted.gradient(start).items()}
+    step = {key: torch.zeros_like(p) for key, p in start.items()}
+    direction, before = residual, dot(residual, residual)
+    best, chosen = judge(start), start
+    ridge = 0.0
+    for iteration in range(1, ITERATIONS + 1):
+        product = fitted.curvature(start, direction)
+        ridge = ridge or RIDGE * dot(direction, product) / dot(direction, direction)
+        product = plus(product, ridge, direction)
+        size = before / dot(direction, product)
+        step, residual = plus(step, size, direction), plus(residual, -size, product)
+        after = dot(residual, residual)
+        direction, before = plus(residual, after / before, direction), after
+        if iteration in JUDGED:
+            for part in STEPS:
+                tried = plus(start, part, step)
+                if (loss := judge(tried)) < best:
+                    best, chosen = loss, tried
+    return chosen
+
+
+def measure(dense: nn.Module, images: Batches, judges: Tensor, test: Batches) -> list[dict[str, float]]:
+    """Prune and repair a copy, and take the rounds."""
+    network, begin = copy.deepcopy(dense), time.perf_counter()
+    report = prune_to_flops(
+        network, EXAMPLE, "anticipating", flops=SHARE, repair="joint", loader=images, progress=False
+    )
+    seconds = round(time.perf_counter() - begin)
+    blocks = {name: block for name, block in dense.named_modules() if hasattr(block, "conv2")}
+    kept = {}
+    for name, block in blocks.items():
+        gone = set(report.removed_channels.get(f"{name}.conv2", []))
+        kept[name] = torch.tensor([c for c in range(block.conv2.out_channels) if c not in gone])
+    network.to(memory_format=torch.contiguous_format)
+    x = torch.cat([inputs for inputs, _ in images]).contiguous()
+    fitted, held_out = (LeastSquares(network.eval(), dense, kept, own) for own in (x, judges.contiguous()))
+    change = {key: torch.zeros_like(p) for key, p in fitted.parameters.items()}
+    rows: list[dict[str, float]] = []
+    for number in range(ROUNDS + 1):
+        if number:
+            change = solve(fitted, held_out.loss, change)
+            seconds = round(time.perf_counter() - begin)
+        pruned = copy.deepcopy(network)
+        with torch.no_grad():
+            for name, parameter in pruned.named_parameters():
+                parameter.add_(fitted.scales[name] * change[name])
+        row = {"round": number, "seconds": seconds, "top1": accuracy(pruned, test)}
+        rows.append({**row, "fitted": round(fitted.loss(change), 4), "held_out": round(held_out.loss(change), 4)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with cifar10/")
+    parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
+    arguments = parser.parse_args()
+    results = {}
+    for name in CIFAR_NETWORKS:
+        network = NETWORKS[name]
+        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
+        folder = arguments.data / "cifar10"
+        test = batches(folder / "test-00000-of-00001.parquet", network.normalisation, 0, 10000, 32)
+        images = draw(folder, network, 0)
+        judges = torch.cat([x for x, _ in draw(folder, network, 0, range(IMAGES, IMAGES + JUDGES))])
+        results[name] = {"dense": accuracy(dense, test), "rounds": measure(dense, images, judges, test)}
+    command = "python benchmarks/gauss_newton.py --data DIR --checkpoints DIR"
+    save("gauss_newton", command, "CIFAR-10, see the script", results=results)
+
+
+if __name__ == "__main__":
+    main()
