@@ -35,11 +35,11 @@ def main() -> None:
 
 def accuracy() -> Figure:
     """Draw accuracy against multiply-adds kept: criteria of Torch-Pruning before and after repair, and ours."""
-    table = pd.read_csv(ROOT / "benchmarks/results/cifar10_repair/summary.csv")
+    table = pd.read_csv(ROOT / "benchmarks/results/cifar10_recipe/summary.csv")
     lines = {
         "taylor+bn": (GREY, "s", ":", "Taylor, BatchNorm re-estimated"),
         "l2+bn": (GREY, "o", ":", "L2, BatchNorm re-estimated"),
-        "l2+sequential": (BLUE, "o", "--", "L2, our repair"),
+        "l2+joint": (BLUE, "o", "--", "L2, our repair"),
         "anticipating+joint": (GREEN, "^", "-", "our selection and repair"),
     }
     figure = Figure(figsize=(8, 3.9), layout="constrained")

@@ -14,8 +14,7 @@ from tp_twoaxis.statistics.sampling import sampled_positions, select_rows
 # their factor as much; of sequential repair up to three such layers are alive at a time
 LARGEST_PATCH = 4608
 # rows of a fit: this many a number of the patch, within these bounds. Narrow layers gain from many positions of an
-# image: with at least 2**14, 2**15 and 2**16 rows, joint repair of a CIFAR-10 ResNet-20 with conv shortcuts, half the
-# MACs by hull, 2,048 images, kept 87.4, 88.3 and 88.8 % on 2,000 held-out training images
+# image (``benchmarks/fit_rows.py``)
 ROWS_PER_NUMBER, FEWEST_ROWS, MOST_ROWS = 64, 2**16, 2**17
 # and this many where a layer has many blocks, each with a fit of its own to make
 FEWEST_ROWS_OF_BLOCKS = 2**14
