@@ -15,7 +15,7 @@ def test_scores():
     assert [line.split()[0].rstrip("*") for line in lines[1:-2]] == list(CRITERIA)
     assert lines[1].startswith("capture*")
     assert lines[-2] == "local is short for capture"
-    payload = json.loads(succeed("scores", "peers", "--json").stdout)
+    payload = json.loads(succeed("scores", "best 8 peers", "--json").stdout)
     assert {row["name"] for row in payload["scores"]} == {"hull"}
     assert payload["scores"][0]["options"][:2] == ["strength", "peers"]
     assert "leave it out for all" in refused("scores", "nonsense")
