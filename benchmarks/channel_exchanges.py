@@ -13,40 +13,20 @@ the 256 training images of the fits and on 256 others.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
-from default_score import NETWORKS, Batches, batches
+from cifar_resnets import dense_networks, option_parser, patch_covariances
+from default_score import batches
 from provenance import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from tp_twoaxis.diagnostics.exact_power import PatchCovariance
 from tp_twoaxis.reconstruction.greedy import Reading, greedy_reconstruction
-from tp_twoaxis.runtime.forward import forward_pass
 
-CIFAR_NETWORKS, SHARES, IMAGES = ("resnet20_conv", "resnet20_a"), (0.5, 0.3), 256
+SHARES, IMAGES = (0.5, 0.3), 256
 RIDGE = 1e-4
 NEGLIGIBLE = 1e-6  # relative gain that does not count
-
-
-def covariances(dense: nn.Module, names: list[str], images: Batches) -> dict[str, Tensor]:
-    """Gather the patch covariances of some convolutions, at all positions."""
-    found = {name: PatchCovariance(dense.get_submodule(name)) for name in names}
-    with forward_pass(dense, images, what="covariances") as run:
-        for name, own in found.items():
-
-            def record(
-                layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, own: PatchCovariance = own
-            ) -> None:
-                own.update(inputs[0], output[0, 0].numel())
-
-            run.hook(dense.get_submodule(name), record)
-        for _ in run:
-            pass
-    return {name: own.covariance[0] for name, own in found.items()}
 
 
 class Consumer:
@@ -112,24 +92,18 @@ def measure(consumer: Consumer, share: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder with cifar10/")
-    parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
-    arguments = parser.parse_args()
+    arguments = option_parser(__doc__).parse_args()
     rows = []
-    for network_name in CIFAR_NETWORKS:
-        network = NETWORKS[network_name]
-        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
+    for network_name, network, dense, folder in dense_networks(arguments):
         names = [name for name, layer in dense.named_modules() if name.endswith("conv2")]
-        folder = arguments.data / "cifar10"
         fitted, others = (
-            covariances(dense, names, batches(folder, network.normalisation, first, first + IMAGES, 32))
+            patch_covariances(dense, names, batches(folder, network.normalisation, first, first + IMAGES, 32))
             for first in (0, IMAGES)
         )
         for name, share in itertools.product(names, SHARES):
             weight = dense.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            consumer = Consumer(weight.detach(), fitted[name], others[name])
+            consumer = Consumer(weight.detach(), fitted[name][0], others[name][0])
             rows.append({"network": network_name, "layer": name, **measure(consumer, share)})
             print(rows[-1], flush=True)
     gains = torch.tensor([1 - row["exchanged_others"] / row["greedy_others"] for row in rows], dtype=torch.float64)

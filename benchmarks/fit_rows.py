@@ -11,16 +11,13 @@ images, while layers are fitted on at least 2^14 ... 2^17 rows, positions of all
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
-from pathlib import Path
 from unittest import mock
 
-from default_score import NETWORKS
+from cifar_resnets import EXAMPLE, IMAGES, dense_networks, draw, option_parser
 from few_images import accuracy
 from provenance import save
-from rivals import CIFAR_NETWORKS, EXAMPLE, IMAGES, draw
 
 from tp_twoaxis import prune_to_flops
 from tp_twoaxis.reconstruction import patches
@@ -30,16 +27,11 @@ SHARE, CRITERION, REPAIR, JUDGES = 0.5, "hull", "joint", 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder with cifar10/")
-    parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
-    arguments = parser.parse_args()
+    arguments = option_parser(__doc__).parse_args()
     rows = []
-    for name in CIFAR_NETWORKS:
-        network = NETWORKS[name]
-        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
-        images = draw(arguments.data / "cifar10", network, 0)
-        judges = draw(arguments.data / "cifar10", network, 0, range(IMAGES, IMAGES + JUDGES))
+    for name, network, dense, folder in dense_networks(arguments):
+        images = draw(folder, network, 0)
+        judges = draw(folder, network, 0, range(IMAGES, IMAGES + JUDGES))
         for exponent in EXPONENTS:
             pruned, start = copy.deepcopy(dense), time.perf_counter()
             defaults = patches.ROWS_PER_NUMBER, 2**exponent

@@ -15,27 +15,25 @@ hour on one CPU core.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from default_score import NETWORKS, Batches, batches
+from cifar_resnets import EXAMPLE, IMAGES, dense_networks, draw, option_parser, test_images
+from default_score import Batches
 from few_images import accuracy
 from provenance import save
-from rivals import CIFAR_NETWORKS, EXAMPLE, IMAGES, draw
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from tp_twoaxis import prune_to_flops
+from tp_twoaxis.reconstruction.patch_fit import STEPS
 
 SHARE, ROUNDS, ITERATIONS, CHUNK, JUDGES = 0.5, 2, 16, 256, 512
 JUDGED = (2, 4, 8, 12, 16)  # iterations after which the step so far is judged
-STEPS = (1.0, 0.5, 0.25)
 RIDGE = 1e-3  # of the curvature along the first gradient
 Weights = dict[str, Tensor]
 
@@ -188,16 +186,10 @@ def measure(dense: nn.Module, images: Batches, judges: Tensor, test: Batches) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder with cifar10/")
-    parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
-    arguments = parser.parse_args()
+    arguments = option_parser(__doc__).parse_args()
     results = {}
-    for name in CIFAR_NETWORKS:
-        network = NETWORKS[name]
-        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
-        folder = arguments.data / "cifar10"
-        test = batches(folder / "test-00000-of-00001.parquet", network.normalisation, 0, 10000, 32)
+    for name, network, dense, folder in dense_networks(arguments):
+        test = test_images(folder, network)
         images = draw(folder, network, 0)
         judges = torch.cat([x for x, _ in draw(folder, network, 0, range(IMAGES, IMAGES + JUDGES))])
         results[name] = {"dense": accuracy(dense, test), "rounds": measure(dense, images, judges, test)}

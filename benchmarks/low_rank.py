@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import torch
+from cifar_resnets import patch_covariances
 from model_folding import nearest
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.flops import count_macs
-from tp_twoaxis.diagnostics.exact_power import PatchCovariance
-from tp_twoaxis.runtime.forward import forward_pass
 
 IMAGES = 512  # for the covariances, at all positions
 RIDGE = 1e-6  # of the mean variance
@@ -74,26 +72,12 @@ class Factors:
 def factors_of(dense: nn.Module, images: list[tuple[Tensor, Tensor]]) -> dict[str, Factors]:
     """Factorise every convolution but the first."""
     names = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d)][1:]
-    covariances = {name: PatchCovariance(dense.get_submodule(name)) for name in names}
-    positions: dict[str, int] = {}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            positions[name] = output[0, 0].numel()
-            covariances[name].update(inputs[0], positions[name])
-
-        return record
-
-    with forward_pass(dense, images, what="covariances", max_images=IMAGES) as run:
-        for name in names:
-            run.hook(dense.get_submodule(name), recorder(name))
-        for _ in run:
-            pass
+    covariances = patch_covariances(dense, names, images, IMAGES)
     found = {}
     for name in names:
         layer = dense.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
-        found[name] = Factors(layer, covariances[name].covariance[0], positions[name])
+        found[name] = Factors(layer, *covariances[name])
     return found
 
 

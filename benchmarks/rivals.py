@@ -20,15 +20,13 @@ are skipped. About half an hour on one CPU core.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
-import torch
-from default_score import NETWORKS, Batches, Network, batches
+from cifar_resnets import CIFAR_NETWORKS, EXAMPLE, IMAGES, dense_networks, draw, option_parser, test_images
+from default_score import Batches
 from few_images import accuracy
 from low_rank import Factors, factors_of, truncate
 from model_folding import fold
@@ -36,12 +34,11 @@ from provenance import RESULTS, provenance
 from torch import nn
 
 from tp_twoaxis import prune_to_flops
-from tp_twoaxis.data import open_dataset
 from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.runtime.serialization import write_bytes
 
-SHARES, DRAWS, IMAGES, BATCH = (0.7, 0.5, 0.35), (0, 1), 2048, 128
+SHARES, DRAWS = (0.7, 0.5, 0.35), (0, 1)
 METHODS = (
     "folding, bn",
     "l2, ridge",
@@ -50,19 +47,7 @@ METHODS = (
     "conditional-variance, sequential",
     "low-rank, bn",
 )
-CIFAR_NETWORKS = ("resnet20_conv", "resnet20_a")
-EXAMPLE = torch.zeros(1, 3, 32, 32)
 KEY = ("network", "share", "method", "draw")
-
-
-def draw(folder: Path, network: Network, seed: int, places: range = range(IMAGES)) -> Batches:
-    """Draw training images to calibrate and repair from: those at some places of a random order."""
-    mean, std = network.normalisation
-    training = open_dataset(str(folder), mean=mean, std=std, image_size=32)
-    chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[list(places)].tolist()
-    x = torch.stack([training[index][0] for index in chosen]).contiguous(memory_format=torch.channels_last)
-    y = torch.tensor([training[index][1] for index in chosen])
-    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
 
 
 def reduce(dense: nn.Module, cell: dict[str, Any], images: Batches, factors: dict[str, Factors]) -> nn.Module:
@@ -71,7 +56,8 @@ def reduce(dense: nn.Module, cell: dict[str, Any], images: Batches, factors: dic
     if method == "folding":
         network = fold(dense, EXAMPLE, cell["share"], cell["draw"])
     elif method == "low-rank":
-        factors.update(factors if factors else factors_of(dense, images))
+        if not factors:
+            factors.update(factors_of(dense, images))
         network = truncate(dense, EXAMPLE, cell["share"], factors)
     else:
         network = copy.deepcopy(dense)
@@ -101,19 +87,14 @@ def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder with cifar10/")
-    parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
+    parser = option_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default all")
     arguments = parser.parse_args()
     path = RESULTS / "rivals.json"
     content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "cells": []}
     done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
-    for name in CIFAR_NETWORKS:
-        network = NETWORKS[name]
-        dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
-        folder = arguments.data / "cifar10"
-        judges = batches(folder / "test-00000-of-00001.parquet", network.normalisation, 0, 10000, 32)
+    for name, network, dense, folder in dense_networks(arguments):
+        judges = test_images(folder, network)
         content["dense"].setdefault(name, accuracy(dense, judges))
         for seed in DRAWS:
             images, factors = draw(folder, network, seed), {}
