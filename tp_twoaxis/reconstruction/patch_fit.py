@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from tp_twoaxis.statistics.moments import float64_device
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """``(current, reference) -> target``, elementwise."""
-_BatchRows = Callable[[int], Callable[[slice, Tensor], Tensor]]
+RowsFunction = Callable[[slice, Tensor], Tensor]
+"""``(images, positions) -> rows [images, positions, C]`` of a batch."""
+BatchRows = Callable[[int], RowsFunction]
 """``batch -> (images, positions) -> rows [images, positions, C]``."""
 # numbers of patch rows that exist at a time
 CHUNK_NUMBERS = 2**24
@@ -95,34 +97,51 @@ class PatchFit:
             held_out: judge on these images instead of fitting them.
             kept: [channels of target] bool, those that the layer writes, where it does not write all.
         """
-        self.held_out.append(held_out)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
-            before = self._judging if held_out else self._fitted
-            moments = self._accumulate(before, x, target, self._seen[held_out], kept)
-            self._seen[held_out] += len(x)
-            if held_out:
-                self._judging = moments
-            else:
-                self._fitted = moments
-
-    def _accumulate(
-        self, moments: PatchMoments | None, x: Tensor, target: Tensor, first: int, kept: Tensor | None
-    ) -> PatchMoments:
-        y = flatten_positions(target, self.layer, len(x), "")
-        self._positions = y.shape[1]
         weight = weight_blocks(self.layer).flatten(2)  # [blocks, outputs, patch]
         bias = self.layer.bias.detach() if isinstance(self.layer.bias, Tensor) else None
-        blocks, outputs = weight.shape[:2]
-        if moments is None:
-            device = float64_device(x.device)
-            moments = PatchMoments(blocks, self.width, outputs, device)
-        for part, positions, rows in self._rows(x, y.shape[1], first):
+        chosen = self.select_rows(target, kept)
+
+        def residual(part: slice, positions: Tensor, rows: Tensor) -> Tensor:
             current = torch.einsum("rgf,gof->rgo", rows, weight)
-            current = current if bias is None else current + bias.reshape(blocks, -1)
-            chosen = _of_channels(select_positions(y[part], positions), kept).reshape(len(rows), blocks, -1)
-            moments.update(rows, chosen - current)
-        return moments
+            current = current if bias is None else current + bias.reshape(len(weight), -1)
+            return chosen(part, positions).reshape(current.shape) - current
+
+        self._accumulate(x, target, residual, held_out)
+
+    def update_downstream(
+        self,
+        x: Tensor,
+        current: Tensor,
+        reference: Tensor,
+        scale: Tensor,
+        target_fn: TargetFunction,
+        *,
+        held_out: bool = False,
+        kept: Tensor | None = None,
+    ) -> None:
+        """Accumulate a batch whose target is that of a tensor downstream; see :meth:`refine` for the arguments."""
+        rows = self._downstream_residual(current, reference, scale, target_fn, kept)
+        self._accumulate(x, current, lambda part, positions, _: rows(part, positions), held_out)
+
+    def _accumulate(
+        self, x: Tensor, output: Tensor, residual: Callable[[slice, Tensor, Tensor], Tensor], held_out: bool
+    ) -> None:
+        """Accumulate the residual's rows, which a function makes from images, positions and patches."""
+        self.held_out.append(held_out)
+        self._positions = flatten_positions(output, self.layer, len(x), "").shape[1]
+        blocks, outputs = weight_blocks(self.layer).shape[:2]
+        moments = self._judging if held_out else self._fitted
+        if moments is None:
+            moments = PatchMoments(blocks, self.width, outputs, float64_device(x.device))
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.layer.weight.dtype)  # type: ignore[arg-type]
+            for part, positions, rows in self._rows(x, self._positions, self._seen[held_out], self.images):
+                moments.update(rows, residual(part, positions, rows).reshape(len(rows), blocks, outputs))
+        self._seen[held_out] += len(x)
+        if held_out:
+            self._judging = moments
+        else:
+            self._fitted = moments
 
     def solve(self) -> Tensor:
         """Write the fitted weights into the layer.
@@ -161,17 +180,11 @@ class PatchFit:
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
-        factor, inverse = scale.to(current[0]), safe_inverse(scale).to(current[0])
+        factor = scale.to(current[0])
         now, then = self._selected(current), self._selected(reference, kept)
 
-        def residual(i: int) -> Callable[[slice, Tensor], Tensor]:
-            here, there = now(i), then(i)
-
-            def rows(part: slice, positions: Tensor) -> Tensor:
-                chosen = here(part, positions)
-                return (target_fn(chosen, there(part, positions)) - chosen) * inverse
-
-            return rows
+        def residual(i: int) -> RowsFunction:
+            return self._downstream_residual(current[i], reference[i], scale, target_fn, kept)
 
         def judged(change: Tensor, shift: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for i, part, positions, rows in self._batches(x, held_out=True):
@@ -184,60 +197,88 @@ class PatchFit:
         self._add(size * change.mT.double())
         return size * change.reshape(self.layer.weight.shape), size * shift  # type: ignore[arg-type]
 
-    def fit_residual(self, x: Sequence[Tensor], residual: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def fit_residual(
+        self, x: Sequence[Tensor], residual: BatchRows, batches: Collection[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Fit a change of the layer's outputs, with the covariance that was accumulated; nothing is written.
 
         Args:
             x: the layer's inputs, batch by batch as they were accumulated.
-            residual: what its outputs should change by, shaped like them; of batches held out it is not read.
+            residual: what its outputs should change by; of batches held out it is not asked for.
+            batches: numbers of those to fit to; default all. From fewer, more positions of each image are drawn.
 
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
         with torch.autocast(x[0].device.type, enabled=False):
-            change, shift = self._fit_rows(x, self._selected(residual))
+            change, shift = self._fit_rows(x, residual, batches)
             return change.reshape(self.layer.weight.shape), shift  # type: ignore[arg-type]
 
-    def _selected(self, tensors: Sequence[Tensor], kept: Tensor | None = None) -> _BatchRows:
-        """Read rows of tensors that are laid out as the outputs, of some of their channels."""
+    def select_rows(self, tensor: Tensor, kept: Tensor | None = None) -> RowsFunction:
+        """Read rows of a tensor that is laid out as the outputs, of some of its channels."""
+        view = flatten_positions(tensor, self.layer, len(tensor), "")
+        return lambda part, positions: _of_channels(select_positions(view[part], positions), kept)
 
-        def batch(i: int) -> Callable[[slice, Tensor], Tensor]:
-            view = flatten_positions(tensors[i], self.layer, len(tensors[i]), "")
-            return lambda part, positions: _of_channels(select_positions(view[part], positions), kept)
+    def _selected(self, tensors: Sequence[Tensor], kept: Tensor | None = None) -> BatchRows:
+        return lambda i: self.select_rows(tensors[i], kept)
 
-        return batch
+    def _downstream_residual(
+        self, current: Tensor, reference: Tensor, scale: Tensor, target_fn: TargetFunction, kept: Tensor | None
+    ) -> RowsFunction:
+        now, then, inverse = self.select_rows(current), self.select_rows(reference, kept), safe_inverse(scale)
 
-    def _fit_rows(self, x: Sequence[Tensor], residual: _BatchRows) -> tuple[Tensor, Tensor]:
+        def rows(part: slice, positions: Tensor) -> Tensor:
+            chosen = now(part, positions)
+            return (target_fn(chosen, then(part, positions)) - chosen) * inverse.to(chosen)
+
+        return rows
+
+    def _fit_rows(
+        self, x: Sequence[Tensor], residual: BatchRows, batches: Collection[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Fit a residual of the fitted images' outputs: weights [blocks, outputs, patch], and means [C] float64."""
         assert self._fitted is not None
         blocks = len(self._fitted.mean)
         cross = torch.zeros_like(self._fitted.cross)
         total = torch.zeros_like(self._fitted.target_mean)
-        for i, part, positions, rows in self._batches(x, held_out=False):
-            chosen = residual(i)(part, positions).reshape(len(rows), blocks, -1)
+        count, batch = 0, -1
+        for i, part, positions, rows in self._batches(x, held_out=False, batches=batches):
+            if i != batch:
+                batch, residual_rows = i, residual(i)
+            chosen = residual_rows(part, positions).reshape(len(rows), blocks, -1)
             self._fitted.add_other_targets(cross, total, rows, chosen)
-        change = torch.cholesky_solve(cross, self.solved.factor)
-        shift = total / self._fitted.count - torch.einsum("bpo,bp->bo", change, self._fitted.mean)
+            count += len(rows)
+        change = torch.cholesky_solve(cross * (self._fitted.count / count), self.solved.factor)
+        shift = total / count - torch.einsum("bpo,bp->bo", change, self._fitted.mean)
         return change.mT.to(weight_blocks(self.layer)), shift.flatten()
 
-    def _batches(self, x: Sequence[Tensor], *, held_out: bool) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        """Cut out the patches of all batches that are fitted, or of those held out, as when they were accumulated."""
-        first = 0
-        for i, judges in enumerate(self.held_out):
-            if judges == held_out:
-                own = x[i].to(self.layer.weight.dtype)  # type: ignore[arg-type]
-                for part, positions, rows in self._rows(own, self._positions, first):
-                    yield i, part, positions, rows
-                first += len(own)
+    def _batches(
+        self, x: Sequence[Tensor], *, held_out: bool, batches: Collection[int] | None = None
+    ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Cut out the patches of batches that are fitted, or of those held out, as when they were accumulated.
 
-    def _rows(self, x: Tensor, available: int, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        Of a part of the batches, more positions of each image: as many rows as all would give.
+        """
+        chosen = [i for i, judges in enumerate(self.held_out) if judges == held_out]
+        images = self.images
+        if batches is not None:
+            chosen = [i for i in chosen if i in batches]
+            images = sum(len(x[i]) for i in chosen)
+        first = 0
+        for i in chosen:
+            own = x[i].to(self.layer.weight.dtype)  # type: ignore[arg-type]
+            for part, positions, rows in self._rows(own, self._positions, first, images):
+                yield i, part, positions, rows
+            first += len(own)
+
+    def _rows(self, x: Tensor, available: int, first: int, images: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Cut out patches [rows, blocks, patch] with their positions, so many images at a time that they stay small."""
-        chosen = positions_of(self.layer, available, self.images, range(1)).shape[-1]
+        chosen = positions_of(self.layer, available, images, range(1)).shape[-1]
         step = max(1, CHUNK_NUMBERS // (chosen * self.width * blocks_of(self.layer)))
         for start in range(0, len(x), step):
             part = slice(start, min(start + step, len(x)))
             drawn = range(first + part.start, first + part.stop)
-            positions = positions_of(self.layer, available, self.images, drawn).to(x.device)
+            positions = positions_of(self.layer, available, images, drawn).to(x.device)
             yield part, positions, patch_rows(x[part], self.layer, positions).flatten(0, 1)
 
     def _add(self, change: Tensor) -> None:

@@ -130,12 +130,22 @@ def positions_of(
         >>> positions_of(nn.Conv2d(64, 64, 3, groups=64), 64, 2048, range(3)).shape
         torch.Size([3, 8])
     """
-    fewest = max(fewest // blocks_of(layer), FEWEST_ROWS_OF_BLOCKS)
-    needed = min(max(rows_per_number * patch_size(layer), fewest), MOST_ROWS)
+    needed = rows_wanted(layer, rows_per_number, fewest)
     wanted = min(available, max(1, -(-needed // images)))
     if wanted == available:
         return torch.arange(available)
     return sampled_positions(torch.tensor(drawn), available, wanted)
+
+
+def rows_wanted(layer: nn.Module, rows_per_number: int = ROWS_PER_NUMBER, fewest: int = FEWEST_ROWS) -> int:
+    """Count the rows that a fit of a layer should have, of all images together.
+
+    Example:
+        >>> rows_wanted(nn.Conv2d(4, 4, 3)), rows_wanted(nn.Conv2d(256, 4, 3))
+        (65536, 131072)
+    """
+    fewest = max(fewest // blocks_of(layer), FEWEST_ROWS_OF_BLOCKS)
+    return min(max(rows_per_number * patch_size(layer), fewest), MOST_ROWS)
 
 
 def fits(layer: nn.Module, limit: int = LARGEST_PATCH) -> bool:

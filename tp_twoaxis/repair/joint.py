@@ -9,14 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight, safe_inverse
-from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, weight_blocks
+from tp_twoaxis.reconstruction.patch_fit import PatchFit, RowsFunction, TargetFunction, apply_weight
+from tp_twoaxis.reconstruction.patches import rows_wanted
+from tp_twoaxis.runtime.layers import (
+    broadcast_channels,
+    channel_axis,
+    flatten_positions,
+    select_channels,
+    weight_blocks,
+)
 from tp_twoaxis.runtime.weights import add_bias, write_weight
 
 # times that a step is halved before the first layer keeps its weights
 HALVINGS = 3
 # ridge of the curvature, relative to its mean diagonal, so that channels that hardly affect the second layer stay put
 RIDGE = 1e-3
+# images that the rounds work on at least; the others follow when they are over
+FEWEST_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,8 @@ class RectifiedInput:
     low: float
     high: float
 
-    def active(self, chunk: int) -> Tensor:
-        """Where the rectifier passes changes on, bool."""
-        x = self.preactivation[chunk]
+    def active(self, x: Tensor) -> Tensor:
+        """Where the rectifier passes changes of its input ``x`` on, bool."""
         return (x > self.low) & (x < self.high)
 
 
@@ -95,11 +103,7 @@ def has_transpose(layer: nn.Module) -> bool:
 
 
 def joint_reconstruction(
-    second: ProducerOutput,
-    current: list[Tensor],
-    reference: Sequence[Tensor],
-    target_fn: TargetFunction,
-    rounds: int,
+    second: ProducerOutput, current: list[Tensor], dense: list[Tensor], target_fn: TargetFunction, rounds: int
 ) -> ProducerOutput:
     """Change a layer and the one before it in turn to bring a tensor downstream of the second closer to a target.
 
@@ -112,177 +116,217 @@ def joint_reconstruction(
     that the fits hold out (on all, if they hold out none). Then the second layer is refitted to its new inputs. A round
     that would not lower that error changes nothing. It takes images, no labels, and touches nothing but the two layers.
 
+    The rounds work on so many of the images as have the rows that a fit wants, 512 at least. After them the other
+    images follow, and the second layer is refitted to all.
+
     Args:
         second: with a rectified input; its weights, and those of that input's producer, are replaced.
         current: the downstream tensor of each chunk of images, laid out like the second layer's outputs; changed in
             place, as are its inputs.
-        reference: the same tensors of the dense network.
+        dense: the same tensors of the dense network, with the channels that the second layer lost.
         target_fn: ``(current, reference) -> target``, elementwise.
         rounds: how many.
 
     Returns:
         The second layer's outputs with its last fit.
     """
-    rectified = second.rectified
-    assert rectified is not None
-    reference = list(reference)
+    pair = _Pair(second, current, dense, target_fn)
+    refitted = None
     for _ in range(rounds):
-        if not _gauss_newton_step(second, rectified, current, reference, target_fn):
+        if not pair.change_first():
             break
-        second = _refit_second(second, current, reference, target_fn)
-    return second
+        refitted = pair.refit_second(pair.few)
+    if refitted is None:
+        return second
+    if pair.rest:
+        pair.follow()
+        refitted = pair.refit_second([*pair.few, *pair.rest])
+    return refitted
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step of the first layer's outputs by ``delta``, with its effect downstream."""
+class _Pair:
+    """Two layers that are fitted together.
 
-    second: ProducerOutput
-    rectified: RectifiedInput
-    current: list[Tensor]
-    delta: list[Tensor]
-
-    def inputs(self, chunk: int, size: float) -> Tensor:
-        """The second layer's inputs after so much of the step."""
-        after = self.rectified.preactivation[chunk] + size * self.delta[chunk]
-        return after.clamp(self.rectified.low, self.rectified.high)
-
-    def downstream(self, chunk: int, size: float) -> Tensor:
-        """The downstream tensor after so much of the step."""
-        layer, current = self.second.layer, self.current[chunk]
-        input_delta = self.inputs(chunk, size) - self.second.inputs[chunk]
-        scale = broadcast_channels(self.second.scale, current, layer)
-        return current + scale * apply_weight(layer, input_delta, _weight(layer))
-
-
-def _gauss_newton_step(
-    second: ProducerOutput,
-    rectified: RectifiedInput,
-    current: list[Tensor],
-    reference: list[Tensor],
-    target_fn: TargetFunction,
-) -> bool:
-    """Change the first layer; return whether a step was found that lowers the error."""
-    first, preactivation = rectified.producer, rectified.preactivation
-    direction = _direction(second, rectified, current, reference, target_fn)
-    weight_change, shift = first.solved_fit.fit_residual(first.inputs, direction)
-    delta = direction  # emptied on the way: the part of the direction that the first layer can take replaces it
-    factor = broadcast_channels(first.scale, preactivation[0], first.layer)
-    for chunk, x in enumerate(first.inputs):
-        output = apply_weight(first.layer, x, weight_change)
-        delta[chunk] = factor * (output + broadcast_channels(shift, output, first.layer))
-    step = _Step(second, rectified, current, delta)
-    size = _line_search(step, reference, target_fn)
-    if size is None:
-        return False
-    for chunk, tensor in enumerate(current):
-        tensor.copy_(step.downstream(chunk, size))
-        second.inputs[chunk].copy_(step.inputs(chunk, size))
-        preactivation[chunk].add_(delta[chunk], alpha=size)
-    old = weight_blocks(first.layer)
-    write_weight(first.layer, old + size * weight_change.reshape(old.shape))
-    add_bias(first.layer, size * shift, first.norm)
-    return True
-
-
-def _fitted(producer: ProducerOutput) -> list[int]:
-    """The chunks that a layer's fit was made from."""
-    return [chunk for chunk, held_out in enumerate(producer.solved_fit.held_out) if not held_out]
-
-
-def _line_search(step: _Step, reference: list[Tensor], target_fn: TargetFunction) -> float | None:
-    """Find a step size that lowers the squared error of images held out: exact for those fitted where no rectifier
-    switches, then halved; None if none.
+    Attributes:
+        few: numbers of the chunks that the rounds are fitted to.
+        rest: of the other chunks that are fitted.
     """
-    fitted = _fitted(step.rectified.producer)
-    numerator = denominator = 0.0
-    for chunk in fitted:
-        current = step.current[chunk]
-        change = step.downstream(chunk, 1.0) - current
-        denominator += _squared_norm(change)
-        numerator += float(((target_fn(current, reference[chunk]) - current) * change).sum(dtype=torch.float64))
-    size = numerator / denominator if denominator > 0 else 0.0
-    judged = [chunk for chunk, held_out in enumerate(step.second.solved_fit.held_out) if held_out] or fitted
 
-    def error(size: float) -> float:
-        pairs = ((step.downstream(chunk, size) if size else step.current[chunk], reference[chunk]) for chunk in judged)
-        return sum(_squared_norm(target_fn(after, dense) - after) for after, dense in pairs)
+    def __init__(
+        self, second: ProducerOutput, current: list[Tensor], dense: list[Tensor], target_fn: TargetFunction
+    ) -> None:
+        assert second.rectified is not None
+        self._rectified = second.rectified
+        self._first, self._second = self._rectified.producer, second
+        self._current, self._dense, self._target_fn = current, dense, target_fn
+        held_out = second.solved_fit.held_out
+        self._judges = [chunk for chunk, judges in enumerate(held_out) if judges]
+        self.few, self.rest = self._divide([chunk for chunk, judges in enumerate(held_out) if not judges])
+        self._weights = [_weight(producer.layer).clone() for producer in (self._first, self._second)]
+        self._both_active = self._count_active()
+        self._shifts = [torch.zeros(()), torch.zeros(())]  # of each layer's outputs, since then
 
-    before = error(0.0)
-    for _ in range(HALVINGS + 1):
-        if not size > 0:
-            return None
-        if error(size) < before:
-            return size
-        size /= 2
-    return None
+    def _divide(self, fitted: list[int]) -> tuple[list[int], list[int]]:
+        """Divide the chunks that are fitted into those for the rounds and the rest."""
+        wanted = 0.0
+        for producer, tensors in ((self._first, self._rectified.preactivation), (self._second, self._current)):
+            positions = flatten_positions(tensors[0], producer.layer, len(tensors[0]), "").shape[1]
+            wanted = max(wanted, rows_wanted(producer.layer) / positions, FEWEST_IMAGES)
+        images = 0
+        for i, chunk in enumerate(fitted):
+            images += len(self._second.inputs[chunk])
+            if images >= wanted:
+                return fitted[: i + 1], fitted[i + 1 :]
+        return fitted, []
 
+    def change_first(self) -> bool:
+        """Change the first layer; return whether a step was found that lowers the error."""
+        first = self._first
+        inverse = torch.linalg.inv(self._curvature()).to(self._rectified.preactivation[0])
+        weight_change, shift = first.solved_fit.fit_residual(
+            first.inputs, lambda chunk: self._direction(chunk, inverse), self.few
+        )
+        step = {chunk: self._through_first(chunk, weight_change, shift) for chunk in (*self.few, *self._judges)}
+        size = self._line_search(step)
+        if size is None:
+            return False
+        for chunk, delta in step.items():
+            delta *= size
+            self._current[chunk].copy_(self._downstream(chunk, delta))
+            self._move(chunk, delta)
+        old = weight_blocks(first.layer)
+        write_weight(first.layer, old + size * weight_change.reshape(old.shape))
+        add_bias(first.layer, size * shift, first.norm)
+        self._shifts[0] = self._shifts[0] + size * shift
+        return True
 
-def _direction(
-    second: ProducerOutput,
-    rectified: RectifiedInput,
-    current: list[Tensor],
-    reference: list[Tensor],
-    target_fn: TargetFunction,
-) -> list[Tensor]:
-    """Find the Gauss-Newton direction of the first layer's outputs, for the images that are fitted; else nothing."""
-    layer, first, preactivation = second.layer, rectified.producer, rectified.preactivation
-    scale = broadcast_channels(second.scale, current[0], layer)
-    factor = broadcast_channels(first.scale, preactivation[0], first.layer)
-    axis = channel_axis(layer)
-    inverse = torch.linalg.inv(_curvature(second, rectified)).to(preactivation[0])
-    direction = [preactivation[0].new_empty(0) for _ in preactivation]
-    for chunk in _fitted(first):
-        residual = target_fn(current[chunk], reference[chunk]) - current[chunk]
-        backpropagated = factor * backpropagate(layer, second.inputs[chunk], residual * scale)
-        backpropagated = torch.where(rectified.active(chunk), backpropagated, 0.0)
-        direction[chunk] = (backpropagated.movedim(axis, -1) @ inverse).movedim(-1, axis)
-    return direction
+    def refit_second(self, fitted: Sequence[int]) -> ProducerOutput:
+        """Refit the second layer to its new inputs in some chunks, and in those held out; all of these follow."""
+        second, current = self._second, self._current
+        layer, weight, inputs = second.layer, _weight(second.layer), second.inputs
+        chunks = sorted((*fitted, *self._judges))
+        fit = PatchFit(layer, images=sum(len(inputs[chunk]) for chunk in fitted))
+        for chunk in chunks:
+            fit.update_downstream(
+                inputs[chunk], current[chunk], self._dense[chunk], second.scale, self._target_fn,
+                held_out=chunk in self._judges, kept=second.kept,
+            )  # fmt: skip
+        shift = fit.solve()
+        add_bias(layer, shift, second.norm)
+        self._shifts[1] = self._shifts[1] + shift
+        weight_change = _weight(layer) - weight
+        scale = broadcast_channels(second.scale, current[0], layer)
+        for chunk in chunks:
+            delta = apply_weight(layer, inputs[chunk], weight_change)
+            current[chunk] += delta.add_(broadcast_channels(shift, delta, layer)).mul_(scale)
+        return replace(second, fit=fit)
 
+    def follow(self) -> None:
+        """Bring the chunks that the rounds did not work on to what the layers compute now."""
+        first, second = self._first, self._second
+        before = self._weights[1]
+        change = _weight(first.layer) - self._weights[0]
+        for chunk in self.rest:
+            x, current = second.inputs[chunk], self._current[chunk]
+            delta = -apply_weight(second.layer, x, before)
+            self._move(chunk, self._through_first(chunk, change, self._shifts[0]))
+            delta += apply_weight(second.layer, x, _weight(second.layer))
+            delta += broadcast_channels(self._shifts[1], delta, second.layer)
+            current += delta.mul_(broadcast_channels(second.scale, delta, second.layer))
 
-def _curvature(second: ProducerOutput, rectified: RectifiedInput) -> Tensor:
-    """Kronecker-factored curvature of the squared error in the first layer's outputs, [C, C] float64.
+    def _through_first(self, chunk: int, weight_change: Tensor, shift: Tensor) -> Tensor:
+        """What a change of the first layer changes before the rectifier."""
+        first = self._first
+        delta = apply_weight(first.layer, first.inputs[chunk], weight_change)
+        return delta.add_(broadcast_channels(shift, delta, first.layer)).mul_(
+            broadcast_channels(first.scale, delta, first.layer)
+        )
 
-    The taps of the second layer are taken to be uncorrelated.
-    """
-    taps = weight_blocks(second.layer).double()  # [blocks, outputs, inputs, taps]
-    outer = second.scale.double().to(taps.device).reshape(len(taps), -1)
-    blocks = torch.einsum("go,goit,gojt->gij", outer.square(), taps, taps)
-    curvature: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    both_active, rows = torch.zeros_like(curvature), 0
-    for chunk in _fitted(rectified.producer):
-        active = rectified.active(chunk).movedim(channel_axis(second.layer), -1).flatten(0, -2)
-        active = active.to(rectified.preactivation[chunk].dtype)
-        both_active += active.T @ active
-        rows += len(active)
-    factor = rectified.producer.scale.double().to(taps.device)
-    curvature *= both_active / max(rows, 1) * factor[:, None] * factor
-    mean = float(curvature.diagonal().mean())
-    curvature.diagonal().add_(RIDGE * mean if mean > 0 else 1.0)
-    return curvature
+    def _downstream(self, chunk: int, delta: Tensor) -> Tensor:
+        """The downstream tensor after a change before the rectifier."""
+        layer, rectified = self._second.layer, self._rectified
+        after = (rectified.preactivation[chunk] + delta).clamp_(rectified.low, rectified.high)
+        change = apply_weight(layer, after.sub_(self._second.inputs[chunk]), _weight(layer))
+        return change.mul_(broadcast_channels(self._second.scale, change, layer)).add_(self._current[chunk])
 
+    def _move(self, chunk: int, delta: Tensor) -> None:
+        """Change what is before and after the rectifier."""
+        rectified = self._rectified
+        before = rectified.preactivation[chunk].add_(delta)
+        self._second.inputs[chunk].copy_(before.clamp(rectified.low, rectified.high))
 
-def _refit_second(
-    second: ProducerOutput, current: list[Tensor], reference: list[Tensor], target_fn: TargetFunction
-) -> ProducerOutput:
-    """Refit the second layer to its new inputs."""
-    layer, scale = second.layer, broadcast_channels(second.scale, current[0], second.layer)
-    inverse = safe_inverse(scale)
-    weight, bias = _weight(layer), layer.bias
-    fit = PatchFit(layer, images=second.solved_fit.images)
-    for chunk, held_out in enumerate(second.solved_fit.held_out):
-        target = apply_weight(layer, second.inputs[chunk], weight)
-        if isinstance(bias, Tensor):
-            target += broadcast_channels(bias.detach(), target, layer)
-        target += (target_fn(current[chunk], reference[chunk]) - current[chunk]) * inverse
-        fit.update(second.inputs[chunk], target, held_out=held_out)
-    shift = fit.solve()
-    add_bias(layer, shift, second.norm)
-    weight_change = _weight(layer) - weight
-    for x, tensor in zip(second.inputs, current, strict=True):
-        delta = apply_weight(layer, x, weight_change)
-        tensor += scale * (delta + broadcast_channels(shift, delta, layer))
-    return replace(second, fit=fit)
+    def _reference(self, chunk: int) -> Tensor:
+        """The dense network's downstream tensor, of the channels that are left."""
+        return select_channels(self._dense[chunk], self._second.layer, self._second.kept)
+
+    def _line_search(self, step: dict[int, Tensor]) -> float | None:
+        """Find a step size that lowers the squared error of the images held out, or of all if there are none: exact
+        where no rectifier switches, then halved; None if none.
+        """
+        judged = {chunk: self._reference(chunk) for chunk in self._judges or self.few}
+        before = numerator = denominator = 0.0
+        for chunk, reference in judged.items():
+            current = self._current[chunk]
+            gap = self._target_fn(current, reference) - current
+            change = self._downstream(chunk, step[chunk]).sub_(current)
+            before += _squared_norm(gap)
+            denominator += _squared_norm(change)
+            numerator += float(gap.mul_(change).sum(dtype=torch.float64))
+        size = numerator / denominator if denominator > 0 else 0.0
+        for _ in range(HALVINGS + 1):
+            if not size > 0:
+                return None
+            after = 0.0
+            for chunk, reference in judged.items():
+                moved = self._downstream(chunk, size * step[chunk])
+                after += _squared_norm(self._target_fn(moved, reference) - moved)
+            if after < before:
+                return size
+            size /= 2
+        return None
+
+    def _direction(self, chunk: int, inverse: Tensor) -> RowsFunction:
+        """Find the Gauss-Newton direction of the first layer's outputs, whose curvature's inverse is given."""
+        first, second, current = self._first, self._second, self._current[chunk]
+        residual = self._target_fn(current, self._reference(chunk)) - current
+        residual *= broadcast_channels(second.scale, residual, second.layer)
+        fit, factor = first.solved_fit, first.scale.to(inverse)
+        passed = fit.select_rows(backpropagate(second.layer, second.inputs[chunk], residual))
+        before = fit.select_rows(self._rectified.preactivation[chunk])
+
+        def rows(part: slice, positions: Tensor) -> Tensor:
+            active = self._rectified.active(before(part, positions))
+            return torch.where(active, passed(part, positions) * factor, 0.0) @ inverse
+
+        return rows
+
+    def _count_active(self) -> Tensor:
+        """How often two channels before the rectifier are active together, a share of the positions, [C, C] float64."""
+        both: Tensor | None = None
+        rows = 0
+        for chunk in self.few:
+            x = self._rectified.preactivation[chunk]
+            active = self._rectified.active(x).to(x.dtype).movedim(channel_axis(self._second.layer), -1).flatten(0, -2)
+            product = (active.T @ active).double()
+            both = product if both is None else both + product
+            rows += len(active)
+        assert both is not None
+        return both / rows
+
+    def _curvature(self) -> Tensor:
+        """Kronecker-factored curvature of the squared error in the first layer's outputs, [C, C] float64.
+
+        The taps of the second layer are taken to be uncorrelated.
+        """
+        taps = weight_blocks(self._second.layer).double()  # [blocks, outputs, inputs, taps]
+        outer = self._second.scale.double().to(taps.device).reshape(len(taps), -1)
+        blocks = torch.einsum("go,goit,gojt->gij", outer.square(), taps, taps)
+        curvature: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        factor = self._first.scale.double().to(taps.device)
+        curvature *= self._both_active * factor[:, None] * factor
+        mean = float(curvature.diagonal().mean())
+        curvature.diagonal().add_(RIDGE * mean if mean > 0 else 1.0)
+        return curvature
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+import math
+from collections.abc import Iterable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from tp_twoaxis.repair.op_interceptor import OpInterceptor
 from tp_twoaxis.repair.paused_pass import RECTIFIER, SUM
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import kernel_input
-from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis, select_channels
+from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis
 from tp_twoaxis.runtime.weights import add_bias
 
 # a layer is corrected once at a rectifier: with more rounds the error after it falls further, but 4 or 12 made neither
@@ -157,7 +158,7 @@ class OutputCorrector:
         def target_fn(current: Tensor, dense: Tensor) -> Tensor:
             # where the dense input is at or beyond a bound, any value beyond it has the same effect
             target = torch.where(dense > low, dense, current.clamp(max=low))
-            return torch.where(dense < high, target, current.clamp(min=high))
+            return target if high == math.inf else torch.where(dense < high, target, current.clamp(min=high))
 
         own = self._producers.get(current[0], ())
         for producer in own or self._summed.get(current[0], ()):
@@ -184,7 +185,7 @@ class OutputCorrector:
         possible = producer.rectified is not None and has_transpose(producer.layer)
         if self._rehearsal or not possible or not _matches(producer, current, dense):
             return producer
-        return joint_reconstruction(producer, current, _KeptChannels(producer, dense), target_fn, JOINT_ROUNDS)
+        return joint_reconstruction(producer, current, dense, target_fn, JOINT_ROUNDS)
 
     def _correct(
         self,
@@ -254,19 +255,6 @@ def _matches(producer: ProducerOutput, current: list[Tensor], dense: list[Tensor
     axis, kept = channel_axis(producer.layer), producer.kept
     shape = current[0].shape
     return len(shape) == dense[0].ndim and dense[0].shape[axis] == len(kept) and shape[axis] == int(kept.sum())
-
-
-class _KeptChannels(Sequence[Tensor]):
-    """The channels of the dense network's tensors that a pruned layer still has, selected when they are asked for."""
-
-    def __init__(self, producer: ProducerOutput, dense: list[Tensor]) -> None:
-        self._producer, self._dense = producer, dense
-
-    def __len__(self) -> int:
-        return len(self._dense)
-
-    def __getitem__(self, index: Any) -> Any:
-        return select_channels(self._dense[index], self._producer.layer, self._producer.kept)
 
 
 def _equal(current: Tensor, reference: Tensor) -> Tensor:
