@@ -43,6 +43,7 @@ class RecipeOptions:
     amp: Annotated[
         str | None, _recipe("Precision: bf16, fp16 (CUDA only) or none.", autocompletion=completion.one_of(AMP))
     ] = None
+    channels_last: Annotated[bool, _recipe("Memory layout; often faster.", "--channels-last")] = False
     augment: Annotated[bool, _recipe("Crop at random offsets and mirror at random.")] = True
     max_batches: Annotated[int | None, _recipe("Optimizer steps in all, at most.", min=1)] = None
     teacher: Annotated[Path | None, _recipe("Weights of the dense MODEL, to learn from its predictions too.")] = None
@@ -70,6 +71,8 @@ class RecipeOptions:
         given = {name: getattr(self, name) for name in changed if getattr(self, name) is not None}
         if self.amp is not None:
             given["amp"] = None if self.amp == "none" else cast("Precision", self.amp)
+        if self.channels_last:
+            given["channels_last"] = True
         return dataclasses.replace(find_recipe(self.recipe, model, device), **given)
 
     def record(self, settings: Recipe) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def find_recipe(name: str, model: str, device: torch.device | str) -> Recipe:
     """Look up a recipe for a network and a device.
 
     MobileNets take half the learning rate, as in the paper. On CUDA the fast recipe computes in bfloat16 and in
-    channels-last memory; elsewhere both would cost more than they save.
+    channels-last memory. Elsewhere they are for the caller to choose: what they save depends on the processor.
 
     Args:
         name: ``"paper"`` or ``"fast"``.
