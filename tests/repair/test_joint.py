@@ -75,7 +75,8 @@ def test_each_round_lowers_the_error_and_current_is_what_the_layers_compute(grou
     producer = ProducerOutput(first, fit, list(x.split(50)), None, torch.ones(4, dtype=torch.bool), scale)
     rectified = RectifiedInput(producer, list(before), 0.0, 6.0)
     outputs = PatchFit(second, images=128)
-    outputs.held_out = [False] * 3
+    for part in read:
+        outputs.update(part, second(part))
     pair = ProducerOutput(second, outputs, list(read), None, torch.ones(6, dtype=torch.bool), factor, rectified)
     errors = [float((torch.cat(current) - reference).square().mean())]
     for _ in range(4):

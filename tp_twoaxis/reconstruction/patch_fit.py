@@ -160,6 +160,7 @@ class PatchFit:
         scale: Tensor,
         target_fn: TargetFunction,
         kept: Tensor | None = None,
+        batches: Collection[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Change the solved weights once more, for a target of a tensor downstream of the layer's outputs.
 
@@ -176,6 +177,7 @@ class PatchFit:
                 onto the values that have the same effect downstream as ``reference`` (for a rectifier: all values
                 beyond its bound, where ``reference`` is beyond it), the error downstream falls each time.
             kept: [channels of reference] bool, those that the layer writes, where it does not write all.
+            batches: numbers of those to fit to, see :meth:`fit_residual`.
 
         Returns:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
@@ -192,7 +194,7 @@ class PatchFit:
                 yield now(i)(part, positions), then(i)(part, positions), factor * (output + shift.to(output))
 
         with torch.autocast(current[0].device.type, enabled=False):
-            change, shift = self._fit_rows(x, residual)
+            change, shift = self._fit_rows(x, residual, batches)
             size = largest_useful_step(judged(change, shift), target_fn)
         self._add(size * change.mT.double())
         return size * change.reshape(self.layer.weight.shape), size * shift  # type: ignore[arg-type]

@@ -113,8 +113,9 @@ def joint_reconstruction(
     layer is then a least-squares fit of its patches to the backpropagated residual, divided by the curvature with
     respect to its outputs (Kronecker-factored: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions). The
     step size is an exact line search as long as no rectifier switches, and halved until the error falls on the images
-    that the fits hold out (on all, if they hold out none). Then the second layer is refitted to its new inputs. A round
-    that would not lower that error changes nothing. It takes images, no labels, and touches nothing but the two layers.
+    that the fits hold out (on all, if they hold out none). Then the second layer is corrected for its new inputs, with
+    the covariance of its old ones. A round that would not lower that error changes nothing. It takes images, no labels,
+    and touches nothing but the two layers.
 
     The rounds work on so many of the images as have the rows that a fit wants, 512 at least. After them the other
     images follow, and the second layer is refitted to all.
@@ -131,17 +132,16 @@ def joint_reconstruction(
         The second layer's outputs with its last fit.
     """
     pair = _Pair(second, current, dense, target_fn)
-    refitted = None
+    changed = False
     for _ in range(rounds):
         if not pair.change_first():
             break
-        refitted = pair.refit_second(pair.few)
-    if refitted is None:
+        pair.correct_second()
+        changed = True
+    if not changed:
         return second
-    if pair.rest:
-        pair.follow()
-        refitted = pair.refit_second([*pair.few, *pair.rest])
-    return refitted
+    pair.follow()
+    return pair.refit_second()
 
 
 class _Pair:
@@ -200,26 +200,39 @@ class _Pair:
         self._shifts[0] = self._shifts[0] + size * shift
         return True
 
-    def refit_second(self, fitted: Sequence[int]) -> ProducerOutput:
-        """Refit the second layer to its new inputs in some chunks, and in those held out; all of these follow."""
-        second, current = self._second, self._current
-        layer, weight, inputs = second.layer, _weight(second.layer), second.inputs
+    def correct_second(self) -> None:
+        """Change the second layer as its new inputs want it, in the chunks of the rounds."""
+        second = self._second
+        weight_change, shift = second.solved_fit.refine(
+            second.inputs, self._current, self._dense, second.scale, self._target_fn, second.kept, self.few
+        )
+        self._change_second(weight_change, shift, [*self.few, *self._judges])
+
+    def refit_second(self) -> ProducerOutput:
+        """Refit the second layer to its new inputs in all chunks."""
+        second, inputs = self._second, self._second.inputs
+        fitted = [*self.few, *self.rest]
+        fit = PatchFit(second.layer, images=sum(len(inputs[chunk]) for chunk in fitted))
         chunks = sorted((*fitted, *self._judges))
-        fit = PatchFit(layer, images=sum(len(inputs[chunk]) for chunk in fitted))
         for chunk in chunks:
             fit.update_downstream(
-                inputs[chunk], current[chunk], self._dense[chunk], second.scale, self._target_fn,
+                inputs[chunk], self._current[chunk], self._dense[chunk], second.scale, self._target_fn,
                 held_out=chunk in self._judges, kept=second.kept,
             )  # fmt: skip
+        before = _weight(second.layer)
         shift = fit.solve()
-        add_bias(layer, shift, second.norm)
-        self._shifts[1] = self._shifts[1] + shift
-        weight_change = _weight(layer) - weight
-        scale = broadcast_channels(second.scale, current[0], layer)
-        for chunk in chunks:
-            delta = apply_weight(layer, inputs[chunk], weight_change)
-            current[chunk] += delta.add_(broadcast_channels(shift, delta, layer)).mul_(scale)
+        self._change_second(_weight(second.layer) - before, shift, chunks)
         return replace(second, fit=fit)
+
+    def _change_second(self, weight_change: Tensor, shift: Tensor, chunks: Sequence[int]) -> None:
+        """Write the shift that goes with the second layer's new weights, and let some chunks follow."""
+        second = self._second
+        add_bias(second.layer, shift, second.norm)
+        self._shifts[1] = self._shifts[1] + shift
+        for chunk in chunks:
+            delta = apply_weight(second.layer, second.inputs[chunk], weight_change)
+            delta += broadcast_channels(shift, delta, second.layer)
+            self._current[chunk] += delta.mul_(broadcast_channels(second.scale, delta, second.layer))
 
     def follow(self) -> None:
         """Bring the chunks that the rounds did not work on to what the layers compute now."""
