@@ -59,8 +59,8 @@ format: $(VENV)/.all ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-speed: $(VENV)/.all ## Calibration's cost against plain forward and forward + backward passes
-	$(BIN)/python benchmarks/calibration_speed.py
+bench-speed: $(VENV)/.all ## What calibration, selection, repair and removal cost, as ratios (two hours)
+	$(BIN)/python benchmarks/speed.py
 
 bench: $(VENV)/.all ## README's accuracy tables, hours, resumable; needs TP_TWOAXIS_DATA and _CHECKPOINTS
 	mkdir -p benchmarks/results

@@ -8,7 +8,7 @@ Parts:
 
 - ``passes``: ``calibrate()``, the same with all positions, and forward + backward of the cross-entropy (what Taylor
   needs), against a plain forward pass over the same batches, medians over alternating rounds of the ratios within a
-  round, so that a drift of the machine's speed cancels;
+  round, so that a drift of the machine's speed cancels; the last two run in every third round;
 - ``growth``: ``calibrate()`` against plain forward for fewer images and smaller batches;
 - ``recipes``: criteria that gather something of their own and repairs, against ``calibrate()`` over the same images;
 - ``removal``: score, plan and removal with statistics in hand, against a step of Torch-Pruning's pruner with its
@@ -28,7 +28,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +132,25 @@ def timed(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
 
 
 def alternate(
-    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, seldom: Collection[str] = ()
 ) -> dict[str, tuple[float, float, int]]:
-    """Run all in turn, so many times: name -> median seconds, median ratio to the first, largest peak."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
-    next(iter(runs.values()))()  # warm
-    for _ in tqdm(range(rounds), leave=False):
+    """Run all in turn, so many times: name -> median seconds, median ratio to the first, largest peak.
+
+    Those of ``seldom`` run in every third round.
+    """
+    found: dict[str, dict[int, tuple[float, int]]] = {name: {} for name in runs}
+    for run in runs.values():
+        run()  # warm
+    for number in tqdm(range(rounds), leave=False):
         for name, run in runs.items():
-            found[name].append(timed(run, device))
+            if name not in seldom or number % 3 == 0:
+                found[name][number] = timed(run, device)
     first = found[next(iter(runs))]
     return {
         name: (
-            statistics.median(seconds for seconds, _ in own),
-            statistics.median(a / b for (a, _), (b, _) in zip(own, first, strict=True)),
-            max(peak for _, peak in own),
+            statistics.median(seconds for seconds, _ in own.values()),
+            statistics.median(seconds / first[number][0] for number, (seconds, _) in own.items()),
+            max(peak for _, peak in own.values()),
         )
         for name, own in found.items()
     }
@@ -162,6 +167,7 @@ def passes(bench: Bench, rounds: int) -> Iterator[Row]:
         },
         rounds,
         bench.device,
+        seldom=("calibrate, all positions", "forward + backward"),
     )
     for what, (seconds, ratio, peak) in found.items():
         yield bench.row("passes", what, seconds, ratio=round(ratio, 3), of="forward", rounds=rounds, peak_mib=peak)

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,8 @@ def main() -> None:
             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
         }
     )
-    for name, figure in (("accuracy", accuracy()), ("repairs", repairs()), ("idea", idea())):
+    figures = {"accuracy": accuracy(), "repairs": repairs(), "idea": idea(), "seconds": seconds()}
+    for name, figure in figures.items():
         figure.savefig(PICTURES / f"{name}.svg", transparent=True, metadata={"Date": None})
 
 
@@ -59,6 +61,37 @@ def accuracy() -> Figure:
     figure.axes[0].set_ylabel("CIFAR-10 test accuracy, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def seconds() -> Figure:
+    """Draw accuracy at half of the multiply-adds against the seconds of selection, removal and repair."""
+    folder = ROOT / "benchmarks/results/cifar10_recipe"
+    table = pd.read_csv(folder / "summary.csv").query("keep == 0.5")
+    times = pd.read_csv(folder / "timing.csv")
+    times["seconds"] = times.total - times.evaluate
+    table = table.merge(times[["network", "method", "seconds"]], on=["network", "method"])
+    colors = {"bn": GREY, "sequential": BLUE, "joint": GREEN}
+    markers = {"taylor": "v", "l2": "s", "hull": "o", "anticipating": "^"}
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    for axes, (network, title) in zip(figure.subplots(1, 2, sharey=True), NETWORKS.items(), strict=True):
+        own = table[table.network == network]
+        for _, row in own.iterrows():
+            criterion, repair = row.method.split("+")
+            axes.scatter(row.seconds, 100 * row.accuracy, color=colors[repair], marker=markers[criterion], s=45)
+        axes.axhline(100 * own.dense.iloc[0], color=GREY, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlim(3, 700)
+        axes.set_xticks([5, 20, 100, 400], ["5", "20", "100", "400"])
+        axes.minorticks_off()
+        axes.set_ylim(20, 102)
+        axes.set_title(f"ResNet-20, {title}", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("seconds on one CPU core")
+    figure.axes[0].set_ylabel("CIFAR-10 test accuracy, %")
+    handles = [Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in markers.items()]
+    handles += [Line2D([], [], color=color, linewidth=6, label=f"repair {name}") for name, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 
