@@ -107,7 +107,7 @@ class Bench:
 
 def make_row(part: str, network: str, what: str, seconds: float, **more: Any) -> Row:
     """Make a row of the results."""
-    own = {"part": part, "network": network, "what": what, "images": "", "batch": "", "seconds": round(seconds, 3)}
+    own = {"part": part, "network": network, "what": what, "images": "", "batch": "", "seconds": round(seconds, 3) or ""}
     return own | more
 
 
