@@ -107,7 +107,14 @@ class Bench:
 
 def make_row(part: str, network: str, what: str, seconds: float, **more: Any) -> Row:
     """Make a row of the results."""
-    own = {"part": part, "network": network, "what": what, "images": "", "batch": "", "seconds": round(seconds, 3) or ""}
+    own = {
+        "part": part,
+        "network": network,
+        "what": what,
+        "images": "",
+        "batch": "",
+        "seconds": round(seconds, 3) or "",
+    }
     return own | more
 
 
@@ -283,7 +290,7 @@ def picture(rows: list[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    own = [row for row in rows if row["part"] in ("passes", "recipes") and row["ratio"] != 1.0]
+    own = [row for row in rows if row["part"] in ("passes", "recipes") and row["ratio"] != 1.0 and row["seconds"]]
     networks = list(dict.fromkeys(row["network"] for row in own))
     if not networks:
         return
@@ -303,7 +310,9 @@ def picture(rows: list[Row]) -> None:
         axis.set_title(network, fontsize=10, loc="left")
         axis.tick_params(labelsize=8)
         axis.margins(x=0.12)
-    axes[-1, 0].set_xlabel("times a plain forward pass (blue) or calibrate() (orange) over the same images")
+    figure.supxlabel(
+        "times a plain forward pass (blue) or calibrate() (orange), same images (their number)", fontsize=9
+    )
     figure.savefig(RESULTS / "speed.png", dpi=130)
     plt.close(figure)
 
