@@ -131,7 +131,7 @@ def joint_reconstruction(
     Returns:
         The second layer's outputs with its last fit.
     """
-    pair = _Pair(second, current, dense, target_fn)
+    pair = _JointPair(second, current, dense, target_fn)
     changed = False
     for _ in range(rounds):
         if not pair.change_first():
@@ -144,7 +144,7 @@ def joint_reconstruction(
     return pair.refit_second()
 
 
-class _Pair:
+class _JointPair:
     """Two layers that are fitted together.
 
     Attributes:
