@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cifar_resnets import CIFAR_NETWORKS, draw, option_parser
@@ -28,11 +28,22 @@ from tp_twoaxis.scores import SCORES
 CIFAR_IMAGES, IMAGENET_IMAGES = 1024, 500
 
 
+def rank_correlations(
+    first: CalibrationStatistics, second: CalibrationStatistics, score: str, layers: Iterable[str]
+) -> list[float]:
+    """Spearman correlation between a score's values from two calibrations, in some layers."""
+    one, other = TwoAxisImportance(first, score), TwoAxisImportance(second, score)
+    return [float(spearmanr(one.layer_scores(name), other.layer_scores(name)).statistic) for name in layers]
+
+
+def convolutions(stats: CalibrationStatistics) -> list[str]:
+    """Names of the convolutions."""
+    return [name for name, entry in stats.layers.items() if entry.kind == "Conv2d"]
+
+
 def agreement(first: CalibrationStatistics, second: CalibrationStatistics, score: str) -> dict[str, float]:
     """Median and worst rank correlation over the convolutions."""
-    one, other = TwoAxisImportance(first, score), TwoAxisImportance(second, score)
-    layers = [name for name, entry in first.layers.items() if entry.kind == "Conv2d"]
-    found = [float(spearmanr(one.layer_scores(name), other.layer_scores(name)).statistic) for name in layers]
+    found = rank_correlations(first, second, score, convolutions(first))
     rho = [value for value in found if not math.isnan(value)]  # a depthwise layer has one score for all channels
     return {"median": round(statistics.median(rho), 4), "worst": round(min(rho), 3)}
 

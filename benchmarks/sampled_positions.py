@@ -30,10 +30,10 @@ from unittest.mock import patch
 
 import torch
 from provenance import save
-from scipy.stats import spearmanr
+from rank_agreement import convolutions, rank_correlations
 from torch import Tensor, nn
 
-from tp_twoaxis import CalibrationStatistics, TwoAxisImportance, calibrate
+from tp_twoaxis import CalibrationStatistics, calibrate
 from tp_twoaxis.data import ArrayDataset, open_dataset
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.statistics import recorder
@@ -71,9 +71,7 @@ def fixed_positions(fewest: int) -> Iterator[None]:
 def agreement(first: CalibrationStatistics, second: CalibrationStatistics) -> dict[str, dict[str, float]]:
     found = {}
     for score in SCORES:
-        one, other = TwoAxisImportance(first, score), TwoAxisImportance(second, score)
-        layers = [name for name, entry in first.layers.items() if entry.kind == "Conv2d"]
-        rho = [float(spearmanr(one.layer_scores(name), other.layer_scores(name)).statistic) for name in layers]
+        rho = rank_correlations(first, second, score, convolutions(first))
         found[score] = {"mean": round(sum(rho) / len(rho), 4), "worst": round(min(rho), 3)}
     return found
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from provenance import save
-from scipy.stats import spearmanr
+from rank_agreement import rank_correlations
 from torch import nn
 
-from tp_twoaxis import CalibrationStatistics, TwoAxisImportance, calibrate
+from tp_twoaxis import CalibrationStatistics, calibrate
 from tp_twoaxis.data import ArrayDataset, ImageDataset, open_dataset
 from tp_twoaxis.models import build_model, load_weights
 from tp_twoaxis.runtime.layers import channel_layers
@@ -38,8 +38,7 @@ POSITIONS = {"conv1": 1024, "layer1": 1024, "layer2": 256, "layer3": 64}
 
 
 def agreement(first: CalibrationStatistics, second: CalibrationStatistics, score: str) -> dict[str, float]:
-    one, other = TwoAxisImportance(first, score), TwoAxisImportance(second, score)
-    rho = [float(spearmanr(one.layer_scores(name), other.layer_scores(name)).statistic) for name in first]
+    rho = rank_correlations(first, second, score, first)
     return {"mean": round(sum(rho) / len(rho), 4), "minimum": round(min(rho), 3)}
 
 

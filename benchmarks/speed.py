@@ -100,12 +100,12 @@ class Bench:
         """Gather statistics of all images."""
         return calibrate(self.model, self.batches, max_images=None, progress=False, **options)
 
-    def row(self, part: str, what: str, seconds: float, **more: Any) -> Row:
+    def row(self, part: str, what: str, seconds: float | None, **more: Any) -> Row:
         """Make a row of the results about this network."""
         return make_row(part, self.name, what, seconds, images=self.images, batch=self.batch, **more)
 
 
-def make_row(part: str, network: str, what: str, seconds: float, **more: Any) -> Row:
+def make_row(part: str, network: str, what: str, seconds: float | None, **more: Any) -> Row:
     """Make a row of the results."""
     own = {
         "part": part,
@@ -113,7 +113,7 @@ def make_row(part: str, network: str, what: str, seconds: float, **more: Any) ->
         "what": what,
         "images": "",
         "batch": "",
-        "seconds": round(seconds, 3) or "",
+        "seconds": "" if seconds is None else round(seconds, 3),
     }
     return own | more
 
@@ -179,7 +179,7 @@ def passes(bench: Bench, rounds: int) -> Iterator[Row]:
     for what, (seconds, ratio, peak) in found.items():
         yield bench.row("passes", what, seconds, ratio=round(ratio, 3), of="forward", rounds=rounds, peak_mib=peak)
     seconds, ratio = (found["calibrate"][i] / found["forward + backward"][i] for i in (0, 1))
-    yield bench.row("passes", "calibrate / (forward + backward)", 0.0, ratio=round(ratio, 3), of="forward + backward")
+    yield bench.row("passes", "calibrate / (forward + backward)", None, ratio=round(ratio, 3), of="forward + backward")
 
 
 def growth(bench: Bench, rounds: int) -> Iterator[Row]:
@@ -290,7 +290,11 @@ def picture(rows: list[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    own = [row for row in rows if row["part"] in ("passes", "recipes") and row["ratio"] != 1.0 and row["seconds"]]
+    own = [
+        row
+        for row in rows
+        if row.get("of") in ("forward", "calibrate") and row["ratio"] != 1.0 and row["part"] != "growth"
+    ]
     networks = list(dict.fromkeys(row["network"] for row in own))
     if not networks:
         return

@@ -5,10 +5,12 @@ python scripts/docs_figures.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
@@ -35,6 +37,14 @@ def main() -> None:
         figure.savefig(PICTURES / f"{name}.svg", transparent=True, metadata={"Date": None})
 
 
+def panels(figure: Figure, table: pd.DataFrame) -> Iterator[tuple[Axes, pd.DataFrame]]:
+    """Make a panel for each network, side by side, and select its rows."""
+    for axes, (network, title) in zip(figure.subplots(1, 2, sharey=True), NETWORKS.items(), strict=True):
+        axes.set_title(f"ResNet-20, {title}", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes, table[table.network == network]
+
+
 def accuracy() -> Figure:
     """Draw accuracy against multiply-adds kept: criteria of Torch-Pruning before and after repair, and ours."""
     table = pd.read_csv(ROOT / "benchmarks/results/cifar10_recipe/summary.csv")
@@ -45,15 +55,12 @@ def accuracy() -> Figure:
         "anticipating+joint": (GREEN, "^", "-", "our selection and repair"),
     }
     figure = Figure(figsize=(8, 3.9), layout="constrained")
-    for axes, (network, title) in zip(figure.subplots(1, 2, sharey=True), NETWORKS.items(), strict=True):
-        own = table[table.network == network].sort_values("keep")
+    for axes, own in panels(figure, table.sort_values("keep")):
         axes.axhline(100 * own.dense.iloc[0], color=GREY, linewidth=1)
         axes.text(70, 100 * own.dense.iloc[0] + 1, "original network", va="bottom", ha="left", fontsize=9)
         for method, (color, marker, style, label) in lines.items():
             shown = own[own.method == method]
             axes.plot(100 * shown.keep, 100 * shown.accuracy, color=color, marker=marker, linestyle=style, label=label)
-        axes.set_title(f"ResNet-20, {title}", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks([35, 50, 70])
         axes.set_xlabel("multiply-adds kept, %")
         axes.invert_xaxis()
@@ -74,8 +81,7 @@ def seconds() -> Figure:
     colors = {"bn": GREY, "sequential": BLUE, "joint": GREEN}
     markers = {"taylor": "v", "l2": "s", "hull": "o", "anticipating": "^"}
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    for axes, (network, title) in zip(figure.subplots(1, 2, sharey=True), NETWORKS.items(), strict=True):
-        own = table[table.network == network]
+    for axes, own in panels(figure, table):
         for _, row in own.iterrows():
             criterion, repair = row.method.split("+")
             axes.scatter(row.seconds, 100 * row.accuracy, color=colors[repair], marker=markers[criterion], s=45)
@@ -85,8 +91,6 @@ def seconds() -> Figure:
         axes.set_xticks([5, 20, 100, 400], ["5", "20", "100", "400"])
         axes.minorticks_off()
         axes.set_ylim(20, 102)
-        axes.set_title(f"ResNet-20, {title}", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("seconds on one CPU core")
     figure.axes[0].set_ylabel("CIFAR-10 test accuracy, %")
     handles = [Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in markers.items()]
@@ -100,16 +104,13 @@ def repairs() -> Figure:
     table = pd.read_csv(ROOT / "benchmarks/results/cifar10_repair/summary.csv")
     table = table[table.keep == 0.5]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    for axes, (network, title) in zip(figure.subplots(1, 2, sharey=True), NETWORKS.items(), strict=True):
-        own = table[table.network == network]
+    for axes, own in panels(figure, table):
         axes.axhline(100 * own.dense.iloc[0], color=GREY, linestyle=":", linewidth=1)
         axes.text(0, 100 * own.dense.iloc[0] - 1, "dense network", va="top", fontsize=9)
         for criterion, (color, marker, label) in CRITERIA.items():
             shown = own[own.criterion == criterion].set_index("treatment").accuracy.reindex(REPAIRS)
             axes.plot(range(len(REPAIRS)), 100 * shown, color=color, marker=marker, label=label)
         axes.set_xticks(range(len(REPAIRS)), REPAIRS, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_title(f"ResNet-20, {title}", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0, 100)
     figure.axes[0].set_ylabel("test accuracy, %")
     figure.axes[1].legend(frameon=False, loc="lower right", title="channels ranked by")

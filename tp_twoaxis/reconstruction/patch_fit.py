@@ -183,7 +183,6 @@ class PatchFit:
             The change of the weight, shaped like it, and of the outputs' mean [C] float64 besides.
         """
         factor = scale.to(current[0])
-        now, then = self._selected(current), self._selected(reference, kept)
 
         def residual(i: int) -> RowsFunction:
             return self._downstream_residual(current[i], reference[i], scale, target_fn, kept)
@@ -191,7 +190,8 @@ class PatchFit:
         def judged(change: Tensor, shift: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for i, part, positions, rows in self._batches(x, held_out=True):
                 output = torch.einsum("rgf,gof->rgo", rows, change).reshape(-1, positions.shape[-1], len(factor))
-                yield now(i)(part, positions), then(i)(part, positions), factor * (output + shift.to(output))
+                now, then = self.select_rows(current[i]), self.select_rows(reference[i], kept)
+                yield now(part, positions), then(part, positions), factor * (output + shift.to(output))
 
         with torch.autocast(current[0].device.type, enabled=False):
             change, shift = self._fit_rows(x, residual, batches)
@@ -221,17 +221,15 @@ class PatchFit:
         view = flatten_positions(tensor, self.layer, len(tensor), "")
         return lambda part, positions: _of_channels(select_positions(view[part], positions), kept)
 
-    def _selected(self, tensors: Sequence[Tensor], kept: Tensor | None = None) -> BatchRows:
-        return lambda i: self.select_rows(tensors[i], kept)
-
     def _downstream_residual(
         self, current: Tensor, reference: Tensor, scale: Tensor, target_fn: TargetFunction, kept: Tensor | None
     ) -> RowsFunction:
-        now, then, inverse = self.select_rows(current), self.select_rows(reference, kept), safe_inverse(scale)
+        now, then = self.select_rows(current), self.select_rows(reference, kept)
+        inverse = safe_inverse(scale).to(current)
 
         def rows(part: slice, positions: Tensor) -> Tensor:
             chosen = now(part, positions)
-            return (target_fn(chosen, then(part, positions)) - chosen) * inverse.to(chosen)
+            return (target_fn(chosen, then(part, positions)) - chosen) * inverse
 
         return rows
 

@@ -56,6 +56,12 @@ class ProducerOutput:
         assert self.fit is not None
         return self.fit
 
+    def downstream_change(self, x: Tensor, weight_change: Tensor, shift: Tensor) -> Tensor:
+        """What a change of its weights and of its outputs' mean [C] changes downstream, for inputs ``x``."""
+        delta = apply_weight(self.layer, x, weight_change)
+        delta += broadcast_channels(shift, delta, self.layer)
+        return delta.mul_(broadcast_channels(self.scale, delta, self.layer))
+
 
 @dataclass(frozen=True)
 class RectifiedInput:
@@ -162,16 +168,16 @@ class _JointPair:
         held_out = second.solved_fit.held_out
         self._judges = [chunk for chunk, judges in enumerate(held_out) if judges]
         self.few, self.rest = self._divide([chunk for chunk, judges in enumerate(held_out) if not judges])
-        self._weights = [_weight(producer.layer).clone() for producer in (self._first, self._second)]
+        self._weights = [_weight(producer.layer) for producer in (self._first, self._second)]
         self._both_active = self._count_active()
         self._shifts = [torch.zeros(()), torch.zeros(())]  # of each layer's outputs, since then
 
     def _divide(self, fitted: list[int]) -> tuple[list[int], list[int]]:
         """Divide the chunks that are fitted into those for the rounds and the rest."""
-        wanted = 0.0
+        wanted: float = FEWEST_IMAGES
         for producer, tensors in ((self._first, self._rectified.preactivation), (self._second, self._current)):
             positions = flatten_positions(tensors[0], producer.layer, len(tensors[0]), "").shape[1]
-            wanted = max(wanted, rows_wanted(producer.layer) / positions, FEWEST_IMAGES)
+            wanted = max(wanted, rows_wanted(producer.layer) / positions)
         images = 0
         for i, chunk in enumerate(fitted):
             images += len(self._second.inputs[chunk])
@@ -186,7 +192,10 @@ class _JointPair:
         weight_change, shift = first.solved_fit.fit_residual(
             first.inputs, lambda chunk: self._direction(chunk, inverse), self.few
         )
-        step = {chunk: self._through_first(chunk, weight_change, shift) for chunk in (*self.few, *self._judges)}
+        step = {
+            chunk: first.downstream_change(first.inputs[chunk], weight_change, shift)
+            for chunk in (*self.few, *self._judges)
+        }
         size = self._line_search(step)
         if size is None:
             return False
@@ -230,30 +239,18 @@ class _JointPair:
         add_bias(second.layer, shift, second.norm)
         self._shifts[1] = self._shifts[1] + shift
         for chunk in chunks:
-            delta = apply_weight(second.layer, second.inputs[chunk], weight_change)
-            delta += broadcast_channels(shift, delta, second.layer)
-            self._current[chunk] += delta.mul_(broadcast_channels(second.scale, delta, second.layer))
+            self._current[chunk] += second.downstream_change(second.inputs[chunk], weight_change, shift)
 
     def follow(self) -> None:
         """Bring the chunks that the rounds did not work on to what the layers compute now."""
         first, second = self._first, self._second
-        before = self._weights[1]
         change = _weight(first.layer) - self._weights[0]
         for chunk in self.rest:
-            x, current = second.inputs[chunk], self._current[chunk]
-            delta = -apply_weight(second.layer, x, before)
-            self._move(chunk, self._through_first(chunk, change, self._shifts[0]))
-            delta += apply_weight(second.layer, x, _weight(second.layer))
-            delta += broadcast_channels(self._shifts[1], delta, second.layer)
-            current += delta.mul_(broadcast_channels(second.scale, delta, second.layer))
-
-    def _through_first(self, chunk: int, weight_change: Tensor, shift: Tensor) -> Tensor:
-        """What a change of the first layer changes before the rectifier."""
-        first = self._first
-        delta = apply_weight(first.layer, first.inputs[chunk], weight_change)
-        return delta.add_(broadcast_channels(shift, delta, first.layer)).mul_(
-            broadcast_channels(first.scale, delta, first.layer)
-        )
+            x = second.inputs[chunk]  # moved in place
+            before = second.downstream_change(x, self._weights[1], torch.zeros(()))
+            self._move(chunk, first.downstream_change(first.inputs[chunk], change, self._shifts[0]))
+            after = second.downstream_change(x, _weight(second.layer), self._shifts[1])
+            self._current[chunk] += after.sub_(before)
 
     def _downstream(self, chunk: int, delta: Tensor) -> Tensor:
         """The downstream tensor after a change before the rectifier."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_twoaxis.dependency.flops import all_tensors
-from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction, apply_weight
+from tp_twoaxis.reconstruction.patch_fit import PatchFit, TargetFunction
 from tp_twoaxis.reconstruction.patches import patch_size
 from tp_twoaxis.repair.joint import ProducerOutput, RectifiedInput, has_transpose, joint_reconstruction
 from tp_twoaxis.repair.lockstep import ChunkTensors, Place
@@ -22,7 +22,7 @@ from tp_twoaxis.repair.op_interceptor import OpInterceptor
 from tp_twoaxis.repair.paused_pass import RECTIFIER, SUM
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import kernel_input
-from tp_twoaxis.runtime.layers import broadcast_channels, channel_axis
+from tp_twoaxis.runtime.layers import channel_axis
 from tp_twoaxis.runtime.weights import add_bias
 
 # a layer is corrected once at a rectifier: with more rounds the error after it falls further, but 4 or 12 made neither
@@ -194,17 +194,14 @@ class OutputCorrector:
         dense: list[Tensor],
         target_fn: TargetFunction,
     ) -> None:
-        layer = producer.layer
         if self._rehearsal or not _matches(producer, current, dense):
             return
         weight_change, shift = producer.solved_fit.refine(
             producer.inputs, current, dense, producer.scale, target_fn, producer.kept
         )
-        add_bias(layer, shift, producer.norm)
+        add_bias(producer.layer, shift, producer.norm)
         for x, tensor in zip(producer.inputs, current, strict=True):
-            delta = apply_weight(layer, x, weight_change)
-            delta += broadcast_channels(shift, delta, layer)
-            tensor += broadcast_channels(producer.scale, delta, layer) * delta
+            tensor += producer.downstream_change(x, weight_change, shift)
 
 
 def count_readers(network: nn.Module, layers: Iterable[nn.Module], inputs: Inputs) -> list[int]:
