@@ -22,6 +22,7 @@ from tp_twoaxis.reconstruction.affine import (
 from tp_twoaxis.reconstruction.patch_fit import PatchFit
 from tp_twoaxis.reconstruction.patches import fits
 from tp_twoaxis.repair.pruned_consumers import pruned_blocks
+from tp_twoaxis.repair.repair_report import relative, removed_channels_of
 from tp_twoaxis.repair.repair_task import NO_GAIN, ChannelReconstruction, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
@@ -56,6 +57,7 @@ def reconstruct_channels(task: RepairTask, *, means_only: bool = False) -> dict[
             batch_norm=task.batch_norm_of(name),
         )
         outcomes[name] = Outcome(True)
+    task.stats = task.held_out_stats = None  # they are large, and what comes next needs memory for activations
     return outcomes
 
 
@@ -106,7 +108,14 @@ def reconstruct_layer(
     if not means_only:
         write_weight(layer, torch.stack(weights))
     add_bias(layer, torch.cat(shifts), batch_norm)
-    return ChannelReconstruction(fits[best], torch.cat(predicted), entry.num_input_rows)
+    variance, width = entry.input_covariance.diagonal(), lost[1].shape[1]
+    removed = [
+        channel
+        for first, reconstruction in fits[best].items()
+        for channel in removed_channels_of(reconstruction, variance[first : first + width], first)
+    ]
+    error = relative(torch.cat(predicted), entry.variance[~pruned.outputs])
+    return ChannelReconstruction(removed, error, entry.num_input_rows)
 
 
 _Lost = tuple[Tensor, Tensor, Tensor]  # blocks that stay, and their lost inputs and outputs

@@ -22,8 +22,6 @@ from tp_twoaxis.repair.repair_report import (
     Distance,
     RemovedChannel,
     RepairReport,
-    relative,
-    removed_channels_of,
 )
 from tp_twoaxis.repair.repair_task import TRAINING_STEPS, ConsumerState, RepairTask
 from tp_twoaxis.repair.strategies import REPAIRS, RepairStrategy, check_repair, refits, stages_of
@@ -245,19 +243,11 @@ def _consumer_statistics(
 
 def _describe(name: str, task: RepairTask) -> ConsumerRepair:
     state, pruned = task.consumers[name], task.masks[name]
-    kept, fitted = int((~pruned.inputs).sum()), state.channels
-    if fitted is None or task.stats is None:
+    kept, found = int((~pruned.inputs).sum()), state.channels
+    if found is None:
         removed = [RemovedChannel(channel, None, []) for channel in pruned.inputs.nonzero()[:, 0].tolist()]
         return ConsumerRepair(name, state.repair, state.reason, 0, kept, removed)
-    entry = task.stats[name]
-    variance = entry.input_covariance.diagonal()
-    removed = [
-        channel
-        for first, block in fitted.blocks.items()
-        for channel in removed_channels_of(block, variance[first : first + len(block.kept) + len(block.removed)], first)
-    ]
-    predicted = relative(fitted.predicted, entry.variance[~pruned.outputs])
-    return ConsumerRepair(name, state.repair, state.reason, fitted.rows, kept, removed, predicted)
+    return ConsumerRepair(name, state.repair, state.reason, found.rows, kept, found.removed, found.predicted)
 
 
 def _add_notes(task: RepairTask, consumers: list[ConsumerRepair]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
-from tp_twoaxis.reconstruction.affine import AffineReconstruction
 from tp_twoaxis.repair.images import RepairImages
+from tp_twoaxis.repair.repair_report import RemovedChannel
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 TRAINING_STEPS = 1000
@@ -19,16 +19,16 @@ NO_GAIN = "because no fit lowered their error on images held out"
 
 @dataclass(frozen=True)
 class ChannelReconstruction:
-    """The lost inputs of one layer reconstructed from its kept ones, channel by channel.
+    """How far the lost inputs of one layer can be told from its kept ones, channel by channel.
 
     Attributes:
-        blocks: first channel of each block that stays -> its reconstruction, in the block's own indices.
-        predicted: [O] expected variance of the outputs' error.
+        removed: lost inputs of the blocks that stay.
+        predicted: expected error of the outputs, relative to their variance.
         rows: behind the statistics.
     """
 
-    blocks: dict[int, AffineReconstruction]
-    predicted: Tensor
+    removed: list[RemovedChannel]
+    predicted: float
     rows: int
 
 
@@ -63,7 +63,7 @@ class RepairTask:
         dense: a copy of it from before removal.
         masks: layer name -> channels that it lost.
         images: to fit on, or None.
-        stats: statistics of the dense network, with what its layers read, or None.
+        stats: statistics of the dense network, with what its layers read, until they were used; or None.
         held_out_stats: the same of images held out, or None.
         ridge: relative ridge of reconstructions by channel, or None for the default.
         whole: names of layers that keep their weights unless they lost inputs.

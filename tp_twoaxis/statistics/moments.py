@@ -21,7 +21,7 @@ BLOCK_ROWS = 512
 # and multiplied so many at a time, or as many as they are wide: summed further in float32, products would lose digits
 PRODUCT_ROWS = 256
 # a symmetric product is made of strips so wide: of wider ones little more than the half above the diagonal is computed
-STRIP = 512
+STRIP = 256
 
 
 def _plain(function: F) -> F:
