@@ -16,7 +16,8 @@ Parts:
 - ``planner``: a plan for 60 groups of 1,024 channels;
 - ``wide``: scores that look at peers, for layers of 512 to 4,096 channels.
 
-Images and weights are random: their values hardly matter to the time. Peak memory is of the whole process, resident,
+Weights are random, images noise of a contrast and a brightness of their own each: among images that were all alike,
+layers would write channels whose means hardly differ, for which calibration sums once more in float64. Peak memory is of the whole process, resident,
 while a row ran. Run it on an idle machine. Rows that ``results/speed.json`` holds already are replaced.
 """
 
@@ -47,6 +48,7 @@ from tp_twoaxis.importance import make_importance
 from tp_twoaxis.models import build_model
 from tp_twoaxis.pruning.plan import make_plan
 from tp_twoaxis.pruning.portions import ScoredGroup
+from tp_twoaxis.runtime.freed_memory import give_back
 from tp_twoaxis.runtime.serialization import write_bytes
 from tp_twoaxis.scores.cluster import spectral_clusters
 from tp_twoaxis.scores.hull import greedy_hulls
@@ -79,7 +81,9 @@ class Bench:
         self.model = build_model(name, num_classes=1000 if size == 224 else 10).eval().to(self.device)
         if self.device.type == "cpu":
             self.model = self.model.to(memory_format=torch.channels_last)
-        pixels = torch.randn(self.images, 3, size, size).contiguous(memory_format=torch.channels_last)
+        contrast, brightness = 0.3 + 1.5 * torch.rand(self.images, 1, 1, 1), torch.randn(self.images, 3, 1, 1)
+        pixels = contrast * torch.randn(self.images, 3, size, size) + brightness
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(10, (self.images,))
         self.batches: Batches = list(zip(pixels.split(self.batch), labels.split(self.batch), strict=True))
         self.example = pixels[:1].to(self.device)
@@ -120,6 +124,7 @@ def make_row(part: str, network: str, what: str, seconds: float | None, **more: 
 
 def timed(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
     """Seconds of the wall clock, and the peak of resident memory in MiB (of GPU memory on one)."""
+    give_back()
     counter = Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

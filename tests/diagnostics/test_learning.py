@@ -16,6 +16,7 @@ from tp_twoaxis.diagnostics.evidence import EvidenceInputs, NotApplicableError
 from tp_twoaxis.diagnostics.learning import (
     hull_measures,
     layer_states,
+    learning_claims,
     learning_section,
     models_by_epoch,
     persistence_table,
@@ -137,6 +138,25 @@ def test_several_trainings_are_averaged_over_seeds(inputs):
     np.testing.assert_allclose(means["mean"], expected + 0.05)
     np.testing.assert_allclose(means["sem"], 0.05)
     assert len(draw_learning(*both).axes) == 3
+
+
+def test_claims_over_trainings_have_intervals_over_trainings(inputs):
+    section = learning_section(inputs)
+    again = {name: table.assign(rho=table.rho - 0.25 * (name == "trajectory")) for name, table in section.tables.items()}
+    both = {
+        name: pd.concat([t.assign(network="n", seed=seed) for seed, t in enumerate((table, again[name]))])
+        for name, table in section.tables.items()
+    }
+    coupled, drop, *others = learning_claims(both)
+    own = section.claims[0].estimate.value
+    assert (coupled.estimate.value, coupled.estimate.upper) == pytest.approx((own - 0.125, own))
+    assert coupled.note == "epoch 0, interval over 2 trainings"
+    assert drop.estimate.value == pytest.approx(section.claims[1].estimate.value)  # a shift of all epochs cancels
+    assert [claim.sentence for claim in others] == [claim.sentence for claim in section.claims[2:]]
+    # trainings that were recorded at other epochs are judged all the same
+    both["trajectory"].loc[both["trajectory"].seed == 1, "epoch"] += 1
+    both["persistence"].loc[both["persistence"].seed == 1, "epoch"] += 1
+    assert learning_claims(both)[0].note == "epoch 0 or 1, interval over 2 trainings"
 
 
 def test_windows_without_much_choice():

@@ -15,7 +15,7 @@ from tp_twoaxis.diagnostics.controls import control_claims, controls_section
 from tp_twoaxis.diagnostics.evidence import Claim, EvidenceInputs, Section
 from tp_twoaxis.diagnostics.hull_profile import hull_section
 from tp_twoaxis.diagnostics.interventions import interventions_of, interventions_section
-from tp_twoaxis.diagnostics.learning import learning_section
+from tp_twoaxis.diagnostics.learning import learning_claims, learning_section
 from tp_twoaxis.diagnostics.magnitude_axes import magnitude_claims, magnitude_section
 from tp_twoaxis.diagnostics.propagation import propagation_section
 from tp_twoaxis.diagnostics.rescaling import rescaling_claims, rescaling_section
@@ -45,7 +45,7 @@ SECTIONS: dict[str, SectionRow] = {
     "collapse": SectionRow("sections 2.3 and 2.4", collapse_section, lambda t: collapse_claims(dict(t))),
     "structure": SectionRow("section 2.4, appendix K.1", structure_section),
     "hulls": SectionRow("section 2.4, appendix K.2", hull_section),
-    "learning": SectionRow("section 3.1, H2", learning_section),
+    "learning": SectionRow("section 3.1, H2", learning_section, learning_claims),
     "gradients": SectionRow("section 3.2, H2", gradients_section),
     "propagation": SectionRow("section 3.3, H3", propagation_section),
     "interventions": SectionRow(

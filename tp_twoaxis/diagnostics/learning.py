@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation, relative_depths, task_cells
 from tp_twoaxis.diagnostics.channel_quantities import quantities_of
-from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
+from tp_twoaxis.diagnostics.run_aggregates import best_estimate
 from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.runtime.layers import spread_over_depth
 from tp_twoaxis.runtime.model_state import unwrap
@@ -227,7 +228,7 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
         "learning",
         "Are the axes coupled before training, when do they part, and which settles first?",
         tables,
-        _claims(trajectory, velocity, persistence),
+        learning_claims(tables),
         drawings,
         follows="Where local ranks settle before task ranks do (second panel), an unfinished training foretells which "
         "channels are replaceable: pruning early is then safer by the local axis.",
@@ -238,52 +239,87 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
     )
 
 
-def _claims(trajectory: pd.DataFrame, velocity: pd.DataFrame, persistence: pd.DataFrame) -> list[Claim]:
-    epochs = sorted(set(trajectory.epoch))
-    by_epoch = {epoch: part.set_index("layer") for epoch, part in trajectory.groupby("epoch")}
-    first, last = by_epoch[epochs[0]], by_epoch[epochs[-1]]
-    parted = min(epochs[1:], key=lambda epoch: abs(epoch - PARTED_EPOCH))
-    speed = velocity.pivot_table(index="layer", columns="window", values="rho", dropna=False)
-    middle = windows(epochs)["late"][0]
-    settled = persistence[persistence.epoch == middle].pivot_table(
-        index="layer", columns="quantity", values="rho", dropna=False
-    )
-    layers = f"interval over {len(first)} layers"
+def learning_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
+    """Judge the course of training (H2).
+
+    Args:
+        tables: ``trajectory``, ``velocity`` and ``persistence`` of :func:`learning_section`; of several trainings below
+            each other, with the columns ``network`` and ``seed``, intervals are over trainings where a network has two,
+            otherwise over layers.
+    """
+    named = {key: table.assign(**{run: table.get(run, "") for run in _RUN}) for key, table in tables.items()}
+    runs = [
+        _one_course({key: table[(table[_RUN] == run).all(axis=1)] for key, table in named.items()})
+        for run in named["trajectory"][_RUN].drop_duplicates().to_numpy()
+    ]
+    layers, epochs = pd.concat([found for found, _ in runs]), dict.fromkeys(found for _, found in runs)
+    first, parted, middle = (" or ".join(dict.fromkeys(str(epoch[i]) for epoch in epochs)) for i in range(3))
+    several = (layers.groupby("network").seed.nunique() > 1).any()
+    over = f"interval over {len(runs)} trainings" if several else f"interval over {len(layers)} layers"
     claims = [
         Claim(
             "before training, input capture and task information are strongly coupled",
             "strongly coupled",
-            mean_estimate(list(first.rho)),
+            best_estimate(layers, "coupled"),
             above=0.0,
-            note=f"epoch {epochs[0]}, {layers}",
+            note=f"epoch {first}, {over}",
         ),
         Claim(
             "within ten epochs the coupling drops",
             "drops by epoch 10",
-            mean_estimate(list(first.rho - by_epoch[parted].rho)),
+            best_estimate(layers, "drop"),
             above=0.0,
-            note=f"epoch {epochs[0]} less epoch {parted}, {layers}",
+            note=f"epoch {first} less epoch {parted}, {over}",
         ),
         Claim(
             "channels move along both axes together at first, and less so later",
             "0-5 above 50-100",
-            mean_estimate(list(speed.early - speed.late)),
+            best_estimate(layers, "slower"),
             above=0.0,
-            note=f"early less late, {layers}",
+            note=f"early less late, {over}",
         ),
         Claim(
             "the order of input capture settles before that of task information",
             "I above M at epoch 50",
-            mean_estimate(list(settled.I - settled.M)),
+            best_estimate(layers, "settled"),
             above=0.0,
-            note=f"rank correlation with the last epoch, at epoch {middle}, {layers}",
+            note=f"rank correlation with the last epoch, at epoch {middle}, {over}",
         ),
     ]
     for name, words in GROWING.items():
-        if name in trajectory:
-            grown = mean_estimate(list(last[name] - first[name]))
-            claims.append(Claim(f"the {words} grows with training", "grows", grown, above=0.0, note=layers))
+        if name in layers:
+            claims.append(
+                Claim(f"the {words} grows with training", "grows", best_estimate(layers, name), above=0.0, note=over)
+            )
     return claims
+
+
+_RUN = ["network", "seed"]
+
+
+def _one_course(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, tuple[int, int, int]]:
+    """What one training's claims are about, a row a layer; and the first epoch, the parted and the middle one."""
+    trajectory, velocity, persistence = (tables[name] for name in ("trajectory", "velocity", "persistence"))
+    epochs = sorted(set(trajectory.epoch))
+    by_epoch = {epoch: part.set_index("layer") for epoch, part in trajectory.groupby("epoch")}
+    first, last = by_epoch[epochs[0]], by_epoch[epochs[-1]]
+    parted = min(epochs[1:], key=lambda epoch: abs(epoch - PARTED_EPOCH))
+    middle = windows(epochs)["late"][0]
+    speed = velocity.pivot_table(index="layer", columns="window", values="rho", dropna=False)
+    settled = persistence[persistence.epoch == middle].pivot_table(
+        index="layer", columns="quantity", values="rho", dropna=False
+    )
+    layers = pd.DataFrame(
+        {
+            **first[_RUN],
+            "coupled": first.rho,
+            "drop": first.rho - by_epoch[parted].rho,
+            "slower": speed.early - speed.late,
+            "settled": settled.I - settled.M,
+            **{name: last[name] - first[name] for name in GROWING if name in trajectory},
+        }
+    )
+    return layers, (epochs[0], parted, middle)
 
 
 _CAPTION = (

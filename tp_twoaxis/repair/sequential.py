@@ -25,6 +25,7 @@ from tp_twoaxis.repair.output_corrector import OutputCorrector, count_readers
 from tp_twoaxis.repair.paused_pass import LAYER, NORM, RECTIFIER, PausingNetwork
 from tp_twoaxis.repair.repair_task import NO_GAIN, Outcome, RepairTask
 from tp_twoaxis.runtime.forward import inference_state
+from tp_twoaxis.runtime.freed_memory import give_back
 from tp_twoaxis.runtime.inputs import Inputs
 from tp_twoaxis.runtime.kernels import first_input, kernel_input
 from tp_twoaxis.runtime.layers import blocks_of, channel_layers, flatten_positions, weight_blocks
@@ -103,6 +104,7 @@ def refit_in_order(
         TwoAxisError: ``max_memory`` is too small for ten images, or the networks' layers run in different orders.
     """
     layers, originals = channel_layers(network), channel_layers(dense)
+    give_back()  # what statistics took
     with ExitStack() as stack:
         stack.enter_context(inference_state(network))
         stack.enter_context(inference_state(dense))
@@ -234,6 +236,7 @@ class _OrderedRefit:
         """Do what is to be done at a place."""
         if place.kind == LAYER:
             self._refit_layer(place)
+            give_back()
             self._bar.update()
         elif place.kind == NORM:
             self._move_norm(place)
