@@ -3,7 +3,7 @@ r"""What other methods that do not train keep at the same MACs: folding, Gram ri
 Two third-party CIFAR-10 ResNet-20s lose 30, 50 and 65 % of their MACs in one step; nothing is fine-tuned.
 
 - ``folding, bn``: Model Folding with BatchNorm re-estimated, see ``model_folding.py``.
-- ``l2, ridge``: removed channels are regressed on those that stay and absorbed into their consumers' weights, in one
+- ``l2, ridge+bn``: removed channels are regressed on those that stay and absorbed into their consumers' weights, in one
   pass over the images (He et al. 2017 solve for the same; GRAIL calls it Gram ridge).
 - ``conditional-variance``: the variance that all peers leave unexplained, with three repairs.
 - ``low-rank, bn``: convolutions in two factors, see ``low_rank.py``. It removes no channel and stands here for
@@ -41,9 +41,9 @@ from tp_twoaxis.runtime.serialization import write_bytes
 SHARES, DRAWS = (0.7, 0.5, 0.35), (0, 1)
 METHODS = (
     "folding, bn",
-    "l2, ridge",
+    "l2, ridge+bn",
     "conditional-variance, bn",
-    "conditional-variance, ridge",
+    "conditional-variance, ridge+bn",
     "conditional-variance, sequential",
     "low-rank, bn",
 )
@@ -92,6 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = RESULTS / "rivals.json"
     content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "cells": []}
+    content.pop("provenance", None)
     done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
     for name, network, dense, folder in dense_networks(arguments):
         judges = test_images(folder, network)
