@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from default_score import NETWORKS, Batches, batches, right
-from provenance import RESULTS, provenance
+from resumable import ResumableCells
 from torch import nn
 
 from tp_twoaxis import prune_to_flops
-from tp_twoaxis.runtime.serialization import write_bytes
 
 SHARES = {"resnet20_conv": 0.5, "resnet20_a": 0.5, "mobilenet_v1": 0.65}
 SOURCES = (("own", 16), ("own", 64), ("own", 256), ("other", 256), ("noise", 256))
@@ -87,9 +85,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the third-party safetensors files")
     parser.add_argument("--networks", nargs="+", default=list(SHARES), choices=list(SHARES), help="default all")
     arguments = parser.parse_args()
-    path = RESULTS / "few_images.json"
-    content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "cells": []}
-    done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
+    cells = ResumableCells("few_images", KEY, "CIFAR-10, CIFAR-100 and ImageNet, see the script", page)
     for name in arguments.networks:
         network = NETWORKS[name]
         dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
@@ -101,18 +97,11 @@ def main() -> None:
                 arguments.data / "cifar10" / "test-00000-of-00001.parquet", network.normalisation, 0, 10000, 32
             )
         )
-        content["dense"].setdefault(name, accuracy(dense, judges))
+        cells.dense.setdefault(name, accuracy(dense, judges))
         for (source, count), treatment in itertools.product(SOURCES, TREATMENTS):
-            cell = dict(zip(KEY, (name, source, count, *treatment), strict=True))
-            if tuple(cell.values()) in done:
-                continue
-            content["cells"].append(measure(dense, cell, read(arguments.data, name, source, count), judges))
-            print(content["cells"][-1], flush=True)
-            command = "python benchmarks/few_images.py --data DIR --checkpoints DIR"
-            whole = {"provenance": provenance(command, "CIFAR-10, CIFAR-100 and ImageNet, see the script"), **content}
-            write_bytes(path, f"{json.dumps(whole, indent=1)}\n".encode())
-            write_bytes(RESULTS / "few_images.md", page(content["cells"], content["dense"]).encode())
-    print(page(content["cells"], content["dense"]))
+            if cell := cells.missing(name, source, count, *treatment):
+                cells.add(measure(dense, cell, read(arguments.data, name, source, count), judges))
+    print(cells.page())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,12 @@ from typing import Any
 
 import torch
 from default_score import NETWORKS, Batches, batches
-from provenance import RESULTS, provenance
+from resumable import ResumableCells
 from torch import Tensor, nn
 
 from tp_twoaxis import CalibrationStatistics, calibrate, prune_to_flops
 from tp_twoaxis.importance import find_criterion
 from tp_twoaxis.runtime.forward import forward_pass
-from tp_twoaxis.runtime.serialization import write_bytes
 
 CRITERIA = ("l2", "taylor", "fpgm", "capture", "hull", "anticipating")
 REPAIRS = ("bn", "sequential", "joint")
@@ -142,38 +140,30 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, default=[IMAGES], help="to calibrate and repair from")
     parser.add_argument("--max-memory", type=float, default=4.0, help="GiB for activations of sequential and joint")
     arguments = parser.parse_args()
-    path = RESULTS / "repair_224.json"
-    content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "cells": []}
-    done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
+    data = f"sample.parquet to calibrate and repair from, {JUDGES} images of nette.parquet to judge"
+    cells = ResumableCells("repair_224", KEY, data, page)
     for name in arguments.networks:
         network = NETWORKS[name]
         dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
         folder = arguments.data / "imagenet"
         held = batches(folder / "nette.parquet", network.normalisation, 0, JUDGES, 224)
         judges = Judges(held, logits_of(dense, held))
-        content["dense"][name] = judges.judge(dense)[0]
+        cells.dense[name] = judges.judge(dense)[0]
         for count in arguments.images:
             images = batches(folder / "sample.parquet", network.normalisation, 0, count, 224)
             stats = None
             wanted = itertools.product(arguments.repairs, arguments.shares, arguments.criteria)
             for repair, share, criterion in wanted:
-                if (name, share, criterion, repair, count) in done:
+                cell = cells.missing(name, share, criterion, repair, count)
+                if cell is None:
                     continue
                 found = find_criterion(criterion)
                 shared = "statistics" in found.needs and not found.extras
                 if stats is None and shared:
                     stats = calibrate(dense, images, target=None, max_images=None, progress=False)
-                cell = dict(zip(KEY, (name, share, criterion, repair, count), strict=True))
                 cell["max_memory"] = arguments.max_memory
-                content["cells"].append(measure(dense, cell, images, judges, stats if shared else None))
-                content["cells"][-1]["commit"] = provenance("", "")["commit"]
-                print({k: v for k, v in content["cells"][-1].items() if k != "commit"}, flush=True)
-                command = "python benchmarks/repair_224.py --data DIR --checkpoints DIR"
-                data = f"sample.parquet to calibrate and repair from, {JUDGES} images of nette.parquet to judge"
-                whole = {"provenance": provenance(command, data), **content}
-                write_bytes(path, f"{json.dumps(whole, indent=1)}\n".encode())
-                write_bytes(RESULTS / "repair_224.md", page(content["cells"], content["dense"]).encode())
-    print(page(content["cells"], content["dense"]))
+                cells.add(measure(dense, cell, images, judges, stats if shared else None))
+    print(cells.page())
 
 
 if __name__ == "__main__":

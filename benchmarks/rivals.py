@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from typing import Any
 
 from cifar_resnets import CIFAR_NETWORKS, EXAMPLE, IMAGES, dense_networks, draw, option_parser, test_images
@@ -30,13 +29,12 @@ from default_score import Batches
 from few_images import accuracy
 from low_rank import Factors, factors_of, truncate
 from model_folding import fold
-from provenance import RESULTS, provenance
+from resumable import ResumableCells
 from torch import nn
 
 from tp_twoaxis import prune_to_flops
 from tp_twoaxis.dependency.flops import count_macs
 from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
-from tp_twoaxis.runtime.serialization import write_bytes
 
 SHARES, DRAWS = (0.7, 0.5, 0.35), (0, 1)
 METHODS = (
@@ -90,29 +88,18 @@ def main() -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default all")
     arguments = parser.parse_args()
-    path = RESULTS / "rivals.json"
-    content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "cells": []}
-    content.pop("provenance", None)
-    done = {tuple(cell[key] for key in KEY) for cell in content["cells"]}
+    cells = ResumableCells("rivals", KEY, "CIFAR-10, see the script", page)
     for name, network, dense, folder in dense_networks(arguments):
         judges = test_images(folder, network)
-        content["dense"].setdefault(name, accuracy(dense, judges))
+        cells.dense.setdefault(name, accuracy(dense, judges))
         for seed in DRAWS:
             images, factors = draw(folder, network, seed), {}
             for share, method in itertools.product(SHARES, arguments.methods):
-                cell = dict(zip(KEY, (name, share, method, seed), strict=True))
-                if tuple(cell.values()) in done:
-                    continue
-                pruned = reduce(dense, cell, images, factors)
-                kept = count_macs(pruned, EXAMPLE).total / count_macs(dense, EXAMPLE).total
-                cell |= {"kept": round(kept, 4), "top1": accuracy(pruned, judges)}
-                content["cells"].append(cell)
-                print(cell, flush=True)
-                command = "python benchmarks/rivals.py --data DIR --checkpoints DIR"
-                whole = {"provenance": provenance(command, "CIFAR-10, see the script"), **content}
-                write_bytes(path, f"{json.dumps(whole, indent=1)}\n".encode())
-                write_bytes(RESULTS / "rivals.md", page(content["cells"], content["dense"]).encode())
-    print(page(content["cells"], content["dense"]))
+                if cell := cells.missing(name, share, method, seed):
+                    pruned = reduce(dense, cell, images, factors)
+                    kept = count_macs(pruned, EXAMPLE).total / count_macs(dense, EXAMPLE).total
+                    cells.add({**cell, "kept": round(kept, 4), "top1": accuracy(pruned, judges)})
+    print(cells.page())
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ Parts:
 - ``wide``: scores that look at peers, for layers of 512 to 4,096 channels.
 
 Weights are random, images noise of a contrast and a brightness of their own each: among images that were all alike,
-layers would write channels whose means hardly differ, for which calibration sums once more in float64. Peak memory is of the whole process, resident,
-while a row ran. Run it on an idle machine. Rows that ``results/speed.json`` holds already are replaced.
+layers would write channels whose means hardly differ, for which calibration sums once more in float64. Peak memory is
+of the whole process, resident, while a row ran. Run it on an idle machine. Rows that ``results/speed.json`` holds
+already are replaced.
 """
 
 from __future__ import annotations
