@@ -132,6 +132,26 @@ def test_a_replay_gives_what_a_whole_pass_gives_to_the_bit(name):
     assert not any("forward" in module.__dict__ for module in net.modules())
 
 
+@torch.no_grad()
+def test_outputs_that_no_pass_changes_are_handed_out_as_they_are():
+    net = made("SharedRelu")
+    replay = PrefixReplay(net, lambda: net(X.clone()))
+    assert replay.advance([net.second.conv2])
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda module, _, output: seen.append((module, output)))
+        for module in (net.first, net.second.conv1, net.stem)
+    ]
+    for _ in range(3):
+        with replay.replaying():
+            net(X.clone())
+    for handle in handles:
+        handle.remove()
+    by_module = {module: [output.data_ptr() for owner, output in seen if owner is module] for module, _ in seen}
+    assert by_module[net.first][1] != by_module[net.first][2]  # the network adds to it in place
+    assert by_module[net.second.conv1][1] == by_module[net.second.conv1][2]  # its ReLU, which is replayed, did that
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_a_replay_from_behind_a_layer_lets_its_hooks_change_what_it_wrote(name):

@@ -26,7 +26,7 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 Cost = Literal["macs", "channels"]
 RECONSTRUCTION = "reconstruction"
 # images of the statistics: it reads no more itself, and they serve where patches are too wide to be fitted
-ENOUGH_IMAGES = 512
+ENOUGH_IMAGES = 256
 
 
 class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]

@@ -16,10 +16,11 @@ class PrefixReplay:
 
     :meth:`advance` runs the network up to the first of some layers and remembers what each module returned on the
     way, in the order of their calls; of a module that finished as a whole, a residual block for example, the calls
-    inside are forgotten. Under :meth:`replaying` the same calls return copies of what is remembered, and everything
-    from the layer on runs. What a module does to tensors between its sub-modules is run again, so this serves
-    whatever ``forward`` holds, as long as it does the same in every pass. Where the layer is further on than the one
-    before, ``advance`` starts from what is remembered, and a walk through all layers costs one pass.
+    inside are forgotten. Under :meth:`replaying` the same calls return what is remembered, and everything from the
+    layer on runs; they return copies where a pass changes tensors in place, and in the first pass, which tells. What a
+    module does to tensors between its sub-modules is run again, so this serves whatever ``forward`` holds, as long as
+    it does the same in every pass. Where the layer is further on than the one before, ``advance`` starts from what is
+    remembered, and a walk through all layers costs one pass.
 
     In memory are the outputs of the finished outermost modules, and of those inside the module that the layer is in:
     a small multiple of the images where a network is made of blocks.
@@ -45,7 +46,7 @@ class PrefixReplay:
     def __init__(self, network: nn.Module, run: Callable[[], Any]) -> None:
         self.network = network
         self._run = run
-        self._record: list[tuple[nn.Module, Any]] = []
+        self._record: list[_Call] = []
 
     @torch.no_grad()
     def advance(self, layers: Iterable[nn.Module], *, including: bool = False) -> bool:
@@ -61,13 +62,21 @@ class PrefixReplay:
             because a module around it is remembered; then nothing is remembered any more.
         """
         stops = set(layers)
-        known, record = _Cursor(self._record), _Recorder()
+        known = _Cursor(self._record)
+        record: list[_Call] = []  # of finished calls; those inside a call are dropped when it finishes
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             if module in stops and not including:
                 raise _PrefixFinished
-            with record.call(module) as finish:
-                output = finish(known.take(module) if known.has(module) else forward(*args, **kwargs))
+            if known.has(module):
+                call = known.take()
+                record.append(call)
+                output = call.hand_out()
+            else:
+                start = len(record)
+                output = forward(*args, **kwargs)
+                # hooks of a layer that it stops behind may change the output in one pass and not in another
+                record[start:] = [_Call(module, output, always_copied=module in stops)]
             if module in stops:
                 raise _PrefixFinished
             return output
@@ -78,7 +87,7 @@ class PrefixReplay:
                 self._run()
         except _PrefixFinished:
             reached = known.is_used_up
-        self._record = record.finished if reached else []
+        self._record = record if reached else []
         return reached
 
     @contextmanager
@@ -87,20 +96,46 @@ class PrefixReplay:
         known = _Cursor(self._record)
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            return snapshot(known.take(module)) if known.has(module) else forward(*args, **kwargs)
+            return known.take().hand_out() if known.has(module) else forward(*args, **kwargs)
 
-        with _intercepted(self.network, visit, {id(module) for module, _ in self._record}):
+        with _intercepted(self.network, visit, {id(call.module) for call in self._record}):
             yield
+        for call in self._record:
+            call.settle()
 
 
 class _PrefixFinished(BaseException):
     """Ends a pass at a layer; not an Exception, so that no model's own code catches it."""
 
 
+class _Call:
+    """What a module returned, and whether a pass changes that in place."""
+
+    def __init__(self, module: nn.Module, output: Any, *, always_copied: bool) -> None:
+        self.module = module
+        self._output = snapshot(output)
+        self._always_copied = always_copied
+        self._stays = False
+        self._copy: Any = None
+
+    def hand_out(self) -> Any:
+        """Give it to a pass: a copy, unless an earlier pass from here to the end left the copy as it was."""
+        if self._stays:
+            return self._output
+        self._copy = snapshot(self._output)
+        return self._copy
+
+    def settle(self) -> None:
+        """See whether the pass that has ended changed its copy; views count with the tensor that they are of."""
+        if isinstance(self._copy, Tensor) and not self._copy.is_inference() and not self._always_copied:
+            self._stays = self._copy._version == 0
+        self._copy = None
+
+
 class _Cursor:
     """Walks through recorded calls."""
 
-    def __init__(self, record: list[tuple[nn.Module, Any]]) -> None:
+    def __init__(self, record: list[_Call]) -> None:
         self._record = record
         self._next = 0
 
@@ -109,30 +144,11 @@ class _Cursor:
         return self._next == len(self._record)
 
     def has(self, module: nn.Module) -> bool:
-        return not self.is_used_up and self._record[self._next][0] is module
+        return not self.is_used_up and self._record[self._next].module is module
 
-    def take(self, module: nn.Module) -> Any:
-        assert self.has(module)
+    def take(self) -> _Call:
         self._next += 1
-        return self._record[self._next - 1][1]
-
-
-class _Recorder:
-    """Collects finished calls; those inside a call are dropped when it finishes."""
-
-    def __init__(self) -> None:
-        self.finished: list[tuple[nn.Module, Any]] = []
-
-    @contextmanager
-    def call(self, module: nn.Module) -> Iterator[Callable[[Any], Any]]:
-        start = len(self.finished)
-
-        def finish(output: Any) -> Any:
-            del self.finished[start:]
-            self.finished.append((module, snapshot(output)))
-            return output
-
-        yield finish
+        return self._record[self._next - 1]
 
 
 def snapshot(value: Any) -> Any:
