@@ -8,7 +8,8 @@ Parts:
 
 - ``passes``: ``calibrate()``, the same with all positions, and forward + backward of the cross-entropy (what Taylor
   needs), against a plain forward pass over the same batches, medians over alternating rounds of the ratios within a
-  round, so that a drift of the machine's speed cancels; the last two run in every third round;
+  round, so that a drift of the machine's speed cancels; the last two run once, in
+  the first;
 - ``growth``: ``calibrate()`` against plain forward for fewer images and smaller batches;
 - ``recipes``: criteria that gather something of their own and repairs, against ``calibrate()`` over the same images;
 - ``removal``: score, plan and removal with statistics in hand, against a step of Torch-Pruning's pruner with its
@@ -149,14 +150,15 @@ def alternate(
 ) -> dict[str, tuple[float, float, int]]:
     """Run all in turn, so many times: name -> median seconds, median ratio to the first, largest peak.
 
-    Those of ``seldom`` run in every third round.
+    Those of ``seldom`` run in the first round only.
     """
     found: dict[str, dict[int, tuple[float, int]]] = {name: {} for name in runs}
-    for run in runs.values():
-        run()  # warm
+    for name, run in runs.items():
+        if name not in seldom:
+            run()  # warm
     for number in tqdm(range(rounds), leave=False):
         for name, run in runs.items():
-            if name not in seldom or number % 3 == 0:
+            if name not in seldom or number == 0:
                 found[name][number] = timed(run, device)
     first = found[next(iter(runs))]
     return {

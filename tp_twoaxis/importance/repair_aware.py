@@ -25,7 +25,7 @@ from tp_twoaxis.statistics.store import CalibrationStatistics
 
 Cost = Literal["macs", "channels"]
 RECONSTRUCTION = "reconstruction"
-# images of the statistics: it reads no more itself, and they serve where patches are too wide to be fitted
+# images of the statistics, which tell constant channels, and serve where patches are too wide to be fitted
 ENOUGH_IMAGES = 256
 
 

@@ -46,7 +46,7 @@ class PrefixReplay:
     def __init__(self, network: nn.Module, run: Callable[[], Any]) -> None:
         self.network = network
         self._run = run
-        self._record: list[_Call] = []
+        self._record: list[_FinishedCall] = []
 
     @torch.no_grad()
     def advance(self, layers: Iterable[nn.Module], *, including: bool = False) -> bool:
@@ -62,8 +62,8 @@ class PrefixReplay:
             because a module around it is remembered; then nothing is remembered any more.
         """
         stops = set(layers)
-        known = _Cursor(self._record)
-        record: list[_Call] = []  # of finished calls; those inside a call are dropped when it finishes
+        known = _CallCursor(self._record)
+        record: list[_FinishedCall] = []  # of finished calls; those inside a call are dropped when it finishes
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             if module in stops and not including:
@@ -76,7 +76,7 @@ class PrefixReplay:
                 start = len(record)
                 output = forward(*args, **kwargs)
                 # hooks of a layer that it stops behind may change the output in one pass and not in another
-                record[start:] = [_Call(module, output, always_copied=module in stops)]
+                record[start:] = [_FinishedCall(module, output, always_copied=module in stops)]
             if module in stops:
                 raise _PrefixFinished
             return output
@@ -93,7 +93,7 @@ class PrefixReplay:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Let one pass over the batch start where :meth:`advance` stopped."""
-        known = _Cursor(self._record)
+        known = _CallCursor(self._record)
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             return known.take().hand_out() if known.has(module) else forward(*args, **kwargs)
@@ -108,7 +108,7 @@ class _PrefixFinished(BaseException):
     """Ends a pass at a layer; not an Exception, so that no model's own code catches it."""
 
 
-class _Call:
+class _FinishedCall:
     """What a module returned, and whether a pass changes that in place."""
 
     def __init__(self, module: nn.Module, output: Any, *, always_copied: bool) -> None:
@@ -132,10 +132,10 @@ class _Call:
         self._copy = None
 
 
-class _Cursor:
+class _CallCursor:
     """Walks through recorded calls."""
 
-    def __init__(self, record: list[_Call]) -> None:
+    def __init__(self, record: list[_FinishedCall]) -> None:
         self._record = record
         self._next = 0
 
@@ -146,7 +146,7 @@ class _Cursor:
     def has(self, module: nn.Module) -> bool:
         return not self.is_used_up and self._record[self._next].module is module
 
-    def take(self) -> _Call:
+    def take(self) -> _FinishedCall:
         self._next += 1
         return self._record[self._next - 1]
 
