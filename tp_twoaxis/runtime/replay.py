@@ -71,7 +71,7 @@ class PrefixReplay:
             if known.has(module):
                 call = known.take()
                 record.append(call)
-                output = call.hand_out()
+                output = call.hand_out(watched=False)  # this pass ends early, so it tells nothing
             else:
                 start = len(record)
                 output = forward(*args, **kwargs)
@@ -96,7 +96,7 @@ class PrefixReplay:
         known = _CallCursor(self._record)
 
         def visit(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            return known.take().hand_out() if known.has(module) else forward(*args, **kwargs)
+            return known.take().hand_out(watched=True) if known.has(module) else forward(*args, **kwargs)
 
         with _intercepted(self.network, visit, {id(call.module) for call in self._record}):
             yield
@@ -118,12 +118,17 @@ class _FinishedCall:
         self._stays = False
         self._copy: Any = None
 
-    def hand_out(self) -> Any:
-        """Give it to a pass: a copy, unless an earlier pass from here to the end left the copy as it was."""
+    def hand_out(self, *, watched: bool) -> Any:
+        """Give it to a pass: a copy, unless an earlier pass from here to the end left the copy as it was.
+
+        Args:
+            watched: whether this pass goes on to the end and :meth:`settle` is called behind it.
+        """
         if self._stays:
             return self._output
-        self._copy = snapshot(self._output)
-        return self._copy
+        copied = snapshot(self._output)
+        self._copy = copied if watched else None
+        return copied
 
     def settle(self) -> None:
         """See whether the pass that has ended changed its copy; views count with the tensor that they are of."""
