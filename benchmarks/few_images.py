@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cifar_resnets import test_images
 from default_score import NETWORKS, Batches, batches, right
 from resumable import ResumableCells
 from torch import nn
@@ -89,13 +90,10 @@ def main() -> None:
     for name in arguments.networks:
         network = NETWORKS[name]
         dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
-        imagenet = arguments.data / "imagenet" / "nette.parquet"
         judges = (
-            batches(imagenet, network.normalisation, 0, 1000, 224)
+            batches(arguments.data / "imagenet" / "nette.parquet", network.normalisation, 0, 1000, 224)
             if network.on_imagenet
-            else batches(
-                arguments.data / "cifar10" / "test-00000-of-00001.parquet", network.normalisation, 0, 10000, 32
-            )
+            else test_images(arguments.data / "cifar10", network)
         )
         cells.dense.setdefault(name, accuracy(dense, judges))
         for (source, count), treatment in itertools.product(SOURCES, TREATMENTS):

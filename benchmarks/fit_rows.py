@@ -6,7 +6,7 @@ images, while layers are fitted on at least 2^14 ... 2^17 rows, positions of all
 
     python benchmarks/fit_rows.py --data DIR --checkpoints DIR
 
-``--data`` holds ``cifar10/``. About half an hour on one CPU core.
+``--data`` holds ``cifar10/``. A few minutes on one CPU core.
 """
 
 from __future__ import annotations

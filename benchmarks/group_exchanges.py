@@ -1,8 +1,8 @@
 r"""Exchanges of MACs between groups: whether they improve the allocation of ``anticipating``.
 
 Its curves are of one group at a time. Here the allocation is improved by what the whole repaired network says: the
-scores of one group after the other are multiplied by 1.25, so that the others give up 1-2 % of the MACs for it, or by
-0.8, so that it gives them up; the network is pruned to half of its MACs and repaired by ``sequential`` anew; and what
+scores of one group after the other are multiplied by 1.25, so that the others give up MACs for it, or by 0.8, so that
+it gives them up; the network is pruned to half of its MACs and repaired by ``sequential`` anew; and what
 brings its logits nearer to the dense network's on 1,000 training images that no fit saw is kept. One round over all
 groups, from 1,024 images. Accuracy is in % on all 10,000 test images, before and after, which nothing is chosen on.
 

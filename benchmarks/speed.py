@@ -8,8 +8,7 @@ Parts:
 
 - ``passes``: ``calibrate()``, the same with all positions, and forward + backward of the cross-entropy (what Taylor
   needs), against a plain forward pass over the same batches, medians over alternating rounds of the ratios within a
-  round, so that a drift of the machine's speed cancels; the last two run once, in
-  the first;
+  round, so that a drift of the machine's speed cancels; the last two run in the first round only;
 - ``growth``: ``calibrate()`` against plain forward for fewer images and smaller batches;
 - ``recipes``: criteria that gather something of their own and repairs, against ``calibrate()`` over the same images;
 - ``removal``: score, plan and removal with statistics in hand, against a step of Torch-Pruning's pruner with its
@@ -33,7 +32,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -145,10 +144,19 @@ def timed(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
     return seconds, int(line.split()[1]) // 1024
 
 
+class Alternated(NamedTuple):
+    """What took turns: median seconds, median ratio to the first of all, largest peak in MiB, rounds that it ran in."""
+
+    seconds: float
+    ratio: float
+    peak: int
+    rounds: int
+
+
 def alternate(
     runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, seldom: Collection[str] = ()
-) -> dict[str, tuple[float, float, int]]:
-    """Run all in turn, so many times: name -> median seconds, median ratio to the first, largest peak.
+) -> dict[str, Alternated]:
+    """Run all in turn, so many times.
 
     Those of ``seldom`` run in the first round only.
     """
@@ -162,10 +170,11 @@ def alternate(
                 found[name][number] = timed(run, device)
     first = found[next(iter(runs))]
     return {
-        name: (
+        name: Alternated(
             statistics.median(seconds for seconds, _ in own.values()),
             statistics.median(seconds / first[number][0] for number, (seconds, _) in own.items()),
             max(peak for _, peak in own.values()),
+            len(own),
         )
         for name, own in found.items()
     }
@@ -184,9 +193,10 @@ def passes(bench: Bench, rounds: int) -> Iterator[Row]:
         bench.device,
         seldom=("calibrate, all positions", "forward + backward"),
     )
-    for what, (seconds, ratio, peak) in found.items():
-        yield bench.row("passes", what, seconds, ratio=round(ratio, 3), of="forward", rounds=rounds, peak_mib=peak)
-    seconds, ratio = (found["calibrate"][i] / found["forward + backward"][i] for i in (0, 1))
+    for what, own in found.items():
+        ratio = round(own.ratio, 3)
+        yield bench.row("passes", what, own.seconds, ratio=ratio, of="forward", rounds=own.rounds, peak_mib=own.peak)
+    ratio = found["calibrate"].ratio / found["forward + backward"].ratio
     yield bench.row("passes", "calibrate / (forward + backward)", None, ratio=round(ratio, 3), of="forward + backward")
 
 
@@ -195,8 +205,8 @@ def growth(bench: Bench, rounds: int) -> Iterator[Row]:
     for images, batch in ((bench.images // 4, bench.batch), (bench.images // 2, bench.batch), (bench.images, 8)):
         own = Bench(bench.name, images, batch, bench.device.type)
         found = alternate({"forward": own.forward, "calibrate": own.calibrate}, rounds, bench.device)
-        seconds, ratio, peak = found["calibrate"]
-        yield own.row("growth", "calibrate", seconds, ratio=round(ratio, 3), of="forward", rounds=rounds, peak_mib=peak)
+        seconds, ratio, peak, ran = found["calibrate"]
+        yield own.row("growth", "calibrate", seconds, ratio=round(ratio, 3), of="forward", rounds=ran, peak_mib=peak)
 
 
 def recipes(bench: Bench, criteria: list[str], repairs: list[str]) -> Iterator[Row]:
@@ -253,10 +263,10 @@ def removal(bench: Bench, rounds: int) -> Iterator[Row]:
         tp.pruner.BasePruner(model, bench.example, importance, **options).step()
 
     found = alternate({"Torch-Pruning, magnitude": theirs, "prune_to_flops": ours}, rounds, bench.device)
-    for what, (seconds, ratio, peak) in found.items():
+    for what, (seconds, ratio, peak, _) in found.items():
         yield bench.row("removal", what, seconds, ratio=round(ratio, 3), of="Torch-Pruning, magnitude", peak_mib=peak)
     seconds = statistics.median(inside)
-    ratio = seconds / found["Torch-Pruning, magnitude"][0]
+    ratio = seconds / found["Torch-Pruning, magnitude"].seconds
     yield bench.row("removal", "score + plan + remove", seconds, ratio=round(ratio, 3), of="Torch-Pruning, magnitude")
 
 
@@ -301,7 +311,7 @@ def picture(rows: list[Row]) -> None:
     own = [
         row
         for row in rows
-        if row.get("of") in ("forward", "calibrate") and row["ratio"] != 1.0 and row["part"] != "growth"
+        if row["part"] in ("passes", "recipes") and row["of"] in ("forward", "calibrate") and row["ratio"] != 1.0
     ]
     networks = list(dict.fromkeys(row["network"] for row in own))
     if not networks:

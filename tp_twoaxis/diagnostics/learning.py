@@ -13,7 +13,7 @@ from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation, relative_d
 from tp_twoaxis.diagnostics.channel_quantities import quantities_of
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
-from tp_twoaxis.diagnostics.run_aggregates import best_estimate
+from tp_twoaxis.diagnostics.run_aggregates import RUN, best_estimate, with_runs
 from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.runtime.layers import spread_over_depth
 from tp_twoaxis.runtime.model_state import unwrap
@@ -247,11 +247,8 @@ def learning_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
             each other, with the columns ``network`` and ``seed``, intervals are over trainings where a network has two,
             otherwise over layers.
     """
-    named = {key: table.assign(**{run: table.get(run, "") for run in _RUN}) for key, table in tables.items()}
-    runs = [
-        _one_course({key: table[(table[_RUN] == run).all(axis=1)] for key, table in named.items()})
-        for run in named["trajectory"][_RUN].drop_duplicates().to_numpy()
-    ]
+    by_run = {name: dict(list(with_runs(table).groupby(RUN, sort=False))) for name, table in tables.items()}
+    runs = [_one_course({name: own[run] for name, own in by_run.items()}) for run in by_run["trajectory"]]
     layers, epochs = pd.concat([found for found, _ in runs]), dict.fromkeys(found for _, found in runs)
     first, parted, middle = (" or ".join(dict.fromkeys(str(epoch[i]) for epoch in epochs)) for i in range(3))
     several = (layers.groupby("network").seed.nunique() > 1).any()
@@ -294,9 +291,6 @@ def learning_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
     return claims
 
 
-_RUN = ["network", "seed"]
-
-
 def _one_course(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, tuple[int, int, int]]:
     """What one training's claims are about, a row a layer; and the first epoch, the parted and the middle one."""
     trajectory, velocity, persistence = (tables[name] for name in ("trajectory", "velocity", "persistence"))
@@ -311,7 +305,7 @@ def _one_course(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, tuple
     )
     layers = pd.DataFrame(
         {
-            **first[_RUN],
+            **first[RUN],
             "coupled": first.rho,
             "drop": first.rho - by_epoch[parted].rho,
             "slower": speed.early - speed.late,

@@ -12,6 +12,19 @@ from scipy.stats import binomtest, bootstrap
 
 from tp_twoaxis.diagnostics.evidence import RESAMPLES, Estimate, mean_estimate
 
+RUN = ["network", "seed"]
+"""Columns that tell trained models apart: the backbone, and which training of it."""
+
+
+def with_runs(cells: pd.DataFrame) -> pd.DataFrame:
+    """Give a table the columns of :data:`RUN`, empty where it is of one model and has none.
+
+    Example:
+        >>> with_runs(pd.DataFrame({"rho": [0.5]})).columns.tolist()
+        ['rho', 'network', 'seed']
+    """
+    return cells.assign(**{key: cells.get(key, "") for key in RUN})
+
 
 def run_means(cells: pd.DataFrame, column: str) -> pd.DataFrame:
     """Average a column over the cells of each trained model.
@@ -28,8 +41,7 @@ def run_means(cells: pd.DataFrame, column: str) -> pd.DataFrame:
         >>> run_means(cells, "rho").value.round(3).tolist()
         [0.1, 0.5]
     """
-    named = cells.assign(**{key: cells.get(key, "") for key in ("network", "seed")})
-    means = named.groupby(["network", "seed"], sort=False)[column].mean()
+    means = with_runs(cells).groupby(RUN, sort=False)[column].mean()
     return means.dropna().rename("value").reset_index()
 
 

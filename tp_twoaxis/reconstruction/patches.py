@@ -13,8 +13,8 @@ from tp_twoaxis.statistics.sampling import sampled_positions, select_rows
 # numbers in a patch (inputs x taps) up to which a layer is fitted: the normal equations then take 162 MiB, and
 # their factor as much; of sequential repair up to three such layers are alive at a time
 LARGEST_PATCH = 4608
-# rows of a fit: this many a number of the patch, within these bounds. Narrow layers gain from many positions of an
-# image (``benchmarks/fit_rows.py``)
+# rows of a fit: this many a number of the patch, within these bounds. Narrow layers can gain from many positions of
+# an image (``benchmarks/fit_rows.py``: one network of two does)
 ROWS_PER_NUMBER, FEWEST_ROWS, MOST_ROWS = 64, 2**16, 2**17
 # and this many where a layer has many blocks, each with a fit of its own to make
 FEWEST_ROWS_OF_BLOCKS = 2**14

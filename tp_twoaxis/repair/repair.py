@@ -16,13 +16,7 @@ from tp_twoaxis.repair.guard import output_distance
 from tp_twoaxis.repair.images import FEWEST_HELD_OUT, HELD_OUT_EVERY, RepairImages
 from tp_twoaxis.repair.layer_errors import layer_errors
 from tp_twoaxis.repair.pruned_consumers import pruned_consumers
-from tp_twoaxis.repair.repair_report import (
-    HELD_BACK,
-    ConsumerRepair,
-    Distance,
-    RemovedChannel,
-    RepairReport,
-)
+from tp_twoaxis.repair.repair_report import HELD_BACK, ConsumerRepair, Distance, RemovedChannel, RepairReport
 from tp_twoaxis.repair.repair_task import TRAINING_STEPS, ConsumerState, RepairTask
 from tp_twoaxis.repair.strategies import REPAIRS, RepairStrategy, check_repair, refits, stages_of
 from tp_twoaxis.runtime.inputs import CallSignature
