@@ -42,7 +42,10 @@ def read(data: Path, name: str, source: str, count: int) -> Batches:
     if source == "noise":
         drawn = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
         return list(zip(drawn.split(50), torch.zeros(count, dtype=torch.long).split(50), strict=True))
-    return batches(own if source == "own" else other, network.normalisation, 0, count, size)
+    if source == "own":
+        return batches(own, network.normalisation, 0, count, size)
+    # labels of another data set are none of this network's classes
+    return [(x, torch.zeros_like(y)) for x, y in batches(other, network.normalisation, 0, count, size)]
 
 
 def accuracy(model: nn.Module, judges: Batches) -> float:

@@ -25,6 +25,7 @@ from tp_twoaxis.benchmark import LocalEngine, NetworkConfig, cross, run_benchmar
 from tp_twoaxis.benchmark.methods import Method
 from tp_twoaxis.benchmark.report import make_report
 from tp_twoaxis.benchmark.results import claim_folder, open_folder
+from tp_twoaxis.benchmark.shared_work import LoadedNetwork
 from tp_twoaxis.benchmark.sweep_images import rows_from_text, split_rows
 from tp_twoaxis.benchmark.trial_runner import chunks
 from tp_twoaxis.importance import pruning_state
@@ -308,6 +309,35 @@ def test_fine_tuning_gets_its_budget(images, tmp_path, monkeypatch):
     assert trained["accuracy"]["pruned"] == 8 / 40
     assert trained["images"]["training"] == 50
     assert "finetune" in trained["seconds"]
+
+
+def test_the_learning_rate_is_chosen_on_the_selection_images(images, tmp_path, monkeypatch):
+    trained = {}
+
+    def finetune(model, loader, *, epochs, max_batches, lr, amp, seed, progress):
+        assert not trained.values() or all(torch.equal(model.fc.weight, start) for start in trained.values())
+        trained[lr] = model.fc.weight.clone()
+        with torch.no_grad():
+            model.fc.weight.zero_()
+            model.fc.bias.copy_(torch.arange(len(model.fc.bias)) == lr)  # a rate of 3 answers class 3
+        return SimpleNamespace(batches=7, losses=[2.0, 1.0])
+
+    monkeypatch.setattr(trial, "finetune", finetune)
+    config = tiny_config(images, methods=cross(["l2"], budgets=[7]), keep=(0.5,), seeds=(42,))
+    data = dataclasses.replace(config.data, selection_images=10)
+    config = dataclasses.replace(config, finetune_lr=(1.0, 3.0, 2.0), data=data)
+    report = run_benchmark(config, tmp_path / "out", progress=False)
+    record = report.folder.read_all()[0]
+    own = LoadedNetwork(config, config.networks[0].name, 42, "cpu").images
+    held_out = torch.tensor([own.train[row][1] for row in split_rows(len(own.train), data, 0)[1].tolist()])
+    shares = {rate: float((held_out == int(rate)).double().mean()) for rate in (1.0, 3.0, 2.0)}
+    assert len(set(shares.values())) > 1
+    best = max(shares, key=shares.get)
+    assert record["finetuning"]["selection_accuracy"] == {str(rate): share for rate, share in shares.items()}
+    assert record["finetuning"]["lr"] == best
+    tests = torch.cat([labels for _, labels in own.evaluation[0]])
+    assert record["accuracy"]["pruned"] == float((tests == int(best)).double().mean())
+    assert make_report(report.folder.path).trials.finetune_lr.tolist() == [best]
 
 
 def test_counters_in_every_trial_agree_with_arithmetic(tmp_path):

@@ -97,6 +97,11 @@ def test_crossed_methods():
         ({"data": {"batch_size": "many"}}, "data.batch_size: expected a valid integer, got 'many'"),
         ({"channels_last": "no"}, "channels_last: expected a valid boolean, got 'no'"),
         ({"finetune_lr": "fast"}, "finetune_lr: expected a valid number, got 'fast'"),
+        ({"finetune_lr": [0.01, "fast"]}, "finetune_lr"),
+        ({"finetune_lr": 0}, "finetune_lr: expected positive numbers, got 0"),
+        ({"finetune_lr": []}, "finetune_lr: expected one or more"),
+        ({"finetune_lr": [0.01, 0.001]}, "selection_images to choose one"),
+        ({"finetune_lr": [0.01, 0.01], "data": {"selection_images": 9}}, "each once"),
         ({"networks": [{"name": 3, "model": "m", "data": "d"}]}, "networks.0.name: expected a valid string, got 3"),
         ({"methods": {"criteria": ["l2"], "steps": ["two"]}}, "methods.steps.0: expected a valid integer, got 'two'"),
         ({"methods": [{"criterion": "l2", "repair": "rigde"}]}, "did you mean 'ridge'"),
@@ -107,6 +112,18 @@ def test_crossed_methods():
 def test_bad_configs(changes, message):
     with pytest.raises(TwoAxisError, match=message):
         BenchmarkConfig.from_dict({**MINIMAL, **changes})
+
+
+def test_one_learning_rate_or_several():
+    one = BenchmarkConfig.from_dict({**MINIMAL, "finetune_lr": 0.003})
+    several = BenchmarkConfig.from_dict({**MINIMAL, "finetune_lr": [0.01, 0.003], "data": {"selection_images": 9}})
+    assert one.learning_rates == (0.003,)
+    assert several.learning_rates == (0.01, 0.003)
+    assert BenchmarkConfig.from_dict(several.to_dict()) == several
+    assert several.conditions() != dataclasses.replace(several, finetune_lr=0.01).conditions()
+    judged = {"selection_images": 9, "evaluate_on": "selection"}
+    with pytest.raises(TwoAxisError, match="test images to judge"):
+        BenchmarkConfig.from_dict({**MINIMAL, "finetune_lr": [0.01, 0.003], "data": judged})
 
 
 def test_bad_files(tmp_path):

@@ -84,9 +84,10 @@ class LoadedNetwork:
         """Put convolution weights into the sweep's memory layout, which activations then follow."""
         return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Accuracy of a model on the evaluation images, all ranks' together, in [0, 1]."""
-        share, count = accuracy(model, self.images.evaluation[0], progress=False)
+    def accuracy(self, model: nn.Module, *, selection: bool = False) -> float:
+        """Accuracy of a model on the evaluation or the selection images, all ranks' together, in [0, 1]."""
+        loader, _ = self.images.selection if selection else self.images.evaluation
+        share, count = accuracy(model, loader, progress=False)
         right, images = sum_over_ranks(share * count, count)
         return round(right) / images
 

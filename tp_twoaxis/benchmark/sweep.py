@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
@@ -29,6 +30,8 @@ from tp_twoaxis.runtime.serialization import Json
 from tp_twoaxis.training.settings import Precision
 
 T = TypeVar("T")
+KINDS = ("float", "tuple[float, ...]")
+"""How pydantic names the alternatives of a value in the place of an error."""
 Draw = Literal["fixed", "seed"]
 Part = Literal["test", "selection"]
 Count = Annotated[int, Field(ge=1)]
@@ -154,7 +157,8 @@ class BenchmarkConfig:
         seeds: of ``random``, of fine-tuning, and where :class:`DataConfig` says so of the calibration images.
         data: how the images are split.
         finetune_epochs: at most, where a method has a budget.
-        finetune_lr: of SGD.
+        finetune_lr: learning rate of SGD; or several, of which each trial keeps the one that is best on the selection
+            images, all from the same start.
         finetune_amp: autocast while fine-tuning, ``bf16`` or ``fp16``; None computes in full precision.
         channels_last: memory layout of weights and activations; speed, and how sums are rounded.
         min_keep: as in :func:`~tp_twoaxis.prune_to_flops`.
@@ -177,7 +181,7 @@ class BenchmarkConfig:
     seeds: tuple[int, ...] = protocol.SEEDS
     data: DataConfig = field(default_factory=DataConfig)
     finetune_epochs: Count = protocol.FINETUNE_EPOCHS
-    finetune_lr: float = protocol.FINETUNE_LR
+    finetune_lr: float | tuple[float, ...] = protocol.FINETUNE_LR
     finetune_amp: Precision | None = None
     channels_last: bool = False
     min_keep: float = 0.1
@@ -192,6 +196,11 @@ class BenchmarkConfig:
             for method in self.methods
             for keep in self.keep
         ]
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Those that a trial's fine-tuning is tried with."""
+        return self.finetune_lr if isinstance(self.finetune_lr, tuple) else (self.finetune_lr,)
 
     def network(self, name: str) -> NetworkConfig:
         """Find a network by name."""
@@ -242,11 +251,20 @@ class BenchmarkConfig:
             ("methods", [m.name for m in self.methods]),
             ("keep", list(self.keep)),
             ("seeds", list(self.seeds)),
+            ("finetune_lr", list(self.learning_rates)),
         ):
             if not names or len(set(names)) < len(names):
                 raise TwoAxisError(f"{what}: expected one or more, each once, got {names}; give different ones")
         if self.data.evaluate_on == "selection" and self.data.selection_images < 1:
             raise TwoAxisError("evaluate_on: 'selection' needs selection_images of at least 1, got 0; set it")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise TwoAxisError(f"finetune_lr: expected positive numbers, got {self.finetune_lr}; change them")
+        if len(self.learning_rates) > 1 and (self.data.evaluate_on != "test" or self.data.selection_images < 1):
+            raise TwoAxisError(
+                f"finetune_lr: expected selection_images to choose one of {list(self.learning_rates)} on and test "
+                f"images to judge it on, got {self.data.selection_images} and evaluate_on={self.data.evaluate_on!r}; "
+                "set both, or give one rate"
+            )
 
     def digest(self) -> str:
         """Hash the whole config; equal configs, equal digests."""
@@ -350,7 +368,7 @@ def _read(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         found = error.errors()[0]
     except TypeError as error:
         raise TwoAxisError(f"{where or 'config'}: expected what JSON can hold, got {reason(error)}") from error
-    *path, key = found["loc"]
+    *path, key = (part for part in found["loc"] if part not in KINDS)
     place = ".".join(map(str, [where, *path] if where else path)) or "config"
     if found["type"] == "unexpected_keyword_argument":
         check_name(f"{place}: key", str(key), [f.name for f in dataclasses.fields(_PARTS[path[0]] if path else cls)])

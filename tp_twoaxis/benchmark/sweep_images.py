@@ -118,12 +118,17 @@ class SweepImages:
         With several ranks it has this rank's share of them.
         """
         if self.data.evaluate_on == "selection":
-            images, rows = self.train, split_rows(len(self.train), self.data, seed=0)[1]
-        else:
-            number = self.data.test_images
-            images = self._open(*evaluation_place(self.entry, self.data), number)
-            rows = draw_rows(len(images), number or len(images), torch.Generator().manual_seed(0))
+            return self.selection
+        number = self.data.test_images
+        images = self._open(*evaluation_place(self.entry, self.data), number)
+        rows = draw_rows(len(images), number or len(images), torch.Generator().manual_seed(0))
         return self.loader(images, self.data.test_batch_size, rank_rows(rows)), len(rows)
+
+    @cached_property
+    def selection(self) -> tuple[Any, int]:
+        """The same of the images that choices are made on."""
+        rows = split_rows(len(self.train), self.data, seed=0)[1]
+        return self.loader(self.train, self.data.test_batch_size, rank_rows(rows)), len(rows)
 
     def loader(
         self,

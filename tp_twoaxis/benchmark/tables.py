@@ -26,11 +26,12 @@ def trial_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         records: of :meth:`~tp_twoaxis.benchmark.results.ResultsFolder.read_all`.
 
     Returns:
-        Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, steps, treatment, keep,
-        grid, status, error, achieved`` (share of MACs), ``macs, host_macs, thop_macs, params`` of the pruned network
-        and ``dense_...`` of the dense one (``host_macs`` by Torch-Pruning's counter), ``accuracy, before_finetuning,
-        dense`` in [0, 1], ``retention``, ``seconds_...`` by phase, ``checkpoint``, ``weights``, and what made the
-        trial: ``commit, torch, machine, command, date``. Measurements of failed trials are missing.
+        Columns ``network, seed, method, criterion, allocation, repair, finetune_batches, finetune_lr`` (the rate
+        that was taken), ``steps, treatment, keep, grid, status, error, achieved`` (share of MACs), ``macs, host_macs,
+        thop_macs, params`` of the pruned network and ``dense_...`` of the dense one (``host_macs`` by Torch-Pruning's
+        counter), ``accuracy, before_finetuning, dense`` in [0, 1], ``retention``, ``seconds_...`` by phase,
+        ``checkpoint``, ``weights``, and what made the trial: ``commit, torch, machine, command, date``. Measurements of
+        failed trials are missing.
 
     Raises:
         TwoAxisError: there are no records.
@@ -66,6 +67,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "allocation": method["allocation"],
         "repair": "+".join(method["repair"]) or "none",
         "finetune_batches": method["finetune_batches"],
+        "finetune_lr": (record.get("finetuning") or {}).get("lr", np.nan),  # records of one rate may lack it
         "steps": steps,
         "treatment": made.treatment,
         "keep": record["keep"],

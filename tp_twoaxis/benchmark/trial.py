@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import platform
@@ -81,7 +82,7 @@ def _measure(shared: Shared, trial: Trial, config: BenchmarkConfig) -> Json:
     after, training = before, None
     if trial.method.finetune_batches > 0:
         with timed(seconds, "finetune"):
-            training = _finetune(model, shared, trial.method.finetune_batches, config)
+            model, training = _finetuned(model, shared, trial.method.finetune_batches, config)
         after = network.accuracy(model)
     dense, pruned = network.dense_sizes, measure_sizes(model, network.example)
     return {
@@ -184,19 +185,34 @@ def _pair(dense: Sizes, pruned: Sizes, name: str) -> Json:
     return {"dense": getattr(dense, name), "pruned": getattr(pruned, name)}
 
 
-def _finetune(model: nn.Module, shared: Shared, batches: int, config: BenchmarkConfig) -> Json:
+def _finetuned(model: nn.Module, shared: Shared, batches: int, config: BenchmarkConfig) -> tuple[nn.Module, Json]:
+    """Train a network; with several learning rates copies of it, of which the selection images choose one."""
+    rates = config.learning_rates
+    if len(rates) == 1:
+        return model, _finetune(model, shared, batches, config, rates[0])
+    tried = []
+    for rate in rates:
+        candidate = copy.deepcopy(model)
+        training = _finetune(candidate, shared, batches, config, rate)
+        tried.append((shared.network.accuracy(candidate, selection=True), candidate, training))
+    _, candidate, training = max(tried, key=lambda found: found[0])
+    chosen_from = {str(own["lr"]): accuracy for accuracy, _, own in tried}
+    return candidate, training | {"selection_accuracy": chosen_from}
+
+
+def _finetune(model: nn.Module, shared: Shared, batches: int, config: BenchmarkConfig, rate: float) -> Json:
     report = finetune(
         model,
         shared.training_loader(),
         epochs=config.finetune_epochs,
         max_batches=batches,
-        lr=config.finetune_lr,
+        lr=rate,
         amp=config.finetune_amp,
         seed=shared.seed,
         progress=False,
     )
     first, last = (report.losses[0], report.losses[-1]) if report.losses else (None, None)
-    return {"batches": report.batches, "first_loss": first, "last_loss": last}
+    return {"lr": rate, "batches": report.batches, "first_loss": first, "last_loss": last}
 
 
 def provenance(device: str) -> Json:

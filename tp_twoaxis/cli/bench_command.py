@@ -53,6 +53,9 @@ class SweepOptions:
     ] = "bn"
     steps: Annotated[str, _sweep("Steps of pruning; 1,3 compares both.")] = "1"
     finetune_batches: Annotated[str, _first("Training batches after pruning; 0,200 compares both.")] = "0"
+    finetune_lr: Annotated[
+        str, _sweep("Learning rate of that training; 0.01,0.001: --selection-images choose one a trial.")
+    ] = "0.01"
     finetune_amp: Annotated[str, _sweep("Precision of that training: none, bf16, fp16 (CUDA).")] = "none"
     channels_last: Annotated[bool, _sweep("Memory layout; often faster.", "--channels-last")] = False
     seeds: Annotated[str, _sweep("Seeds of training, and of calibration images if they are drawn so.")] = (
@@ -72,6 +75,7 @@ class SweepOptions:
         return values
 
     def _read(self) -> dict[str, Any]:
+        rates = numbers("--finetune-lr", self.finetune_lr) or []
         return {
             "methods": {
                 "criteria": names(self.methods) or [],
@@ -82,6 +86,7 @@ class SweepOptions:
             },
             "keep": numbers("--keep", self.keep),
             "grid": self.grid,
+            "finetune_lr": rates[0] if len(rates) == 1 else rates,
             "finetune_amp": None if self.finetune_amp == "none" else self.finetune_amp,
             "channels_last": self.channels_last,
             "seeds": numbers("--seeds", self.seeds, int),
