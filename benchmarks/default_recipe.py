@@ -1,9 +1,9 @@
 r"""The recipe where nothing is named beside other criteria with the same repair, on networks of three more families.
 
 VGG-16 at a quarter of its widths, a vision transformer and a ConvNeXt, both small, are trained on CIFAR-10 where their
-weights are missing (as in ``default_score.py``, from images that calibrate too and none that judges), pruned in one step
-and repaired from 1,024 training images by what the short call takes. Nothing is fine-tuned. Accuracy is in % on all
-10,000 test images, which nothing was chosen on. (Two ResNet-20s: ``configs/cifar10_recipe.json``; networks at 224
+weights are missing (as in ``default_score.py``, from images that calibrate too and none that judges), pruned in one
+step and repaired from 1,024 training images by what the short call takes. Nothing is fine-tuned. Accuracy is in % on
+all 10,000 test images, which nothing was chosen on. (Two ResNet-20s: ``configs/cifar10_recipe.json``; networks at 224
 pixels: ``repair_224.py``.)
 
     python benchmarks/default_recipe.py --data DIR --checkpoints DIR
