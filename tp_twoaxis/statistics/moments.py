@@ -22,6 +22,8 @@ BLOCK_ROWS = 512
 PRODUCT_ROWS = 256
 # a symmetric product is made of strips so wide: of wider ones little more than the half above the diagonal is computed
 STRIP = 256
+# rows of up to so many numbers: all products of a block in one call, as each takes less than the start of a call
+NARROW = 128
 
 
 def _plain(function: F) -> F:
@@ -228,6 +230,12 @@ class CoMoments:
         if other is not None:
             y[-1] = other_delta * math.sqrt(between / weight)
         size = max(PRODUCT_ROWS, x.shape[1])
+        parts = len(x) // size if max(self._scatter.shape) <= NARROW else 0
+        if parts > 1:
+            left, right = (z[: parts * size].view(parts, size, -1) for z in (x, y))
+            self._scatter.add_(torch.bmm(left.mT, right).sum(0, dtype=torch.float64), alpha=weight)
+            self._mirrored = self.paired
+            x, y = x[parts * size :], y[parts * size :]
         for left, right in zip(torch.split(x, size), torch.split(y, size), strict=True):
             self._add_product(left, right, weight)
 

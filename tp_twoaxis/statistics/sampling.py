@@ -80,7 +80,11 @@ def select_rows(view: Tensor, positions: Tensor) -> Tensor:
     if view.stride(1) == 1 and view.stride(2) != 1:
         index = positions[:, None].expand(-1, view.shape[2], -1)
         return view.transpose(1, 2).gather(2, index).transpose(1, 2)
-    return view[torch.arange(len(view), device=view.device)[:, None], positions]
+    starts = torch.arange(len(view), device=view.device)[:, None]
+    if view.is_contiguous():  # rows copied whole, several times faster on a CPU than by two indices
+        rows = view.flatten(0, 1).index_select(0, (starts * view.shape[1] + positions).ravel())
+        return rows.view(*positions.shape, view.shape[2])
+    return view[starts, positions]
 
 
 def stratified(available: int, wanted: int) -> Tensor:
