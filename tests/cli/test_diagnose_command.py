@@ -46,6 +46,7 @@ def test_runs_are_combined(folder, tmp_path):
     assert f"{MODEL} (1): " in result.stdout
     assert "over runs: 0 hold" in result.stdout
     assert "2 runs" in page.read_text()
+    assert list((tmp_path / "both_tables").glob("*.csv"))
     assert f"| {MODEL} (1) | {MODEL} (2) | over runs |" in text.read_text()
 
 
@@ -55,6 +56,7 @@ def test_runs_are_combined(folder, tmp_path):
         ((), "expected MODEL and --data, or --combine"),
         ((MODEL,), "expected MODEL and --data, or --combine"),
         ((MODEL, "--data", "d", "--sections", "hull"), "did you mean 'hulls'"),
+        ((MODEL, "--data", "d", "--removal", "half"), "--removal: expected one of mean, zero"),
         ((MODEL, "--data", "d", "--results", "r"), "--results: expected with --combine"),
         ((MODEL, "--data", "d", "--combine", "r"), "--combine: takes folders alone"),
         (("--combine", "missing"), "found no run.json"),

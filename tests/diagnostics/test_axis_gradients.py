@@ -189,6 +189,9 @@ def test_the_section_follows_snapshots():
     inputs.snapshots = {0: {}, 1: {}, 2: {}}
     with pytest.raises(NotApplicableError, match="another network"):
         gradients_by_epoch(inputs)
+    stands = gradients_section(inputs)  # what is of the trained network alone
+    assert list(stands.tables) == ["gradients"]
+    assert "The course of training is left out: the snapshot of epoch 0" in stands.fails
 
 
 def test_bad_input():

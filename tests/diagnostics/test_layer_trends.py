@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from tp_twoaxis.diagnostics.layer_trends import depth_trend
+from tp_twoaxis.diagnostics.layer_trends import best_trend, depth_trend
 
 
 def test_the_trend_is_spearmans_and_its_interval_that_of_resampled_layers() -> None:
@@ -34,3 +35,17 @@ def test_a_quantity_that_never_changes_has_no_trend() -> None:
     found = depth_trend([0.0, 0.5, 1.0], [2.0, 2.0, 2.0])
     assert math.isnan(found.value)
     assert math.isnan(found.lower)
+
+
+def test_trends_are_over_models_where_they_can_be() -> None:
+    generator = np.random.default_rng(0)
+    tables = [
+        pd.DataFrame({"network": "n", "seed": seed, "depth": np.linspace(0, 1, 8), "size": generator.normal(size=8)})
+        for seed in range(3)
+    ]
+    own = [spearmanr(table.depth, table["size"]).statistic for table in tables]
+    found = best_trend(pd.concat(tables), "size")
+    assert (found.value, found.lower, found.upper) == pytest.approx((np.mean(own), min(own), max(own)))
+    both = pd.concat(tables[:2])  # two trainings: over the layers of both
+    assert best_trend(both, "size") == depth_trend(list(both.depth), list(both["size"]))
+    assert math.isnan(best_trend(both.assign(size=math.nan), "size").value)

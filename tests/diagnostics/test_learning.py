@@ -12,11 +12,13 @@ from cases import batches, conv_net
 from scipy.stats import spearmanr
 
 from tp_twoaxis import calibrate
+from tp_twoaxis.diagnostics.communities import community_table
 from tp_twoaxis.diagnostics.evidence import EvidenceInputs, NotApplicableError
 from tp_twoaxis.diagnostics.learning import (
     hull_measures,
     layer_states,
     learning_claims,
+    learning_drawings,
     learning_section,
     models_by_epoch,
     persistence_table,
@@ -25,6 +27,7 @@ from tp_twoaxis.diagnostics.learning import (
     windows,
 )
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, mean_by_epoch
+from tp_twoaxis.diagnostics.triplets import triplet_table
 from tp_twoaxis.scores import local, target
 from tp_twoaxis.training import finetune
 from tp_twoaxis.training.snapshots import SnapshotWriter, read_snapshots
@@ -123,7 +126,7 @@ def test_the_section_and_what_is_added_to_it(inputs):
     assert trajectory.layer.unique().tolist() == ["conv1", "conv2", "depthwise", "reduce"]
     coupled = section.claims[0].estimate.value
     assert coupled == pytest.approx(trajectory[trajectory.epoch == 0].rho.mean())
-    assert len(section.claims) == 6
+    assert len(section.claims) == 6  # those of what is added to the axes by default are left out
     assert [len(drawing.draw().axes) for drawing in section.drawings] == [3, 3]
     assert [drawing.name for drawing in learning_section(inputs, ()).drawings] == ["learning"]
 
@@ -143,21 +146,62 @@ def test_several_trainings_are_averaged_over_seeds(inputs):
 def test_claims_over_trainings_have_intervals_over_trainings(inputs):
     section = learning_section(inputs)
     shifts = {"trajectory": 0.25, "velocity": 0.0, "persistence": 0.0}
-    again = {name: table.assign(rho=table.rho - shifts[name]) for name, table in section.tables.items()}
     both = {
-        name: pd.concat([t.assign(network="n", seed=seed) for seed, t in enumerate((table, again[name]))])
+        name: pd.concat(
+            [table.assign(network="n", seed=seed, rho=table.rho - seed * shifts[name]) for seed in range(3)]
+        )
         for name, table in section.tables.items()
     }
     coupled, drop, *others = learning_claims(both)
     own = section.claims[0].estimate.value
-    assert (coupled.estimate.value, coupled.estimate.upper) == pytest.approx((own - 0.125, own))
-    assert coupled.note == "epoch 0, interval over 2 trainings"
+    assert coupled.estimate.value == pytest.approx(own - 0.25)
+    # of three models one alone is drawn in one of 27 resamples, more than the 2.5 % at either end
+    assert (coupled.estimate.lower, coupled.estimate.upper) == pytest.approx((own - 0.5, own))
+    assert coupled.note == "epoch 0, interval over 3 trainings"
+    two = {name: table[table.seed < 2] for name, table in both.items()}
+    assert learning_claims(two)[0].note == "epoch 0, interval over 8 layers"
     assert drop.estimate.value == pytest.approx(section.claims[1].estimate.value)  # a shift of all epochs cancels
     assert [claim.sentence for claim in others] == [claim.sentence for claim in section.claims[2:]]
     # trainings that were recorded at other epochs are judged all the same
     both["trajectory"].loc[both["trajectory"].seed == 1, "epoch"] += 1
     both["persistence"].loc[both["persistence"].seed == 1, "epoch"] += 1
-    assert learning_claims(both)[0].note == "epoch 0 or 1, interval over 2 trainings"
+    assert learning_claims(both)[0].note == "epoch 0 or 1, interval over 3 trainings"
+
+
+def test_structure_is_followed_from_the_start(inputs):
+    section = learning_section(inputs)
+    trajectory = section.tables["trajectory"]
+    net = copy.deepcopy(inputs.model)
+    for epoch, model in models_by_epoch(inputs):
+        net.load_state_dict(model.state_dict())
+        stats = calibrate(net, inputs.calibration, progress=False)
+        own = trajectory[trajectory.epoch == epoch].set_index("layer")
+        gaps = community_table(stats, ["conv1", "reduce"]).set_index("layer").gap
+        ratios = triplet_table(stats, ["conv1", "reduce"]).set_index("layer").ratio
+        assert own.modularity_gap[["conv1", "reduce"]].tolist() == pytest.approx(gaps.tolist(), abs=1e-6)
+        assert own.triplets[["conv1", "reduce"]].tolist() == pytest.approx(ratios.tolist(), rel=1e-6)
+    claims = {claim.sentence: claim.estimate.value for claim in section.claims}
+    by_epoch = trajectory.groupby("epoch").modularity_gap.mean()
+    assert claims["the overlap graph is more modular than the excess graph before training already"] == pytest.approx(
+        by_epoch[0]
+    )
+    assert claims["and so it is at every snapshot (where the difference is least)"] == pytest.approx(by_epoch.min())
+    grown = trajectory.groupby("epoch").triplets.mean()
+    assert claims["the excess of triplets over that of pairs grows with training"] == pytest.approx(grown[6] - grown[0])
+
+
+def test_figures_of_several_networks_are_apart(inputs):
+    section = learning_section(inputs)
+    several = {
+        name: pd.concat([t.assign(network=network, seed=seed) for network in "ab" for seed in (1, 2)])
+        for name, t in section.tables.items()
+    }
+    drawings = learning_drawings(several)
+    assert [drawing.name for drawing in drawings] == [
+        "learning_a", "learning_structure_a", "learning_b", "learning_structure_b"
+    ]  # fmt: skip
+    assert drawings[2].caption.startswith("b. ")
+    assert [len(drawing.draw().axes) for drawing in drawings[:2]] == [3, 4]
 
 
 def test_windows_without_much_choice():

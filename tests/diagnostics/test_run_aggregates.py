@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tp_twoaxis.diagnostics.evidence import mean_estimate
 from tp_twoaxis.diagnostics.run_aggregates import (
     aggregate_runs,
     best_estimate,
+    best_share,
     model_bootstrap,
     run_means,
     share_estimate,
@@ -45,6 +47,20 @@ def test_a_backbone_of_one_model_counts_and_does_not_vary():
     mixed, varying = model_bootstrap(both, "rho"), model_bootstrap(alone, "rho")
     assert mixed.upper - mixed.lower == pytest.approx((varying.upper - varying.lower) / 2, rel=0.1)
     assert math.isnan(model_bootstrap(cells({"a": 1, "b": 1}), "rho").lower)
+
+
+def test_two_trainings_have_no_interval_of_their_own():
+    two = cells({"a": 2, "b": 2})
+    assert math.isnan(model_bootstrap(two, "rho").lower)
+    assert best_estimate(two, "rho") == mean_estimate(two.rho.tolist())
+    assert not math.isnan(model_bootstrap(cells({"a": 3, "b": 2}), "rho").lower)
+
+
+def test_shares_are_over_models_where_they_can_be():
+    table = cells({"a": 5}).assign(high=lambda t: t.rho > 0)
+    assert best_share(table, "high") == model_bootstrap(table.assign(high=table.high.astype(float)), "high")
+    alone = table[table.seed == 0]
+    assert best_share(alone, "high") == share_estimate(int(alone.high.sum()), 4)
 
 
 def test_table_3_has_a_row_for_each_way():

@@ -11,7 +11,7 @@ from tp_twoaxis import calibrate
 from tp_twoaxis.diagnostics.communities import community_table
 from tp_twoaxis.diagnostics.evidence import EvidenceInputs, NotApplicableError
 from tp_twoaxis.diagnostics.group_overlap import overlap_table
-from tp_twoaxis.diagnostics.structure_section import structure_section
+from tp_twoaxis.diagnostics.structure_section import structure_claims, structure_section
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,9 @@ def test_tables_and_claims_are_of_the_convolutions(inputs) -> None:
     assert gap == pytest.approx(communities.gap.mean())
     assert chance == pytest.approx((communities.overlap_modularity - communities.overlap_chance).mean())
     assert share == pytest.approx((communities.gap > 0).mean())
+    assert section.claims[2].verdict == ("HOLDS" if share == 1 else "DOES NOT")
+    ahead = {**section.tables, "communities": communities.assign(gap=0.1)}
+    assert structure_claims(ahead)[2].verdict == "HOLDS"
     assert trend == pytest.approx(communities.gap.corr(communities.depth, method="spearman"))
     assert early == pytest.approx(groups[groups.depth <= 1 / 3].overlap_ratio.mean())
     assert falling == pytest.approx(groups.overlap_ratio.corr(groups.depth, method="spearman"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from tp_twoaxis import CalibrationStatistics, TwoAxisError, calibrate
 from tp_twoaxis.importance.pruning_state import PruningState
-from tp_twoaxis.statistics import calibrate_shards
+from tp_twoaxis.statistics import calibrate_shards, pooled_samples
 
 IMAGES, TOKENS, WIDTH = 40, 7, 6
 
@@ -104,3 +104,13 @@ def test_an_unknown_pooling_is_refused() -> None:
     net, loader = made()
     with pytest.raises(TwoAxisError, match=r"pooling.*mean, cls"):
         calibrate(net, loader, pooling="first", progress=False)
+
+
+def test_samples_are_pooled_alike():
+    net, loader = made()
+    stats = calibrate(net, loader, pooling="cls", progress=False)
+    samples = pooled_samples(net, loader, pooling="cls", progress=False)
+    for name, layer in stats.layers.items():
+        torch.testing.assert_close(samples.outputs[name].double().mean(0), layer.pooled.mean, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TwoAxisError, match="pooling: expected one of mean, cls"):
+        pooled_samples(net, loader, pooling="first", progress=False)

@@ -42,6 +42,7 @@ class EvidenceOptions:
         Path | None, _evidence("Folder that `train --snapshots` wrote, for learning and gradients.")
     ] = None
     held_out: Annotated[int, _evidence("Images for lesions, none of --images.", min=1)] = 1000
+    removal: Annotated[str, _evidence("What stands in a removed channel's place: mean, zero.")] = "mean"
     training_seed: Annotated[
         str | None, _evidence("Which of several trainings it is; default the checkpoint's name.")
     ] = None
@@ -49,6 +50,7 @@ class EvidenceOptions:
     def __post_init__(self) -> None:
         for name in self.chosen:
             check_name("section", name, SECTIONS)
+        check_name("--removal", self.removal, ("mean", "zero"))
 
     @property
     def chosen(self) -> list[str]:
@@ -144,6 +146,8 @@ def _gather(
     if others is None:
         notes.append("lesions cost little on images learnt by heart: name others with --eval-split or --eval-data")
     settings = {**_read_as(source), "lesions": _read_as(others or source), **statistics.keywords()}
+    if evidence.removal != "mean":  # what pages before there was a choice have keeps its key
+        settings["removal"] = evidence.removal
     key = evidence_key(network, calibration, held_out, snapshots, **settings)
     same = folder.described and folder.description()["key"] == key
     if folder.described and not same and not output.force:
@@ -163,7 +167,14 @@ def _gather(
     }
     folder.describe({**run, "key": key, **provenance(model.device)})
     inputs = EvidenceInputs(
-        network, gathered, calibration, held_out, snapshots, seed=source.seed, progress=output.progress
+        network,
+        gathered,
+        calibration,
+        held_out,
+        snapshots,
+        removal="zero" if evidence.removal == "zero" else "mean",
+        seed=source.seed,
+        progress=output.progress,
     )
 
     def report(record: SectionRecord) -> None:
@@ -184,7 +195,7 @@ def _read_as(source: DataOptions) -> dict[str, Any]:
 def _combine(folders: list[str], results: list[str], out: Path, markdown: Path | None, output: OutputOptions) -> None:
     from tp_twoaxis.benchmark.pruning_claims import pruning_claims
     from tp_twoaxis.diagnostics.evidence_page import counted
-    from tp_twoaxis.diagnostics.evidence_runs import combine_evidence, combined_html
+    from tp_twoaxis.diagnostics.evidence_runs import OVER, combine_evidence, combined_html
     from tp_twoaxis.diagnostics.evidence_store import SectionRecord
     from tp_twoaxis.runtime.serialization import write_bytes
 
@@ -193,11 +204,19 @@ def _combine(folders: list[str], results: list[str], out: Path, markdown: Path |
     write_bytes(out, combined_html(combined).encode())
     if markdown is not None:
         write_bytes(markdown, combined.markdown().encode())
-    records = [(run.label, run.records) for run in combined.runs] + [("over runs", combined.over)]
+    tables = out.with_name(f"{out.stem}_tables")
+    combined.write_tables(tables)
+    records = [*((run.label, run.records) for run in combined.runs), *combined.by_network.items()]
+    records.append((OVER, combined.over))
     output.show(
-        {"out": str(out), "runs": [run.label for run in combined.runs], "over_runs": _payload(combined.over)},
+        {
+            "out": str(out),
+            "tables": str(tables),
+            "runs": [run.label for run in combined.runs],
+            "over_runs": _payload(combined.over),
+        },
         *(f"{label}: {counted(claim for record in own for claim in record.claims)}" for label, own in records),
-        f"wrote {out}",
+        f"wrote {out}, tables in {tables}",
     )
 
 

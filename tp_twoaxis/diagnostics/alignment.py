@@ -18,7 +18,7 @@ from tp_twoaxis.diagnostics.axis_coordinates import (
 from tp_twoaxis.diagnostics.cell_figures import BAND, against_depth, panels
 from tp_twoaxis.diagnostics.channel_groups import GROUPS, agreement, group_channels, silhouette, standardised
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, Section
-from tp_twoaxis.diagnostics.run_aggregates import aggregate_runs, best_estimate, share_estimate
+from tp_twoaxis.diagnostics.run_aggregates import aggregate_runs, best_estimate, best_share
 
 GROUPS_SHOWN = (2, 3, 4, 5)
 WEAK = 0.2
@@ -145,7 +145,7 @@ def alignment_claims(table: pd.DataFrame) -> list[Claim]:
 
     Args:
         table: of :func:`alignment_table`; of several networks below each other, with the columns ``network`` and
-            ``seed``, intervals are over models where a backbone has two, otherwise over cells.
+            ``seed``, intervals are over models where a backbone has three, otherwise over cells.
 
     Example:
         >>> cells = pd.DataFrame({"groups": 3, "rho": [0.1, 0.0, -0.1], "ari": [0.0, 0.01, 0.03], "p": [0.5, 0.2, 0.9]})
@@ -154,6 +154,7 @@ def alignment_claims(table: pd.DataFrame) -> list[Claim]:
     """
     cells = table[table.groups == GROUPS]
     grouped = cells.dropna(subset="ari")
+    grouped = grouped.assign(by_chance=grouped.p > 0.05, apart=grouped.ari < CHANCE)
     ours = "The paper's number is lost; the bound is ours."
     either = "One of the two is the paper's 95 %; its text does not say which. The bound of 90 % is ours."
     return [
@@ -176,14 +177,14 @@ def alignment_claims(table: pd.DataFrame) -> list[Claim]:
         Claim(
             "In most layers the groups agree no better than chance (share of cells with p > 0.05).",
             "0.95",
-            share_estimate(int((grouped.p > 0.05).sum()), len(grouped)),
+            best_share(grouped, "by_chance"),
             above=MOST_CELLS,
             note=either,
         ),
         Claim(
             "In most layers the groups hardly agree (share of cells with an adjusted Rand index below 0.1).",
             "0.95",
-            share_estimate(int((grouped.ari < CHANCE).sum()), len(grouped)),
+            best_share(grouped, "apart"),
             above=MOST_CELLS,
             note=either,
         ),

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from tp_twoaxis.diagnostics.axis_coordinates import relative_depths, task_cells
-from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.learning import IMAGES, LAYERS, check_snapshots, models_by_epoch
 from tp_twoaxis.diagnostics.learning_figures import draw_gradients, draw_gradients_by_epoch
+from tp_twoaxis.diagnostics.run_aggregates import RUN, best_estimate, with_runs
 from tp_twoaxis.errors import check_name
 from tp_twoaxis.reconstruction.patches import padded, pooled_patches
 from tp_twoaxis.runtime.forward import find_logits, forward_pass
@@ -288,10 +289,10 @@ def gradients_by_epoch(inputs: EvidenceInputs, target: str = "margin") -> pd.Dat
 def gradients_section(inputs: EvidenceInputs) -> Section:
     """Answer whether the two axes pull a channel's weights in different directions (H2, proposition 1).
 
-    Where there are snapshots, six layers spread over depth are followed over training too.
+    Where there are snapshots of its training, six layers spread over depth are followed over it too.
 
     Raises:
-        NotApplicableError: see :func:`gradients_by_epoch` and
+        NotApplicableError: see :func:`weight_gradients` and
             :func:`~tp_twoaxis.diagnostics.axis_coordinates.task_cells`.
     """
     cells = task_cells(inputs)
@@ -300,34 +301,43 @@ def gradients_section(inputs: EvidenceInputs) -> Section:
     slopes = weight_gradients(inputs.model, inputs.calibration, layers=cells, target=target, progress=inputs.progress)
     table = alignment_table(slopes, relative_depths(inputs.cells()))
     tables, drawings = {"gradients": table}, [Drawing("gradients", lambda: draw_gradients(table), _CAPTION)]
-    claims = _claims(table)
+    without = ""
     if inputs.snapshots:
-        over = gradients_by_epoch(inputs, target)
-        tables["gradients_by_epoch"] = over
-        claims.append(_claim_of_training(over))
-        drawings.append(Drawing("gradients_by_epoch", lambda: draw_gradients_by_epoch(over), _BY_EPOCH))
+        try:
+            over = gradients_by_epoch(inputs, target)
+            tables["gradients_by_epoch"] = over
+            drawings.append(Drawing("gradients_by_epoch", lambda: draw_gradients_by_epoch(over), _BY_EPOCH))
+        except NotApplicableError as reason:  # what there is of the trained network stands
+            without = f" The course of training is left out: {reason}."
     return Section(
         "gradients",
         "Do the two axes pull a channel's weights in different directions?",
         tables,
-        claims,
+        gradient_claims(tables),
         drawings,
         follows="Training along one axis need not move a channel along the other, so that neither score stands for "
         "the other in a trained network.",
         fails="A mean cosine near 0 hides channels whose slopes agree or oppose: the table has the mean absolute "
         "cosine beside that of unrelated directions. The slopes are those of Gaussian proxies with a target that "
         "stands still, and in evaluation mode BatchNorm's statistics do so too (ours); that a direction is there does "
-        "not say that training takes it.",
+        "not say that training takes it." + without,
     )
 
 
-def _claims(table: pd.DataFrame) -> list[Claim]:
-    within = f"bounds of {NEAR_ZERO} are ours; interval over layers"
-    return [
+def gradient_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
+    """Judge the directions of the axes in weight space.
+
+    Args:
+        tables: ``gradients`` and, where training was followed, ``gradients_by_epoch`` of :func:`gradients_section`; of
+            several networks below each other, with the columns ``network`` and ``seed``, intervals are over models
+            where a backbone has three, otherwise over layers.
+    """
+    table, within = tables["gradients"], f"bounds of {NEAR_ZERO} are ours"
+    claims = [
         Claim(
             "the slopes of input capture and task information are close to orthogonal",
             "close to 0",
-            mean_estimate(list(table.capture_information)),
+            best_estimate(table, "capture_information"),
             above=-NEAR_ZERO,
             below=NEAR_ZERO,
             note=within,
@@ -335,23 +345,28 @@ def _claims(table: pd.DataFrame) -> list[Claim]:
         Claim(
             "after training, descent of the loss has a small positive component along input capture",
             "small and positive",
-            mean_estimate(list(table.descent_capture)),
+            best_estimate(table, "descent_capture"),
             above=0.0,
             below=NEAR_ZERO,
             note=within,
         ),
     ]
+    return claims + ([_claim_of_training(tables["gradients_by_epoch"])] if "gradients_by_epoch" in tables else [])
 
 
 def _claim_of_training(over: pd.DataFrame) -> Claim:
-    start, end = over.epoch.min(), over.epoch.max()
-    first, last = (over[over.epoch == epoch].set_index("layer").descent_information for epoch in (start, end))
+    parts, epochs = [], list[str]()
+    for _, run in with_runs(over).groupby(RUN, sort=False):
+        first, last = (run[run.epoch == epoch].set_index("layer") for epoch in (run.epoch.min(), run.epoch.max()))
+        parts.append(first.assign(turn=first.descent_information - last.descent_information))
+        epochs.append(f"epoch {run.epoch.min()} less epoch {run.epoch.max()}")
+    layers = pd.concat(parts)
     return Claim(
         "descent of the loss is aligned with task information at the start more than at the end",
         "at initialization only",
-        mean_estimate(list(first - last)),
+        best_estimate(layers, "turn"),
         above=0.0,
-        note=f"epoch {start} less epoch {end}, interval over {len(first)} layers",
+        note=f"{' or '.join(dict.fromkeys(epochs))}, {len(layers)} layers",
     )
 
 

@@ -24,10 +24,10 @@ from tp_twoaxis.diagnostics.evidence import (
     Estimate,
     EvidenceInputs,
     Section,
-    mean_estimate,
 )
 from tp_twoaxis.diagnostics.ksg import ksg_table
-from tp_twoaxis.diagnostics.layer_trends import depth_trend
+from tp_twoaxis.diagnostics.layer_trends import best_trend
+from tp_twoaxis.diagnostics.run_aggregates import best_estimate
 from tp_twoaxis.diagnostics.triplets import triplet_table
 from tp_twoaxis.scores.target import target_redundancy, task_information
 from tp_twoaxis.statistics.pooled_samples import pooled_samples
@@ -192,15 +192,17 @@ def collapse_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
             above=CLEAR,
             note="an arithmetic check; the interval is the range over layers",
         ),
-        _unrelated("Peer overlap and target redundancy order channels differently", redundancy.rho_overlap_redundancy),
+        _unrelated(
+            "Peer overlap and target redundancy order channels differently", redundancy, "rho_overlap_redundancy"
+        ),
         Claim(
             "Without Gaussian formulas too, shared information about the task follows task information",
             "0.883 ResNet-18, 0.884 VGG-16, 0.812 MobileNetV2",
-            mean_estimate(broja.rho_shared_task.tolist()),
+            best_estimate(broja, "rho_shared_task"),
             above=CLEAR,
             note=f"BROJA, with the most informative peer, mean {_OVER_LAYERS}; over all channels at once {pooled:.2f}",
         ),
-        _unrelated("Shared information about the task is not peer overlap", broja.rho_shared_overlap),
+        _unrelated("Shared information about the task is not peer overlap", broja, "rho_shared_overlap"),
         Claim(
             "Middle layers share less about the task, against synergy, than early ones",
             "falls (numbers lost)",
@@ -215,29 +217,29 @@ def collapse_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
             above=0.0,
             note="difference of mean ln(shared / synergy) between thirds of the depth, ours",
         ),
-        _unrelated("What the best peer cannot give back is not input capture", broja.rho_irrecoverable_capture),
+        _unrelated("What the best peer cannot give back is not input capture", broja, "rho_irrecoverable_capture"),
         Claim(
             "Gaussian task information and that by nearest neighbours order channels differently",
             "0.015 VGG-16, 0.103 MobileNetV2",
-            mean_estimate(tables["ksg"].rho.tolist()),
+            best_estimate(tables["ksg"], "rho"),
             below=CLEAR,
             note=f"KSG with 3 neighbours, mean {_OVER_LAYERS}",
         ),
         Claim(
             "Triplets gain more over pairs, against what pairs gain, the deeper the layer",
             "climbs from input to output",
-            depth_trend(triplets.depth.tolist(), triplets.ratio.tolist()),
+            best_trend(triplets, "ratio"),
             above=0.0,
             note="rank correlation with depth over layers; near an excess of one over twice the images it is of noise",
         ),
     ]
 
 
-def _unrelated(sentence: str, values: pd.Series) -> Claim:
+def _unrelated(sentence: str, cells: pd.DataFrame, column: str) -> Claim:
     return Claim(
         sentence,
         "weakly related (number lost)",
-        mean_estimate(values.tolist()),
+        best_estimate(cells, column),
         above=-WEAK,
         below=WEAK,
         note=f"mean rank correlation {_OVER_LAYERS}",

@@ -182,6 +182,21 @@ def chance_modularity(weights: Tensor, *, share: float = TOP_SHARE, shuffles: in
     return sum(found) / len(found)
 
 
+def modularity_gap(layer: LayerStatistics, *, seed: int = 0) -> float:
+    """Modularity of a layer's overlap graph less that of its excess graph; NaN where either has no edges.
+
+    Args:
+        layer: statistics with a target.
+        seed: of the channels that are drawn from wide layers.
+
+    Raises:
+        TwoAxisError: no target, or NetworkX is missing.
+    """
+    channels = _drawn_channels(layer, seed)
+    overlap, excess = (find_communities(graph(layer, channels)).modularity for graph in (overlap_graph, excess_graph))
+    return overlap - excess
+
+
 def community_table(stats: CalibrationStatistics, layers: list[str], *, seed: int = 0) -> pd.DataFrame:
     """Compare the two graphs of each layer.
 

@@ -162,6 +162,7 @@ class EvidenceInputs:
             every pass.
         held_out: batches that the calibration did not see, or None.
         snapshots: state dicts of a training by epoch, ascending; empty where none were kept.
+        removal: what stands in the place of a removed channel, its mean or zero.
         seed: of all draws.
         progress: show bars on stderr.
     """
@@ -171,6 +172,7 @@ class EvidenceInputs:
     calibration: Iterable[tuple[Any, Tensor]]
     held_out: Iterable[tuple[Any, Tensor]] | None = None
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    removal: Literal["mean", "zero"] = "mean"
     seed: int = 0
     progress: bool = True
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tp_twoaxis.diagnostics.evidence import Claim
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing
 from tp_twoaxis.diagnostics.evidence_page import (
     READING,
     TITLE,
@@ -22,8 +23,14 @@ from tp_twoaxis.diagnostics.evidence_page import (
 )
 from tp_twoaxis.diagnostics.evidence_sections import SECTIONS
 from tp_twoaxis.diagnostics.evidence_store import EvidenceFolder, SectionRecord
-from tp_twoaxis.diagnostics.html_page import render
+from tp_twoaxis.diagnostics.html_page import Picture, png_bytes, render
+from tp_twoaxis.diagnostics.run_aggregates import FEWEST_MODELS
 from tp_twoaxis.errors import TwoAxisError
+from tp_twoaxis.runtime.serialization import write_bytes
+
+OVER = "over runs"
+MOST_RUNS = 6
+"""Columns of single runs at most; networks of several runs stand in their place where there are more."""
 
 
 @dataclass(frozen=True)
@@ -52,33 +59,45 @@ class CombinedEvidence:
     Attributes:
         runs: in the order of the folders.
         over: claims over all runs, a record a section.
-        tables: section -> name of a table -> rows of all runs, with the columns ``network`` and ``seed``.
+        tables: section -> name of a table -> rows of all runs, with the columns ``network`` and ``seed``, or condensed
+            from these.
+        by_network: where there are several networks, network -> claims over its runs, of those that have several.
+        drawings: section -> figures of all runs.
     """
 
     runs: list[Run]
     over: list[SectionRecord]
     tables: dict[str, dict[str, pd.DataFrame]]
+    by_network: dict[str, list[SectionRecord]] = field(default_factory=dict)
+    drawings: dict[str, list[Drawing]] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, list[SectionRecord]]:
+        """What stands side by side: each run, networks of several runs, and all runs together.
+
+        Of more than six runs those that a network's column stands for are left out.
+        """
+        shown = [run for run in self.runs if len(self.runs) <= MOST_RUNS or run.network not in self.by_network]
+        return {**{run.label: run.records for run in shown}, **self.by_network, OVER: self.over}
 
     def matched(self, name: str) -> list[list[Claim | None]]:
-        """Claims of a section, each run's and the one over runs side by side.
+        """Claims of a section side by side.
 
         Args:
             name: of the section.
 
         Returns:
-            A row a sentence: a claim a run, then that over runs; None where there is none.
+            A row a sentence: a claim for each of :meth:`columns`; None where there is none.
         """
-        records = [*(run.records for run in self.runs), self.over]
         columns = [
             {claim.sentence: claim for record in own if record.name == name for claim in record.claims}
-            for own in records
+            for own in self.columns().values()
         ]
         sentences = dict.fromkeys(sentence for column in columns for sentence in column)
         return [[column.get(sentence) for column in columns] for sentence in sentences]
 
     def markdown(self) -> str:
-        """All claims as a table: a row each, a column a run, and one over runs."""
-        labels = self.labels()
+        """All claims as a table: a row each, and :meth:`columns`."""
+        labels = list(self.columns())
         lines = [f"| section | claim | paper | {' | '.join(labels)} |", "|---" * (3 + len(labels)) + "|"]
         for name in self.sections():
             for row in self.matched(name):
@@ -87,13 +106,26 @@ class CombinedEvidence:
                 lines.append(markdown_row([name, claim.sentence, claim.paper, *cells]))
         return "\n".join(lines) + "\n"
 
-    def labels(self) -> list[str]:
-        """Names of the columns of :meth:`matched`."""
-        return [*(run.label for run in self.runs), "over runs"]
-
     def sections(self) -> list[str]:
         """Names of sections in the paper's order, then those from elsewhere."""
         return list(dict.fromkeys([*SECTIONS, *(record.name for record in self.over)]))
+
+    def write_tables(self, folder: Path) -> None:
+        """Write every table as CSV and Parquet, ``SECTION-TABLE``; files of these names are replaced.
+
+        Raises:
+            TwoAxisError: a file cannot be written.
+        """
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise TwoAxisError(f"{folder}: could not be made a folder ({error}); choose another --out") from error
+        for section, tables in self.tables.items():
+            for name, table in tables.items():
+                buffer = io.BytesIO()
+                table.to_parquet(buffer, index=False)
+                write_bytes(folder / f"{section}-{name}.parquet", buffer.getvalue())
+                write_bytes(folder / f"{section}-{name}.csv", table.to_csv(index=False).encode())
 
 
 def combine_evidence(folders: Sequence[str | Path], more: Iterable[SectionRecord] = ()) -> CombinedEvidence:
@@ -109,25 +141,45 @@ def combine_evidence(folders: Sequence[str | Path], more: Iterable[SectionRecord
     if not folders:
         raise TwoAxisError("expected at least one folder of evidence, got none")
     runs = _runs([EvidenceFolder(Path(folder)) for folder in folders])
-    tables: dict[str, dict[str, pd.DataFrame]] = {}
-    over = []
-    for name, row in SECTIONS.items():
-        parts: dict[str, list[pd.DataFrame]] = {}
-        for run in runs:
-            for record in (record for record in run.records if record.name == name):
-                for table in record.tables:
-                    own = run.folder.table(record, table)
-                    own.insert(0, "network", run.network)
-                    own.insert(1, "seed", run.seed)
-                    parts.setdefault(table, []).append(own)
-        tables[name] = {table: pd.concat(own, ignore_index=True) for table, own in parts.items()}
-        if row.over_runs is not None and parts and len(runs) > 1:
-            over.append(SectionRecord(name, claims=tuple(row.over_runs(tables[name]))))
-    return CombinedEvidence(runs, [*over, *more], tables)
+    tables = {name: _joined(runs, name) for name in SECTIONS}
+    names = [run.network for run in runs]
+    several = [name for name in dict.fromkeys(names) if 1 < names.count(name) < len(names)]
+    by_network = {name: _judged(_of_network(tables, name)) for name in several}
+    over, drawings = [], {}
+    if len(runs) > 1:
+        over = _judged(tables)
+        drawings = {name: SECTIONS[name].drawn(own) for name, own in tables.items() if own}
+        tables = {name: own | (SECTIONS[name].condensed(own) if own else {}) for name, own in tables.items()}
+    return CombinedEvidence(runs, [*over, *more], tables, by_network, drawings)
+
+
+def _joined(runs: Sequence[Run], section: str) -> dict[str, pd.DataFrame]:
+    """A section's tables of all runs below each other."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for run in runs:
+        for record in (record for record in run.records if record.name == section):
+            for table in record.tables:
+                own = run.folder.table(record, table)
+                own.insert(0, "network", run.network)
+                own.insert(1, "seed", run.seed)
+                parts.setdefault(table, []).append(own)
+    return {table: pd.concat(own, ignore_index=True) for table, own in parts.items()}
+
+
+def _of_network(tables: dict[str, dict[str, pd.DataFrame]], network: str) -> dict[str, dict[str, pd.DataFrame]]:
+    parts = {
+        name: {table: rows[rows.network == network].reset_index(drop=True) for table, rows in own.items()}
+        for name, own in tables.items()
+    }
+    return {name: {table: rows for table, rows in own.items() if len(rows)} for name, own in parts.items()}
+
+
+def _judged(tables: dict[str, dict[str, pd.DataFrame]]) -> list[SectionRecord]:
+    return [SectionRecord(name, claims=tuple(SECTIONS[name].over_runs(own))) for name, own in tables.items() if own]
 
 
 def combined_html(combined: CombinedEvidence) -> str:
-    """Build the dashboard: every run's verdict on every claim, and the one over runs; then all tables.
+    """Build the dashboard: every run's verdict on every claim, and the one over runs; then figures and all tables.
 
     Returns:
         A complete HTML document without references to anything outside itself.
@@ -137,8 +189,9 @@ def combined_html(combined: CombinedEvidence) -> str:
             "name": name,
             "title": section_title(name),
             "rows": rows,
+            "pictures": [Picture(png_bytes(own.draw()), own.caption) for own in combined.drawings.get(name, ())],
             "tables": [
-                FoldedTable.of(table, frame, f"{name}-{table}.csv of each run")
+                FoldedTable.of(table, frame, f"{name}-{table}.csv")
                 for table, frame in combined.tables.get(name, {}).items()
             ],
         }
@@ -149,7 +202,8 @@ def combined_html(combined: CombinedEvidence) -> str:
         "evidence_runs.html",
         title=f"{TITLE}: {len(combined.runs)} runs",
         reading=READING,
-        labels=combined.labels(),
+        fewest=FEWEST_MODELS,
+        labels=list(combined.columns()),
         overview=_overview(combined),
         sections=sections,
         provenances=[provenance(run.folder.description()) for run in combined.runs],
@@ -173,8 +227,8 @@ def _runs(folders: Sequence[EvidenceFolder]) -> list[Run]:
 
 
 def _overview(combined: CombinedEvidence) -> list[dict[str, Any]]:
-    described_runs = [described(run.folder.description()) for run in combined.runs]
-    rows = [*(run.records for run in combined.runs), combined.over]
+    runs = [(run.label, run.records, described(run.folder.description())) for run in combined.runs]
+    together = [(label, records, "") for label, records in [*combined.by_network.items(), (OVER, combined.over)]]
     return [
         {
             "label": label,
@@ -182,5 +236,5 @@ def _overview(combined: CombinedEvidence) -> list[dict[str, Any]]:
             "skipped": [record.name for record in records if record.skipped is not None],
             "described": what,
         }
-        for label, records, what in zip(combined.labels(), rows, [*described_runs, ""], strict=True)
+        for label, records, what in [*runs, *together]
     ]

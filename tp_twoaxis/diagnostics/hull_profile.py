@@ -6,6 +6,7 @@ so that both are shown at 0.05 and 0.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from tp_twoaxis.diagnostics.axis_coordinates import relative_depths
 from tp_twoaxis.diagnostics.cell_figures import plain
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, Estimate, EvidenceInputs, NotApplicableError, Section
-from tp_twoaxis.diagnostics.layer_trends import depth_trend
-from tp_twoaxis.diagnostics.run_aggregates import share_estimate
+from tp_twoaxis.diagnostics.layer_trends import best_trend
+from tp_twoaxis.diagnostics.run_aggregates import RUN, model_bootstrap, share_estimate, with_runs
 from tp_twoaxis.scores.hull import REFERENCES, TOLERANCES, Hulls, full_explanation, select_peers
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
@@ -117,12 +118,11 @@ def hull_section(inputs: EvidenceInputs) -> Section:
             f"{stats[short[0]].num_channels}, so that its peers explain everything; calibrate on more images"
         )
     table = hull_table(stats, layers)
-    judged = _rows_of(table, JUDGED)
     return Section(
         "hulls",
         "How many peers does it take to replace a channel, and does that grow with depth?",
         {"hulls": table},
-        _claims(judged, layers, inputs.seed),
+        hull_claims(table),
         [
             Drawing(
                 "hulls",
@@ -187,11 +187,24 @@ def _rows_of(table: pd.DataFrame, threshold: Mapping[str, Any]) -> pd.DataFrame:
     return table[np.logical_and.reduce(same)].reset_index(drop=True)
 
 
-def _claims(judged: pd.DataFrame, layers: list[str], seed: int) -> list[Claim]:
-    first, last = judged.iloc[0], judged.iloc[-1]
+def hull_claims(table: pd.DataFrame) -> list[Claim]:
+    """Judge hulls by depth.
 
-    def share(row: pd.Series, column: str) -> Estimate:
-        return share_estimate(round(row[column] * row.channels) if row.channels else 0, row.channels)
+    Args:
+        table: of :func:`hull_table`; of several networks below each other, with the columns ``network`` and ``seed``,
+            intervals are over models where a backbone has three, otherwise over the channels or layers of all.
+    """
+    judged = with_runs(_rows_of(table, JUDGED))
+    runs = [part.sort_values("depth", kind="stable") for _, part in judged.groupby(RUN, sort=False)]
+    first, last = (pd.concat([run.iloc[[end]] for run in runs]) for end in (0, -1))
+
+    def share(rows: pd.DataFrame, column: str) -> Estimate:
+        models = model_bootstrap(rows, column)
+        hits = (rows[column] * rows.channels).fillna(0.0).sum()
+        return share_estimate(round(hits), int(rows.channels.sum())) if math.isnan(models.lower) else models
+
+    def named(rows: pd.DataFrame) -> str:
+        return ", ".join(dict.fromkeys(rows.layer))
 
     return [
         Claim(
@@ -199,20 +212,20 @@ def _claims(judged: pd.DataFrame, layers: list[str], seed: int) -> list[Claim]:
             "28-48 %",
             share(first, "singleton"),
             above=0.28,
-            note=f"{layers[0]}; compared with all peers, epsilon a factor of 0.1 (ours). Wilson's interval over its "
-            "channels; the bound is the lower end of the paper's range over networks.",
+            note=f"{named(first)}; compared with all peers, epsilon a factor of 0.1 (ours). Wilson's interval over "
+            "channels, of fewer than three trainings; the bound is the lower end of the paper's range over networks.",
         ),
         Claim(
             "In the last layer most channels need ten peers or more",
             "67-78 %",
             share(last, "saturated"),
             above=0.67,
-            note=f"{layers[-1]}; as above; the bound is the lower end of the paper's range.",
+            note=f"{named(last)}; as above; the bound is the lower end of the paper's range.",
         ),
         Claim(
             "Hulls grow with depth (rank correlation of mean size with depth)",
             "rises monotonically",
-            depth_trend(judged.depth.tolist(), judged.mean_size.tolist(), seed=seed),
+            best_trend(judged, "mean_size"),
             above=0.0,
             note="Bootstrap over layers. Deeper layers are wider too, and a layer of few channels has few peers.",
         ),

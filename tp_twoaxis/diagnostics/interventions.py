@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import pandas as pd
 
 from tp_twoaxis.diagnostics import interventions_figures as figures
 from tp_twoaxis.diagnostics.damage_regression import damage_regression, regression_summary
-from tp_twoaxis.diagnostics.evidence import Claim, Drawing, Estimate, EvidenceInputs, Section, mean_estimate
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing, Estimate, EvidenceInputs, Section
 from tp_twoaxis.diagnostics.lesion_damage import damage_by_layer, damage_correlations, matched_pairs, pooled_pairs
 from tp_twoaxis.diagnostics.lesion_probe import lesion_probe
 from tp_twoaxis.diagnostics.peer_recovery import matched_recovery_table, recovery_table
+from tp_twoaxis.diagnostics.run_aggregates import best_estimate
 
 LOST = "number lost"
 FEW_CELLS = 10  # a bootstrap of fewer is narrower than it says
 
 
-def interventions_section(inputs: EvidenceInputs, *, removal: Literal["mean", "zero"] = "mean") -> Section:
+def interventions_section(inputs: EvidenceInputs) -> Section:
     """Remove channels of three convolutions, and see what the damage and its repair by peers go with.
 
     Args:
         inputs: with held-out images.
-        removal: what stands in a removed channel's place; see
-            :func:`~tp_twoaxis.diagnostics.lesion_probe.lesion_probe`.
 
     Raises:
         NotApplicableError: no held-out images, no convolution, no task variable, or nothing in these layers varies.
@@ -39,7 +37,7 @@ def interventions_section(inputs: EvidenceInputs, *, removal: Literal["mean", "z
         >>> interventions_section(inputs).name
         'interventions'
     """
-    return interventions_of(lesion_probe(inputs, removal=removal), seed=inputs.seed)
+    return interventions_of(lesion_probe(inputs, removal=inputs.removal), seed=inputs.seed)
 
 
 def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
@@ -95,27 +93,29 @@ def interventions_of(channels: pd.DataFrame, *, seed: int = 0) -> Section:
 def _damage_claims(tables: dict[str, pd.DataFrame]) -> list[Claim]:
     rho, regression = tables["damage_correlations"], tables["damage_regression"]
     over = f"mean over {len(rho)} cells" + ("" if len(rho) >= FEW_CELLS else ", too few for an interval to be trusted")
+    rho = rho.assign(compact_lead=-rho.compact_local - rho.capture)
     # every set of predictors has the cells in the same order
-    sets = [part.held_out.to_numpy() for _, part in regression.groupby("predictors", sort=False)]
+    sets = [part.reset_index(drop=True) for _, part in regression.groupby("predictors", sort=False)]
+    gain = sets[-1].assign(gain=sets[-1].held_out - sets[0].held_out) if sets else pd.DataFrame({"gain": []})
     return [
         Claim(
             "low capture with compact peer support, z K - z I, tells the harmless channels better than low capture",
             f"positive, {LOST}",
-            mean_estimate(list(-rho.compact_local - rho.capture)),
+            best_estimate(rho, "compact_lead"),
             above=0.0,
             note=f"difference of rank correlations with less damage, {over}",
         ),
         Claim(
             "channels with larger hulls do more damage, not less",
             f"positive, {LOST}",
-            mean_estimate(list(rho.hull_size)),
+            best_estimate(rho, "hull_size"),
             above=0.0,
             note=f"rank correlation of hull size and damage, {over}",
         ),
         Claim(
             "capture, overlap, compact support and task information predict damage beyond the weight norm",
             f"positive, {LOST}",
-            mean_estimate(list(sets[-1] - sets[0]) if sets else []),
+            best_estimate(gain, "gain"),
             above=0.0,
             note=f"gain of R^2 in cells that the regression did not see, {over}; the paper's is over all channels",
         ),

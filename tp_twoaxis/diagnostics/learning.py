@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 
 import pandas as pd
 from torch import Tensor, nn
 
 from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation, relative_depths, task_cells
 from tp_twoaxis.diagnostics.channel_quantities import quantities_of
+from tp_twoaxis.diagnostics.communities import modularity_gap
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.learning_figures import draw_learning, draw_measures
-from tp_twoaxis.diagnostics.run_aggregates import RUN, best_estimate, with_runs
+from tp_twoaxis.diagnostics.run_aggregates import FEWEST_MODELS, RUN, best_estimate, with_runs
+from tp_twoaxis.diagnostics.triplets import layer_triplets
 from tp_twoaxis.repair.batch_norm import reestimate_batch_norm
 from tp_twoaxis.runtime.layers import spread_over_depth
 from tp_twoaxis.runtime.model_state import unwrap
@@ -26,6 +31,7 @@ IMAGES = 2000
 EARLY_EPOCH = 5
 PARTED_EPOCH = 10
 SYMBOLS = ("I", "R", "M")
+AXES_COLUMNS = ("epoch", "layer", "depth", "channels", "rho")
 
 Measure = Callable[[LayerStatistics], Mapping[str, float]]
 """From a layer's statistics to named numbers that are followed over training."""
@@ -41,9 +47,23 @@ def hull_measures(layer: LayerStatistics) -> dict[str, float]:
     }
 
 
-MEASURES: tuple[Measure, ...] = (hull_measures,)
+def structure_measures(layer: LayerStatistics) -> dict[str, float]:
+    """How much more modular overlap is than target excess, and what triplets add over pairs; NaN for none.
+
+    The modularity is left out where NetworkX is missing.
+    """
+    triplets = layer_triplets(layer)
+    found = {"triplets": math.nan if triplets is None else triplets["ratio"]}
+    return found | ({"modularity_gap": modularity_gap(layer)} if find_spec("networkx") else {})
+
+
+MEASURES: tuple[Measure, ...] = (hull_measures, structure_measures)
 """What is followed beside the axes; names must differ."""
-GROWING = {"hull_size": "mean hull size", "saturated": "share of saturated hulls"}
+GROWING = {
+    "hull_size": "mean hull size",
+    "saturated": "share of saturated hulls",
+    "triplets": "excess of triplets over that of pairs",
+}
 
 
 @dataclass(frozen=True)
@@ -220,16 +240,12 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
     velocity = velocity_table(states, depths)
     persistence = persistence_table(states, depths)
     tables = {"trajectory": trajectory, "velocity": velocity, "persistence": persistence}
-    named = [column for column in trajectory.columns[5:] if trajectory[column].notna().any()]
-    drawings = [Drawing("learning", lambda: draw_learning(trajectory, velocity, persistence), _CAPTION)]
-    if named:
-        drawings.append(Drawing("learning_structure", lambda: draw_measures(trajectory, named), _STRUCTURE))
     return Section(
         "learning",
         "Are the axes coupled before training, when do they part, and which settles first?",
         tables,
         learning_claims(tables),
-        drawings,
+        learning_drawings(tables),
         follows="Where local ranks settle before task ranks do (second panel), an unfinished training foretells which "
         "channels are replaceable: pruning early is then safer by the local axis.",
         fails="Of one training the intervals are over layers and say nothing of other seeds. Task information is about "
@@ -239,19 +255,47 @@ def learning_section(inputs: EvidenceInputs, measures: Sequence[Measure] = MEASU
     )
 
 
+def learning_drawings(tables: Mapping[str, pd.DataFrame]) -> list[Drawing]:
+    """Draw the course of training, or of several trainings of each network.
+
+    Args:
+        tables: as for :func:`learning_claims`.
+    """
+    drawings = []
+    own = {name: with_runs(table) for name, table in tables.items()}
+    networks = own["trajectory"].network.unique()
+    for network in networks:
+        parts = {name: table[table.network == network] for name, table in own.items()}
+        trajectory = parts["trajectory"]
+        named = [c for c in trajectory.columns if c not in (*AXES_COLUMNS, *RUN) and trajectory[c].notna().any()]
+        end, title = (f"_{network}", f"{network}. ") if len(networks) > 1 else ("", "")
+        drawings.append(
+            Drawing(
+                f"learning{end}",
+                partial(draw_learning, trajectory, parts["velocity"], parts["persistence"]),
+                f"{title}{_CAPTION}",
+            )
+        )
+        if named:
+            drawings.append(
+                Drawing(f"learning_structure{end}", partial(draw_measures, trajectory, named), f"{title}{_STRUCTURE}")
+            )
+    return drawings
+
+
 def learning_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
-    """Judge the course of training (H2).
+    """Judge the course of training (H2, K.4).
 
     Args:
         tables: ``trajectory``, ``velocity`` and ``persistence`` of :func:`learning_section`; of several trainings below
-            each other, with the columns ``network`` and ``seed``, intervals are over trainings where a network has two,
-            otherwise over layers.
+            each other, with the columns ``network`` and ``seed``, intervals are over trainings where a network has
+            three, otherwise over layers.
     """
     by_run = {name: dict(list(with_runs(table).groupby(RUN, sort=False))) for name, table in tables.items()}
     runs = [_one_course({name: own[run] for name, own in by_run.items()}) for run in by_run["trajectory"]]
     layers, epochs = pd.concat([found for found, _ in runs]), dict.fromkeys(found for _, found in runs)
     first, parted, middle = (" or ".join(dict.fromkeys(str(epoch[i]) for epoch in epochs)) for i in range(3))
-    several = (layers.groupby("network").seed.nunique() > 1).any()
+    several = (layers.groupby("network").seed.nunique() >= FEWEST_MODELS).any()
     over = f"interval over {len(runs)} trainings" if several else f"interval over {len(layers)} layers"
     claims = [
         Claim(
@@ -283,8 +327,25 @@ def learning_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
             note=f"rank correlation with the last epoch, at epoch {middle}, {over}",
         ),
     ]
+    if "gap_first" in layers and layers.gap_first.notna().any():
+        claims += [
+            Claim(
+                "the overlap graph is more modular than the excess graph before training already",
+                "positive at initialization",
+                best_estimate(layers, "gap_first"),
+                above=0.0,
+                note=f"epoch {first}, {over}",
+            ),
+            Claim(
+                "and so it is at every snapshot (where the difference is least)",
+                "remains so at convergence",
+                best_estimate(layers, "gap_least"),
+                above=0.0,
+                note=f"of each training the epoch with the least mean over layers, {over}",
+            ),
+        ]
     for name, words in GROWING.items():
-        if name in layers:
+        if name in layers and layers[name].notna().any():
             claims.append(
                 Claim(f"the {words} grows with training", "grows", best_estimate(layers, name), above=0.0, note=over)
             )
@@ -313,6 +374,10 @@ def _one_course(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, tuple
             **{name: last[name] - first[name] for name in GROWING if name in trajectory},
         }
     )
+    if "modularity_gap" in trajectory:
+        gaps = {epoch: part.modularity_gap for epoch, part in by_epoch.items()}
+        least = min(gaps, key=lambda epoch: gaps[epoch].mean())
+        layers = layers.assign(gap_first=gaps[epochs[0]], gap_least=gaps[least])
     return layers, (epochs[0], parted, middle)
 
 

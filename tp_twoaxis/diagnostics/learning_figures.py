@@ -25,7 +25,7 @@ def mean_by_epoch(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean and its standard error by epoch.
 
     Args:
-        table: with ``epoch``, the column and, of several trainings, ``seed``.
+        table: of one network, with ``epoch``, the column and, of several trainings, ``seed``.
         column: what to average; NaN is left out.
 
     Returns:
@@ -85,7 +85,12 @@ def draw_measures(trajectory: pd.DataFrame, names: Sequence[str]) -> Figure:
     return figure
 
 
-MEASURE_WORDS = {"hull_size": "mean hull size (peers)", "saturated": "saturated hulls\n(share of channels)"}
+MEASURE_WORDS = {
+    "hull_size": "mean hull size (peers)",
+    "saturated": "saturated hulls\n(share of channels)",
+    "triplets": "excess of triplets\nover that of pairs",
+    "modularity_gap": "modularity of overlap\nless that of excess",
+}
 
 
 def draw_gradients(table: pd.DataFrame) -> Figure:

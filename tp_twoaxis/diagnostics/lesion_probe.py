@@ -15,7 +15,6 @@ from tp_twoaxis.diagnostics.lesions import lesion
 from tp_twoaxis.diagnostics.peers import PEERS, predict_from_peers
 from tp_twoaxis.scores.composite import compact_hull
 
-IMAGES = 1_000  # held-out ones that a lesion is measured on
 CHANNELS = 64  # probed in a layer, at most
 
 COLUMNS = {
@@ -77,7 +76,8 @@ def lesion_probe(inputs: EvidenceInputs, *, removal: Literal["mean", "zero"] = "
     the channels. Peers are the first 8 that greedy selection takes, their weights are of the calibration.
 
     Args:
-        inputs: see :class:`~tp_twoaxis.diagnostics.evidence.EvidenceInputs`; the first 1,000 held-out images serve.
+        inputs: see :class:`~tp_twoaxis.diagnostics.evidence.EvidenceInputs`; all held-out images serve, in the paper
+            1,000.
         removal: what stands in a removed channel's place.
 
     Returns:
@@ -124,7 +124,6 @@ def _layer_probe(
         channels,
         (removal, "peers"),
         stats=inputs.statistics,
-        max_images=IMAGES,
         progress=inputs.progress,
     )
     removed = [measured.find(channel, removal) for channel in channels]

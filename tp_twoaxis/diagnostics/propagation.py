@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tp_twoaxis.dependency.channel_sources import ChannelSource, channel_sources
 from tp_twoaxis.diagnostics.axis_coordinates import cell_correlation, relative_depths, task_cells
 from tp_twoaxis.diagnostics.channel_quantities import LOCAL, QUANTITIES, TARGET, quantities_of
-from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section, mean_estimate
+from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
 from tp_twoaxis.diagnostics.propagation_figure import draw_propagation
+from tp_twoaxis.diagnostics.run_aggregates import best_estimate
 from tp_twoaxis.errors import TwoAxisError
 from tp_twoaxis.runtime.layers import weight_blocks
 from tp_twoaxis.runtime.model_state import unwrap
@@ -234,22 +235,43 @@ def propagation_section(inputs: EvidenceInputs) -> Section:
     routing = routing_table(edges, depths)
     contrast = axis_contrast(routing)
     types = type_table(edges, depths, seed=inputs.seed)
+    tables = {"routing": routing, "contrast": contrast, "types": types}
+    return Section(
+        "propagation",
+        "Do channels hand their place on an axis to the channels that read them?",
+        tables,
+        propagation_claims(tables),
+        [Drawing("propagation", lambda: draw_propagation(routing, contrast), _CAPTION)],
+        follows="Where ranks do not carry over, a layer's channels must be ranked from its own statistics; what was "
+        "pruned before a layer tells little about which of its channels can go.",
+        fails="A correlation of weighted means is no causal path. Where several layers write into a sum, or a gate "
+        "multiplies, the sources' z-scores are averaged (ours).",
+    )
+
+
+def propagation_claims(tables: Mapping[str, pd.DataFrame]) -> list[Claim]:
+    """Judge the propagation of both axes (H3).
+
+    Args:
+        tables: ``contrast`` and ``types`` of :func:`propagation_section`; of several networks below each other, with
+            the columns ``network`` and ``seed``, intervals are over models where a backbone has three, otherwise over
+            edges.
+    """
+    contrast, types = tables["contrast"], tables["types"]
     near = f"bounds of {NEAR_ZERO} are ours; the paper's intervals are lost"
-    edgewise = "interval over the edges of the network"
-    claims = [
-        Claim("the local axis propagates to itself", "", mean_estimate(contrast.local), above=0.0, note=edgewise),
-        Claim("the target axis propagates to itself", "", mean_estimate(contrast.target), above=0.0, note=edgewise),
+    return [
+        Claim("the local axis propagates to itself", "", best_estimate(contrast, "local"), above=0.0),
+        Claim("the target axis propagates to itself", "", best_estimate(contrast, "target"), above=0.0),
         Claim(
             "correlations within an axis are above those across",
             "above",
-            mean_estimate(contrast.within_minus_cross),
+            best_estimate(contrast, "within_minus_cross"),
             above=0.0,
-            note=edgewise,
         ),
         Claim(
             "cross-axis terms are near 0",
             "near 0",
-            mean_estimate(contrast.cross),
+            best_estimate(contrast, "cross"),
             above=-NEAR_ZERO,
             below=NEAR_ZERO,
             note=near,
@@ -257,22 +279,11 @@ def propagation_section(inputs: EvidenceInputs) -> Section:
         Claim(
             "channel types are rebuilt in each layer: few more than by chance are of their heaviest source's type",
             "",
-            mean_estimate(types.excess),
+            best_estimate(types, "excess"),
             below=NEAR_ZERO,
             note=near,
         ),
     ]
-    return Section(
-        "propagation",
-        "Do channels hand their place on an axis to the channels that read them?",
-        {"routing": routing, "contrast": contrast, "types": types},
-        claims,
-        [Drawing("propagation", lambda: draw_propagation(routing, contrast), _CAPTION)],
-        follows="Where ranks do not carry over, a layer's channels must be ranked from its own statistics; what was "
-        "pruned before a layer tells little about which of its channels can go.",
-        fails="A correlation of weighted means is no causal path. Where several layers write into a sum, or a gate "
-        "multiplies, the sources' z-scores are averaged (ours).",
-    )
 
 
 _CAPTION = (

@@ -14,6 +14,8 @@ from tp_twoaxis.diagnostics.evidence import RESAMPLES, Estimate, mean_estimate
 
 RUN = ["network", "seed"]
 """Columns that tell trained models apart: the backbone, and which training of it."""
+FEWEST_MODELS = 3
+"""Of some backbone, for an interval over models: that of two would be their two values."""
 
 
 def with_runs(cells: pd.DataFrame) -> pd.DataFrame:
@@ -58,12 +60,12 @@ def model_bootstrap(cells: pd.DataFrame, column: str, *, level: float = 0.95, se
         seed: of the resamples.
 
     Returns:
-        The estimate; without an interval where no backbone has two models.
+        The estimate; without an interval where no backbone has three models.
 
     Example:
-        >>> cells = pd.DataFrame({"network": list("aabb"), "seed": [1, 2, 1, 2], "rho": [0.0, 0.2, 0.4, 0.6]})
+        >>> cells = pd.DataFrame({"network": list("aaab"), "seed": [1, 2, 3, 1], "rho": [0.0, 0.2, 0.4, 0.6]})
         >>> str(model_bootstrap(cells, "rho"))
-        '0.300 [0.200, 0.400]'
+        '0.400 [0.300, 0.500]'
     """
     models = run_means(cells, column)
     backbones = [group.to_numpy() for _, group in models.groupby("network").value]
@@ -72,7 +74,7 @@ def model_bootstrap(cells: pd.DataFrame, column: str, *, level: float = 0.95, se
     several = [values for values in backbones if len(values) > 1]
     single = sum(float(values[0]) for values in backbones if len(values) == 1)
     value = float(np.mean([values.mean() for values in backbones]))
-    if not several:
+    if max(map(len, backbones)) < FEWEST_MODELS:
         return Estimate(value)
 
     def mean_of_backbones(*drawn: Any, axis: int = -1) -> Any:
@@ -133,6 +135,21 @@ def best_estimate(cells: pd.DataFrame, column: str) -> Estimate:
     if len(known) > 2 and known.nunique() == 1:
         return Estimate(*[float(known.iloc[0])] * 3)
     return mean_estimate(known.tolist())
+
+
+def best_share(cells: pd.DataFrame, column: str) -> Estimate:
+    """Share of cells that meet a condition, over models where its interval can be had, otherwise Wilson's over cells.
+
+    Args:
+        cells: see :func:`run_means`.
+        column: of booleans.
+
+    Example:
+        >>> str(best_share(pd.DataFrame({"few": [True] * 19 + [False]}), "few"))
+        '0.950 [0.764, 0.991]'
+    """
+    models = model_bootstrap(cells.assign(**{column: cells[column].astype(float)}), column)
+    return share_estimate(int(cells[column].sum()), len(cells)) if math.isnan(models.lower) else models
 
 
 def share_estimate(hits: int, count: int, level: float = 0.95) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 from tp_twoaxis.diagnostics.axis_coordinates import relative_depths
 from tp_twoaxis.scores.information import information_from_r2, pair_r2
 from tp_twoaxis.scores.target import pair_excess, task_information
+from tp_twoaxis.statistics.layer_statistics import LayerStatistics
 from tp_twoaxis.statistics.store import CalibrationStatistics
 
 MOST_RELEVANT = 24
@@ -85,30 +87,38 @@ def triplet_table(
     """
     depths, rows = relative_depths(layers), []
     for name in layers:
-        layer = statistics[name]
-        varying = (layer.variance > 0).nonzero().ravel()
-        task = layer.target_correlation()[varying]
-        top = task_information(task).argsort(descending=True, stable=True)[:most_relevant]
-        if len(top) < 3:
-            continue
-        task, correlation = task[top], layer.pooled_correlation[varying[top]][:, varying[top]]
-        drawn = _draw_triples(len(top), triples, seed)
-        upper = torch.triu_indices(len(top), len(top), offset=1)
-        pairs = float(pair_excess(task, correlation)[upper[0], upper[1]].mean())
-        excess = float(triplet_excess(task, correlation, drawn).mean())
-        rows.append(
-            {
-                "layer": name,
-                "depth": depths[name],
-                "channels": len(top),
-                "triples": len(drawn),
-                "pair_excess": pairs,
-                "triplet_excess": excess,
-                "ratio": excess / pairs if pairs > 0 else torch.nan,
-                "chance": 0.5 / layer.num_images,
-            }
-        )
+        found = layer_triplets(statistics[name], most_relevant=most_relevant, triples=triples, seed=seed)
+        if found is not None:
+            rows.append({"layer": name, "depth": depths[name], **found})
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def layer_triplets(
+    layer: LayerStatistics, *, most_relevant: int = MOST_RELEVANT, triples: int = TRIPLES, seed: int = 0
+) -> dict[str, float] | None:
+    """Compare both excesses in one layer; see :func:`triplet_table`.
+
+    Returns:
+        All columns but ``layer`` and ``depth``; None where fewer than three channels vary.
+    """
+    varying = (layer.variance > 0).nonzero().ravel()
+    task = layer.target_correlation()[varying]
+    top = task_information(task).argsort(descending=True, stable=True)[:most_relevant]
+    if len(top) < 3:
+        return None
+    task, correlation = task[top], layer.pooled_correlation[varying[top]][:, varying[top]]
+    drawn = _draw_triples(len(top), triples, seed)
+    upper = torch.triu_indices(len(top), len(top), offset=1)
+    pairs = float(pair_excess(task, correlation)[upper[0], upper[1]].mean())
+    excess = float(triplet_excess(task, correlation, drawn).mean())
+    return {
+        "channels": len(top),
+        "triples": len(drawn),
+        "pair_excess": pairs,
+        "triplet_excess": excess,
+        "ratio": excess / pairs if pairs > 0 else math.nan,
+        "chance": 0.5 / layer.num_images,
+    }
 
 
 def _draw_triples(channels: int, most: int, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from tp_twoaxis.runtime.forward import ForwardPass, forward_pass
 from tp_twoaxis.runtime.layers import channel_layers
 from tp_twoaxis.runtime.model_state import unwrap
 from tp_twoaxis.statistics.layouts import BatchLayout, find_layouts
-from tp_twoaxis.statistics.pooling import PooledOutputs, runs_in_some
+from tp_twoaxis.statistics.pooling import POOLINGS, PooledOutputs, Pooling, runs_in_some, writes_tokens
 from tp_twoaxis.statistics.targets import TARGETS, batch_variables, class_logits
 
 
@@ -71,6 +71,7 @@ def pooled_samples(
     device: torch.device | str | None = None,
     max_images: int | None = 5000,
     progress: bool = True,
+    pooling: Pooling = "mean",
 ) -> PooledSamples:
     """Keep the pooled outputs whose moments :func:`~tp_twoaxis.calibrate` gathers, image by image.
 
@@ -87,9 +88,12 @@ def pooled_samples(
         device: where to run; default where the model is.
         max_images: stop after this many; None reads the loader to its end.
         progress: show a progress bar on stderr.
+        pooling: as of the calibration: the ``"mean"`` over positions; or ``"cls"``, the first token of layers that
+            write tokens.
 
     Raises:
-        TwoAxisError: what :func:`~tp_twoaxis.calibrate` raises about model, loader, labels, layers and values.
+        TwoAxisError: ``pooling`` is neither, or what :func:`~tp_twoaxis.calibrate` raises about model, loader, labels,
+            layers and values.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -100,6 +104,7 @@ def pooled_samples(
     """
     if target is not None:
         check_name("target", target, TARGETS, more=" or None")
+    check_name("pooling", pooling, POOLINGS)
     network = unwrap(model)
     watched = channel_layers(network, layers)
     if not watched:
@@ -113,7 +118,7 @@ def pooled_samples(
         device=device,
         progress=progress,
     ) as run:
-        outputs, task = _gather(run, watched, target)
+        outputs, task = _gather(run, watched, target, pooling)
     if layers is not None and (silent := [name for name in watched if name not in outputs]):
         raise TwoAxisError(f"layers: {listing(silent)} did not run in the forward pass; leave them out")
     for name, values in outputs.items():
@@ -126,13 +131,13 @@ def pooled_samples(
 
 
 def _gather(
-    run: ForwardPass, layers: dict[str, nn.Module], target: str | None
+    run: ForwardPass, layers: dict[str, nn.Module], target: str | None, kind: Pooling
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run the model over all batches; rows of the layers, in their order, and of the task variables."""
     outputs: dict[str, list[Tensor]] = {}
     task: dict[str, list[Tensor]] = {}
     first = next(run.batches)
-    pooling = _Pooling(layers, find_layouts(run, layers, first))
+    pooling = _Pooling(layers, find_layouts(run, layers, first), kind)
     for name, layer in layers.items():
         run.hook(layer, pooling.hook(name))
     for batch in chain([first], run.batches):
@@ -155,8 +160,8 @@ def _gather(
 class _Pooling:
     """Hooks that pool what layers write."""
 
-    def __init__(self, layers: dict[str, nn.Module], layouts: dict[str, BatchLayout]) -> None:
-        self.outputs = PooledOutputs(layers)
+    def __init__(self, layers: dict[str, nn.Module], layouts: dict[str, BatchLayout], kind: Pooling) -> None:
+        self.outputs = PooledOutputs(layers, kind)
         self._layouts = layouts
         self._images = 0
 
@@ -173,6 +178,7 @@ class _Pooling:
                 raise TwoAxisError(runs_in_some([name]))
             y = output[0] if isinstance(output, tuple) else output
             with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-                self.outputs.add(name, self._layouts[name].rows(y.detach(), layer, self._images, name))
+                rows = self._layouts[name].rows(y.detach(), layer, self._images, name)
+                self.outputs.add(name, rows, tokens=writes_tokens(layer, y))
 
         return pool
