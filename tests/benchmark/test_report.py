@@ -69,6 +69,26 @@ def test_unfinished_sweeps_have_reports_and_say_so(folder, tmp_path):
         write_report(report, tmp_path / "no" / "such")
 
 
+def test_a_table_of_trials_stands_for_them(folder, tmp_path):
+    whole = make_report(folder.path)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "config.json").write_bytes((folder.path / "config.json").read_bytes())
+    (kept / "cells.csv").write_text(whole.trials.to_csv(index=False))
+    again = make_report(kept)
+    for name in ("summary", "axes", "failures", "wins"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(whole, name))
+    pd.testing.assert_frame_equal(again.auc.table, whole.auc.table)
+    assert again.notes == whole.notes
+    assert again.markdown() == whole.markdown()
+    (kept / "cells.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(TwoAxisError, match="lacks accuracy, achieved"):
+        make_report(kept)
+    (kept / "cells.csv").write_text("")
+    with pytest.raises(TwoAxisError, match="reading it failed"):
+        make_report(kept)
+
+
 def test_only_failures(folder, tmp_path):
     failed = claim_folder(tmp_path / "out", folder.config)
     trials = [trial for trial in folder.config.trials() if "broken" in trial.method.criterion]

@@ -9,6 +9,7 @@ import pandas as pd
 
 from tp_twoaxis.benchmark.report import make_report
 from tp_twoaxis.diagnostics.evidence import Claim, Estimate
+from tp_twoaxis.errors import TwoAxisError
 
 # comparison of the benchmark's table of axes -> claim, the paper's number
 COMPARED = {
@@ -56,5 +57,11 @@ def pruning_claims(folders: Sequence[str | Path]) -> list[Claim]:
 
 
 def _axes(folder: Path) -> pd.DataFrame:
+    if (folder / "config.json").is_file():
+        return make_report(folder).axes
     written = folder / "axes.csv"
-    return pd.read_csv(written) if written.is_file() else make_report(folder).axes
+    if not written.is_file():
+        raise TwoAxisError(
+            f"{folder}: expected results of `tp-twoaxis bench`, or the axes.csv of a report; got neither"
+        )
+    return pd.read_csv(written)

@@ -24,6 +24,7 @@ from tp_twoaxis.repair import REPAIRS
 from tp_twoaxis.runtime.serialization import write_bytes
 
 REPORT = "report"
+TRIALS = "cells.csv"
 # columns whose names do not speak for themselves
 WORDS = {
     "keep": "share kept",
@@ -105,26 +106,30 @@ class Report:
 
 
 def make_report(folder: str | Path) -> Report:
-    """Read a results folder, finished or not.
+    """Read a results folder, finished or not; where its trials are not there, the table of them that a report wrote.
 
     Raises:
         TwoAxisError: it is no results folder, holds foreign records, or none yet.
     """
     results = open_folder(folder)
     records = results.read_all()
-    if not records:
+    if records:
+        trials = tables.trial_table(records)
+        latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
+    elif (results.path / TRIALS).is_file():
+        trials = tables.read_trial_table(results.path / TRIALS)
+        latest = tables.latest_provenance(trials)
+    else:
         raise TwoAxisError(f"{results.path}: expected at least one trial, got none; run `tp-twoaxis bench` first")
-    trials = tables.trial_table(records)
     auc = tables.auc_table(trials)
-    absent = len(results.config.trials()) - len(records)
+    absent = len(results.config.trials()) - len(trials)
     failures = tables.failure_table(trials)
-    notes = [f"{absent} of {len(records) + absent} trials were not run yet"] if absent else []
+    notes = [f"{absent} of {len(trials) + absent} trials were not run yet"] if absent else []
     notes += [f"{len(failures)} trials failed"] if len(failures) else []
     repairs = {name for repair in trials.repair for name in repair.split("+")}
     if training := sorted(name for name in repairs & set(REPAIRS) if REPAIRS[name].trains):
         notes.append(f"{', '.join(training)} trains without labels: compare it with itself, not with other repairs")
     axes, selector = axis_table(auc, trials), selector_table(auc, trials)
-    latest = max((record["provenance"] for record in records), key=lambda p: str(p["date"]))
     return Report(
         results,
         trials,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,36 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "weights": record.get("weights"),
         **_provenance(record["provenance"]),
     }
+
+
+def read_trial_table(path: Path) -> pd.DataFrame:
+    """Read a table that :func:`trial_table` made and a report wrote as CSV.
+
+    Raises:
+        TwoAxisError: it cannot be read, or is another table.
+    """
+    try:
+        trials = pd.read_csv(path, dtype=dict.fromkeys(("repair", "treatment", "error", "commit", "torch"), str))
+    except (OSError, ValueError) as error:
+        raise TwoAxisError(f"{path}: expected a table of trials, reading it failed: {error}; write it anew") from error
+    if missing := {"network", "method", "keep", "status", "achieved", "accuracy"} - set(trials.columns):
+        raise TwoAxisError(f"{path}: expected a table of trials, it lacks {', '.join(sorted(missing))}; write it anew")
+    return trials.assign(error=trials.error.where(trials.error.notna(), None))
+
+
+def latest_provenance(trials: pd.DataFrame) -> dict[str, Any]:
+    """Give what made the trial that ran last, as far as the table tells.
+
+    Example:
+        >>> made = {"date": "2026", "commit": "a1", "torch": "2.14", "command": "c", "machine": "2 cores EPYC, cpu"}
+        >>> latest_provenance(pd.DataFrame([made]))["machine"]
+        {'cores': '2', 'processor': 'EPYC', 'device': 'cpu'}
+    """
+    row = trials.loc[trials.date.astype(str).idxmax()]
+    found = re.fullmatch(r"(\S+) cores (.*), (.*?)", str(row.machine))
+    machine = dict(zip(("cores", "processor", "device"), found.groups(), strict=True)) if found else {}
+    known = {key: row[key] for key in ("commit", "command", "date")}
+    return {**known, "versions": {"torch": row.torch}, "machine": machine}
 
 
 def _provenance(made: Mapping[str, Any]) -> dict[str, Any]:
