@@ -47,7 +47,17 @@ def test_six_variables_by_hand():
 
 def test_the_section_is_whole():
     section = target_choice_section(evidence_inputs())
-    assert set(section.tables) == {"targets", "target_pairs", "target_matrix", "partners"}
+    assert set(section.tables) == {
+        "targets", "target_means", "target_pairs", "target_matrix", "partners", "partner_means"
+    }  # fmt: skip
+    targets, means = section.tables["targets"], section.tables["target_means"].set_index("target")
+    own = targets[targets.target == "correct_logit"]
+    assert means.rho["correct_logit"] == pytest.approx(own.rho.mean())
+    assert means.cells["correct_logit"] == len(own)
+    partners, rules = section.tables["partners"], section.tables["partner_means"]
+    assert rules.rho_default.tolist() == pytest.approx(
+        partners.groupby("partners", sort=False).rho_default.mean().tolist()
+    )
     assert len(section.claims) == 8
     assert all(drawing.draw().axes for drawing in section.drawings)
 

@@ -20,7 +20,7 @@ from tp_twoaxis.diagnostics.magnitude_axes import magnitude_claims, magnitude_se
 from tp_twoaxis.diagnostics.propagation import propagation_claims, propagation_section
 from tp_twoaxis.diagnostics.rescaling import rescaling_claims, rescaling_section
 from tp_twoaxis.diagnostics.structure_section import structure_claims, structure_section
-from tp_twoaxis.diagnostics.target_robustness import partner_claims, target_choice_section, target_claims
+from tp_twoaxis.diagnostics.target_robustness import mean_tables, partner_claims, target_choice_section, target_claims
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -73,6 +73,7 @@ SECTIONS: dict[str, SectionRow] = {
         "appendix E",
         target_choice_section,
         lambda t: target_claims(t["targets"], t["target_pairs"]) + partner_claims(t["partners"]),
+        mean_tables,
     ),
     "rescaling": SectionRow(
         "appendix E", rescaling_section, lambda t: rescaling_claims(t["rescaling_logits"], t["rescaling_ranks"])

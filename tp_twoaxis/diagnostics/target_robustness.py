@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,37 @@ def target_matrix(pairs: pd.DataFrame) -> pd.DataFrame:
     return square
 
 
+def mean_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Condense the section's tables over cells, as tables 4, 5 and 6 do.
+
+    Args:
+        tables: ``targets``, ``target_pairs`` and ``partners`` of :func:`target_choice_section`, of one network or of
+            several below each other.
+
+    Returns:
+        ``target_means``, a row a task variable with mean ``rho`` and ``ari`` over so many ``cells``;
+        ``target_matrix``; and ``partner_means``, a row a rule with mean ``rho``, ``rho_default`` and ``ari``.
+
+    Example:
+        >>> targets = pd.DataFrame({"target": ["margin"] * 2, "rho": [0.1, 0.3], "ari": 0.0})
+        >>> pairs = pd.DataFrame({"first": ["margin"], "second": ["correct_logit"], "rho": [0.2]})
+        >>> partners = pd.DataFrame({"partners": ["r2"], "rho": [0.1], "rho_default": [1.0], "ari": [0.0]})
+        >>> found = mean_tables({"targets": targets, "target_pairs": pairs, "partners": partners})
+        >>> found["target_means"].round(3).values.tolist()
+        [['margin', 2, 0.2, 0.0]]
+    """
+
+    def means(table: pd.DataFrame, key: str, columns: list[str]) -> pd.DataFrame:
+        groups = table.groupby(key, sort=False)
+        return pd.concat([groups.size().rename("cells"), groups[columns].mean()], axis=1).reset_index()
+
+    return {
+        "target_means": means(tables["targets"], "target", ["rho", "ari"]),
+        "target_matrix": target_matrix(tables["target_pairs"]).rename_axis("target").reset_index(),
+        "partner_means": means(tables["partners"], "partners", ["rho", "rho_default", "ari"]),
+    }
+
+
 def target_claims(single: pd.DataFrame, pairs: pd.DataFrame) -> list[Claim]:
     """Judge tables 4 and 5.
 
@@ -181,18 +213,14 @@ def target_choice_section(inputs: EvidenceInputs) -> Section:
     """
     single, pairs = target_tables(inputs)
     partners = partner_table(inputs)
+    tables = {"targets": single, "target_pairs": pairs, "partners": partners}
     square = target_matrix(pairs)
     missing = [TARGET_WORDS[key] for key in (*LABELLED, *LABEL_FREE) if key not in square.index]
     without = f" Without labels there is nothing about {', '.join(missing)}." if missing else ""
     return Section(
         "target-choice",
         "Does it matter which task variable and which partners the target axis is measured with?",
-        {
-            "targets": single,
-            "target_pairs": pairs,
-            "target_matrix": square.rename_axis("target").reset_index(),
-            "partners": partners,
-        },
+        mean_tables(tables) | tables,
         target_claims(single, pairs) + partner_claims(partners),
         [
             Drawing(
