@@ -6,7 +6,8 @@ r"""What everything costs, as ratios within one run: calibration, selection, rep
 
 Parts:
 
-- ``passes``: ``calibrate()``, the same with all positions, and forward + backward of the cross-entropy (what Taylor
+- ``passes``: ``calibrate()``, of networks at 224 pixels also with the positions an image that 1,024 images get, the same
+  with all positions, and forward + backward of the cross-entropy (what Taylor
   needs), against a plain forward pass over the same batches, medians over alternating rounds of the ratios within a
   round, so that a drift of the machine's speed cancels; the last two run in the first round only;
 - ``growth``: ``calibrate()`` against plain forward for fewer images and smaller batches;
@@ -62,6 +63,8 @@ NETWORKS = {
     "cifar_resnet18": (32, 1024, 128),
     "cifar_resnet56_option_a": (32, 1024, 128),
 }
+# network -> positions an image that nearly all of its layers get where 1,024 images come, as rows are budgeted by channels
+MANY_IMAGES = {"resnet50": 16, "vit_b_16": 16}
 PARTS = ("passes", "growth", "recipes", "removal", "planner", "wide")
 CRITERIA = ("taylor", "host-hessian", "chip", "hull", "anticipating")
 REPAIRS = ("bn", "ridge", "patch", "sequential", "joint")
@@ -182,10 +185,12 @@ def alternate(
 
 def passes(bench: Bench, rounds: int) -> Iterator[Row]:
     """Calibration and backward passes against plain forward passes."""
+    runs: dict[str, Callable[[], object]] = {"forward": bench.forward, "calibrate": bench.calibrate}
+    if positions := MANY_IMAGES.get(bench.name):
+        runs[f"calibrate, {positions} positions, as of 1,024 images"] = lambda: bench.calibrate(positions=positions)
     found = alternate(
         {
-            "forward": bench.forward,
-            "calibrate": bench.calibrate,
+            **runs,
             "calibrate, all positions": lambda: bench.calibrate(positions="all"),
             "forward + backward": bench.backward,
         },
