@@ -6,10 +6,10 @@ r"""What everything costs, as ratios within one run: calibration, selection, rep
 
 Parts:
 
-- ``passes``: ``calibrate()``, of networks at 224 pixels also with the positions an image that 1,024 images get, the same
-  with all positions, and forward + backward of the cross-entropy (what Taylor
-  needs), against a plain forward pass over the same batches, medians over alternating rounds of the ratios within a
-  round, so that a drift of the machine's speed cancels; the last two run in the first round only;
+- ``passes``: ``calibrate()``, at 224 pixels also with the positions an image that 1,024 images get, the same with all
+  positions, and forward + backward of the cross-entropy (what Taylor needs), against a plain forward pass over the same
+  batches, medians over alternating rounds of the ratios within a round, so that a drift of the machine's speed cancels;
+  the last two run in the first round only;
 - ``growth``: ``calibrate()`` against plain forward for fewer images and smaller batches;
 - ``recipes``: criteria that gather something of their own and repairs, against ``calibrate()`` over the same images;
 - ``removal``: score, plan and removal with statistics in hand, against a step of Torch-Pruning's pruner with its
@@ -63,7 +63,7 @@ NETWORKS = {
     "cifar_resnet18": (32, 1024, 128),
     "cifar_resnet56_option_a": (32, 1024, 128),
 }
-# network -> positions an image that nearly all of its layers get where 1,024 images come, as rows are budgeted by channels
+# network -> positions that nearly all of its layers take of an image where 1,024 come: rows are budgeted by channels
 MANY_IMAGES = {"resnet50": 16, "vit_b_16": 16}
 PARTS = ("passes", "growth", "recipes", "removal", "planner", "wide")
 CRITERIA = ("taylor", "host-hessian", "chip", "hull", "anticipating")
