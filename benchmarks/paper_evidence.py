@@ -8,7 +8,7 @@ training recipe (100 epochs by default instead of 200).
 
 OUT gets for each network and seed its weights, snapshots, page and tables, and ``paper.html``, ``paper.md`` and
 ``paper_tables/`` of all that is there. What is finished is not done again, and a training that was stopped goes on.
-Not run on a GPU yet; on two CPU cores ``--networks resnet20`` with two seeds and 20 epochs took forty minutes, see
+Not run on a GPU yet; the same steps for two ResNet-20s, 20 epochs each, take forty minutes on one CPU core, see
 docs/evidence.md.
 """
 

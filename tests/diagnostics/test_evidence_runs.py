@@ -63,13 +63,13 @@ def test_networks_of_several_trainings_have_a_column(tmp_path):
     assert 'data-label="vgg16"' in html
     assert 'data-label="vgg16 (0)"' not in html
     assert "<b>vgg16 (0)</b>" in html  # each run is still named with what it is of
-    combined.write_tables(tmp_path / "all_tables")
+    combined.write(tmp_path / "all_tables")
     read = pd.read_parquet(tmp_path / "all_tables" / "hulls-hulls.parquet")
     assert len(read) == 24
     assert pd.read_csv(tmp_path / "all_tables" / "hulls-hulls.csv").shape == read.shape
     (tmp_path / "file").write_text("")
     with pytest.raises(TwoAxisError, match="could not be made a folder"):
-        combined.write_tables(tmp_path / "file")
+        combined.write(tmp_path / "file")
 
 
 def test_the_dashboard_shows_every_runs_verdict(tmp_path):

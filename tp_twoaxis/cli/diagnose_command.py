@@ -205,7 +205,7 @@ def _combine(folders: list[str], results: list[str], out: Path, markdown: Path |
     if markdown is not None:
         write_bytes(markdown, combined.markdown().encode())
     tables = out.with_name(f"{out.stem}_tables")
-    combined.write_tables(tables)
+    combined.write(tables)
     records = [*((run.label, run.records) for run in combined.runs), *combined.by_network.items()]
     records.append((OVER, combined.over))
     output.show(
@@ -216,7 +216,7 @@ def _combine(folders: list[str], results: list[str], out: Path, markdown: Path |
             "over_runs": _payload(combined.over),
         },
         *(f"{label}: {counted(claim for record in own for claim in record.claims)}" for label, own in records),
-        f"wrote {out}, tables in {tables}",
+        f"wrote {out}, tables and figures in {tables}",
     )
 
 

@@ -110,8 +110,8 @@ class CombinedEvidence:
         """Names of sections in the paper's order, then those from elsewhere."""
         return list(dict.fromkeys([*SECTIONS, *(record.name for record in self.over)]))
 
-    def write_tables(self, folder: Path) -> None:
-        """Write every table as CSV and Parquet, ``SECTION-TABLE``; files of these names are replaced.
+    def write(self, folder: Path) -> None:
+        """Write every table as CSV and Parquet, and every figure, ``SECTION-NAME``; files of these names are replaced.
 
         Raises:
             TwoAxisError: a file cannot be written.
@@ -126,6 +126,8 @@ class CombinedEvidence:
                 table.to_parquet(buffer, index=False)
                 write_bytes(folder / f"{section}-{name}.parquet", buffer.getvalue())
                 write_bytes(folder / f"{section}-{name}.csv", table.to_csv(index=False).encode())
+            for drawing in self.drawings.get(section, ()):
+                write_bytes(folder / f"{section}-{drawing.name}.png", png_bytes(drawing.draw()))
 
 
 def combine_evidence(folders: Sequence[str | Path], more: Iterable[SectionRecord] = ()) -> CombinedEvidence:
