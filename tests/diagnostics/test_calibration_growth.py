@@ -73,6 +73,11 @@ def test_sizes_are_means_of_draws():
     # the same layer of two networks is two cells
     two = pd.concat([growth.assign(network="a", seed=1), growth.assign(network="b", seed=1, rho_capture=0.0)])
     assert growth_claims(two)[0].estimate.value == pytest.approx(claim.estimate.value / 2)
+    # one with fewer images counts with the largest part of its own
+    fewer = growth.assign(network="b", seed=1, rho_capture=0.0, images=growth.images // 2)
+    unequal = growth_claims(pd.concat([growth.assign(network="a", seed=1), fewer]))[0]
+    assert unequal.estimate.value == pytest.approx(claim.estimate.value / 2)
+    assert unequal.sentence.startswith("With the largest part of the images,")
 
 
 def test_the_section_is_whole_or_refused():

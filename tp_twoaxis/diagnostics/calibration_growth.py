@@ -23,7 +23,7 @@ from tp_twoaxis.diagnostics.axis_coordinates import (
 from tp_twoaxis.diagnostics.cell_figures import COLOURS, MARKERS, panels
 from tp_twoaxis.diagnostics.channel_groups import Labels, group_channels, grouping_index, silhouette, standardised
 from tp_twoaxis.diagnostics.evidence import Claim, Drawing, EvidenceInputs, NotApplicableError, Section
-from tp_twoaxis.diagnostics.run_aggregates import best_estimate
+from tp_twoaxis.diagnostics.run_aggregates import RUN, best_estimate, with_runs
 from tp_twoaxis.runtime.batches import read_batch
 from tp_twoaxis.runtime.inputs import CallSignature, Inputs
 from tp_twoaxis.runtime.model_state import unwrap
@@ -199,17 +199,20 @@ def size_table(growth: pd.DataFrame) -> pd.DataFrame:
 
 
 def growth_claims(growth: pd.DataFrame) -> list[Claim]:
-    """Judge appendix D by the largest part of the calibration.
+    """Judge appendix D by the largest part of each network's calibration.
 
     Args:
         growth: of :func:`growth_table`, of one network or of several.
     """
+    growth = with_runs(growth)
     parts = growth[growth.draw >= 0]
-    largest = int(parts.images.max())
+    largest = parts.groupby(RUN).images.transform("max")
     # draws of one cell are no cells of their own: their images overlap
-    keys = [key for key in ("network", "seed", "layer") if key in parts]
-    cells = parts[parts.images == largest].groupby(keys)[["ari", *RANKINGS]].mean().reset_index()
-    share = f"{largest:,} of {int(growth.images.max()):,} images"
+    judged = parts[parts.images == largest]
+    cells = judged.groupby([*RUN, "layer"])[["ari", *RANKINGS]].mean().reset_index()
+    totals = growth.groupby(RUN).images.max()
+    shares = {f"{part:,} of {totals[run]:,} images" for run, part in judged.groupby(RUN).images.first().items()}
+    share = shares.pop() if len(shares) == 1 else "the largest part of the images"
     ranked = [
         Claim(
             f"With {share}, channels rank by {words} as with all of them.",
