@@ -125,7 +125,12 @@ def test_the_figure_has_families_together_the_best_first():
     table = pd.DataFrame(rows, columns=["network", "method", "auc", "low", "high"])
     figure = family_figure(table, trials, "net")
     order = ["hull", "capture", "norm-local", "l1", "l2", "task-mi", "target-excess", "taylor"]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [methods[c] for c in order]
+    # what all have in common stands in the title, once
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == order
+    assert figure.axes[0].get_title(loc="left") == f"net, {trials.treatment.iloc[0]}"
+    mixed = trials.assign(treatment=[f"t{i % 2}" for i in range(len(trials))])
+    labels = family_figure(table, mixed, "net").axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == [methods[c] for c in order]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["local", "norm or logits, and local", "magnitude", "target", "other baselines"]
 
