@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from tp_twoaxis.benchmark.report import make_report
+from tp_twoaxis.benchmark.results import CONFIG
 from tp_twoaxis.diagnostics.evidence import Claim, Estimate
 from tp_twoaxis.errors import TwoAxisError
 
@@ -57,7 +58,7 @@ def pruning_claims(folders: Sequence[str | Path]) -> list[Claim]:
 
 
 def _axes(folder: Path) -> pd.DataFrame:
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return make_report(folder).axes
     written = folder / "axes.csv"
     if not written.is_file():

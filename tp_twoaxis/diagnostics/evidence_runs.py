@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from tp_twoaxis.diagnostics.evidence_page import (
     section_title,
 )
 from tp_twoaxis.diagnostics.evidence_sections import SECTIONS
-from tp_twoaxis.diagnostics.evidence_store import EvidenceFolder, SectionRecord
+from tp_twoaxis.diagnostics.evidence_store import EvidenceFolder, SectionRecord, write_table
 from tp_twoaxis.diagnostics.html_page import Picture, png_bytes, render
 from tp_twoaxis.diagnostics.run_aggregates import FEWEST_MODELS
 from tp_twoaxis.errors import TwoAxisError
@@ -122,10 +121,7 @@ class CombinedEvidence:
             raise TwoAxisError(f"{folder}: could not be made a folder ({error}); choose another --out") from error
         for section, tables in self.tables.items():
             for name, table in tables.items():
-                buffer = io.BytesIO()
-                table.to_parquet(buffer, index=False)
-                write_bytes(folder / f"{section}-{name}.parquet", buffer.getvalue())
-                write_bytes(folder / f"{section}-{name}.csv", table.to_csv(index=False).encode())
+                write_table(table, folder / f"{section}-{name}")
             for drawing in self.drawings.get(section, ()):
                 write_bytes(folder / f"{section}-{drawing.name}.png", png_bytes(drawing.draw()))
 

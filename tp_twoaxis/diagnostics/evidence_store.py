@@ -97,10 +97,7 @@ class EvidenceFolder:
         for old in self.path.glob(f"{section.name}-*"):
             old.unlink()
         for name, table in section.tables.items():
-            buffer = io.BytesIO()
-            table.to_parquet(buffer, index=False)
-            write_bytes(self._file(section.name, name, "parquet"), buffer.getvalue())
-            write_bytes(self._file(section.name, name, "csv"), table.to_csv(index=False).encode())
+            write_table(table, self.path / f"{section.name}-{name}")
         for drawing in section.drawings:
             write_bytes(self._file(section.name, drawing.name, "png"), png_bytes(drawing.draw()))
         return SectionRecord(
@@ -215,3 +212,15 @@ def _without_nan(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_table(table: pd.DataFrame, stem: Path) -> None:
+    """Write a table as ``STEM.csv`` and ``STEM.parquet``.
+
+    Raises:
+        TwoAxisError: a file cannot be written.
+    """
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    write_bytes(stem.with_name(f"{stem.name}.parquet"), buffer.getvalue())
+    write_bytes(stem.with_name(f"{stem.name}.csv"), table.to_csv(index=False).encode())
