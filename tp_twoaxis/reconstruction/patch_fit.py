@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from tp_twoaxis.reconstruction.patch_moments import PatchMoments
 from tp_twoaxis.reconstruction.patches import patch_rows, patch_size, positions_of, select_positions
 from tp_twoaxis.reconstruction.ridge import RidgeFit, choose_ridge, default_ridge_fit, ridge_fit
-from tp_twoaxis.runtime.layers import blocks_of, flatten_positions, weight_blocks
+from tp_twoaxis.runtime.layers import blocks_of, flatten_positions, select_along, weight_blocks
 from tp_twoaxis.runtime.weights import write_weight
 from tp_twoaxis.statistics.moments import float64_device
 
@@ -219,7 +219,12 @@ class PatchFit:
     def select_rows(self, tensor: Tensor, kept: Tensor | None = None) -> RowsFunction:
         """Read rows of a tensor that is laid out as the outputs, of some of its channels."""
         view = flatten_positions(tensor, self.layer, len(tensor), "")
-        return lambda part, positions: _of_channels(select_positions(view[part], positions), kept)
+
+        def rows(part: slice, positions: Tensor) -> Tensor:
+            chosen = select_positions(view[part], positions)  # positions first, so that no whole map is copied
+            return chosen if kept is None else select_along(chosen, -1, kept)
+
+        return rows
 
     def _downstream_residual(
         self, current: Tensor, reference: Tensor, scale: Tensor, target_fn: TargetFunction, kept: Tensor | None
@@ -284,13 +289,6 @@ class PatchFit:
     def _add(self, change: Tensor) -> None:
         old = weight_blocks(self.layer)
         write_weight(self.layer, old.double() + change.mT.reshape(old.shape).to(old.device))
-
-
-def _of_channels(rows: Tensor, kept: Tensor | None) -> Tensor:
-    """Select channels of rows [..., C]: after their positions, so that no whole map is copied."""
-    if kept is None or bool(kept.all()):
-        return rows
-    return rows.index_select(-1, kept.nonzero()[:, 0].to(rows.device))
 
 
 def largest_useful_step(batches: Iterable[tuple[Tensor, Tensor, Tensor]], target_fn: TargetFunction) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_twoaxis.dependency.channel_masks import PrunedChannels
+from tp_twoaxis.repair.channel_moments import ChannelMoments
 from tp_twoaxis.repair.repair_report import relative
 from tp_twoaxis.runtime.forward import forward_pass
 from tp_twoaxis.runtime.inputs import Inputs
@@ -23,19 +24,14 @@ class _RelativeVariance:
     """Variance of a difference over that of what it is compared with, each summed over channels."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self.sums: list[Tensor] = []
+        self._difference, self._reference = ChannelMoments(), ChannelMoments()
 
     def update(self, difference: Tensor, reference: Tensor) -> None:
-        values = [t.double() for t in (difference, reference)]
-        sums = [s for t in values for s in (t.sum(0), t.square().sum(0))]
-        self.rows += len(difference)
-        self.sums = sums if not self.sums else [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self._difference.update(difference)
+        self._reference.update(reference)
 
     def ratio(self) -> float:
-        first, first_square, second, second_square = (s / self.rows for s in self.sums)
-        error, power = first_square - first.square(), second_square - second.square()
-        return relative(error.clamp_min(0.0), power.clamp_min(0.0))
+        return relative(self._difference.scatter, self._reference.scatter)
 
 
 def layer_errors(

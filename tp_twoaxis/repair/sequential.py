@@ -18,6 +18,7 @@ from tp_twoaxis.reconstruction.patch_moments import PatchMoments
 from tp_twoaxis.reconstruction.patches import fits, positions_of, select_positions
 from tp_twoaxis.reconstruction.ridge import choose_ridge, default_ridge_fit
 from tp_twoaxis.repair.batch_norm import batch_norms
+from tp_twoaxis.repair.channel_moments import ChannelMoments
 from tp_twoaxis.repair.chunk_memory import ChunkMemory, LiveTensors
 from tp_twoaxis.repair.images import ImageChunk, RepairImages
 from tp_twoaxis.repair.lockstep import Lockstep, Place
@@ -280,7 +281,7 @@ class _OrderedRefit:
 
     def _move_norm(self, place: Place) -> None:
         norm, original = (network.get_submodule(place.name) for network in (self._network, self._dense))
-        x, dense_x = (_Moments(side, place.held_out) for side in (place.pruned, place.dense))
+        x, dense_x = (_moments(side, place.held_out) for side in (place.pruned, place.dense))
         if not self._changed or x.rows <= 1:  # one row has no variance
             return
         kept = next((~p.outputs for p in self._masks.values() if p.batch_norm == place.name), None)
@@ -295,31 +296,13 @@ class _OrderedRefit:
         norm.running_mean, norm.running_var = (m.to(_running(norm)[0].device, self._dtype) for m in (mean, variance))
 
 
-class _Moments:
-    """Mean and variance of each channel of what a BatchNorm reads, [C] float64, of the chunks that are fitted."""
-
-    def __init__(self, values: list[tuple[Any, ...]], held_out: list[bool]) -> None:
-        self.rows = 0
-        for (x,), judges in zip(values, held_out, strict=True):
-            if judges:
-                continue
-            others = [d for d in range(x.ndim) if d != 1]
-            mean = x.mean(others, keepdim=True)
-            variance = (x - mean).square_().mean(others)  # half the time of torch.var
-            mean = mean.flatten()
-            device, rows = float64_device(x.device), x.numel() // x.shape[1]
-            variance, mean = variance.to(device, torch.float64), mean.to(device, torch.float64)
-            if not self.rows:
-                self.mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(variance)
-            total, delta = self.rows + rows, mean - self.mean
-            self._scatter += rows * variance + self.rows * rows / total * delta.square()
-            self.mean += delta * (rows / total)
-            self.rows = total
-
-    @property
-    def variance(self) -> Tensor:
-        """Unbiased, as a BatchNorm counts it."""
-        return self._scatter / max(self.rows - 1, 1)
+def _moments(values: list[tuple[Any, ...]], held_out: list[bool]) -> ChannelMoments:
+    """Describe what a BatchNorm reads, over the chunks that are fitted."""
+    moments = ChannelMoments()
+    for (x,), judges in zip(values, held_out, strict=True):
+        if not judges:
+            moments.update(x)
+    return moments
 
 
 def _count(x: list[Tensor], place: Place) -> int:
