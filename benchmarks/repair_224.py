@@ -109,7 +109,7 @@ def growth(cells: list[dict[str, Any]]) -> str:
         groups.setdefault(tuple(cell[key] for key in KEY[:-1]), []).append(cell)
     lines = ["| network | share | criterion | repair | images: top-1 (distance) |", "| --- | --- | --- | --- | --- |"]
     for (network, share, criterion, repair), own in groups.items():
-        if len(own) > 2:
+        if len(own) > 1:
             own.sort(key=lambda cell: int(cell["images"]))
             texts = [f"{cell['images']}: {cell['top1']} ({cell['distance']:.2f})" for cell in own]
             lines.append(f"| {network} | {share:g} | {criterion} | {repair} | {', '.join(texts)} |")
