@@ -7,7 +7,8 @@ A stopwatch stands at the functions named below; the seconds of what one calls i
 alone. Weights are random and images noise, as in ``speed.py``. ResNet-50 and ViT-B/16 calibrate with the 16 positions
 an image that 1,024 images get; what is spent once for all images (``layouts``, the start of the sums) weighs more the
 fewer images there are. ResNet-50 is also pruned to half its MACs by ``hull`` and repaired by ``sequential``. Parts that
-``results/where_time_goes.json`` holds of other networks stay. About five minutes on two CPU cores.
+``results/where_time_goes.json`` holds of other networks stay. Passes and calibrations alternate in five rounds; medians
+are shown. About five minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import copy
 import functools
 import json
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -39,6 +41,7 @@ from tp_twoaxis.statistics.pooling import PooledOutputs
 from tp_twoaxis.statistics.recorder import Recorder
 from tp_twoaxis.statistics.row_queue import RowQueue
 
+ROUNDS = 5
 Watched = tuple[tuple[Any, str, str], ...]
 """``(where it is defined, name, part that its seconds count for)``."""
 CALIBRATION: Watched = (
@@ -86,14 +89,22 @@ def stopwatch(watched: Watched) -> Iterator[Seconds]:
         yield seconds
 
 
-def of_calibration(bench: Bench) -> Seconds:
-    """Divide a calibration; ``forward and the rest`` is what the watched functions do not take."""
-    bench.calibrate(positions=MANY_IMAGES.get(bench.name, "auto"))  # warm
-    with stopwatch(CALIBRATION) as seconds:
+def of_calibration(bench: Bench) -> tuple[float, Seconds]:
+    """Measure a forward pass, and divide a calibration; ``forward and the rest`` is what no watched function takes."""
+    forward: list[float] = []
+    parts: dict[str, list[float]] = defaultdict(list)
+    for number in range(ROUNDS + 1):
         start = time.perf_counter()
-        bench.calibrate(positions=MANY_IMAGES.get(bench.name, "auto"))
-        whole = time.perf_counter() - start
-    return {"forward and the rest": whole - sum(seconds.values()), **seconds}
+        bench.forward()
+        between = time.perf_counter()
+        with stopwatch(CALIBRATION) as seconds:
+            bench.calibrate(positions=MANY_IMAGES.get(bench.name, "auto"))
+        whole = time.perf_counter() - between
+        if number:  # the first round warms up
+            forward.append(between - start)
+            for part, value in {"forward and the rest": whole - sum(seconds.values()), **seconds}.items():
+                parts[part].append(value)
+    return statistics.median(forward), {part: statistics.median(values) for part, values in parts.items()}
 
 
 def of_repair(bench: Bench) -> Seconds:
@@ -129,11 +140,8 @@ def main() -> None:
     rows = json.loads(known.read_text())["rows"] if known.exists() else []
     for name in arguments.networks:
         bench = Bench(name, arguments.images, None, "cpu")
-        bench.forward()
-        start = time.perf_counter()
-        bench.forward()
-        forward = time.perf_counter() - start
-        found = {"calibrate": of_calibration(bench)}
+        forward, calibrated = of_calibration(bench)
+        found = {"calibrate": calibrated}
         if name == "resnet50":
             found["sequential"] = of_repair(bench)
         rows = [row for row in rows if row["network"] != name]
