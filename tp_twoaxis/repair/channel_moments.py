@@ -34,7 +34,8 @@ class ChannelMoments:
         """Add a tensor [N, C, *], whose other dimensions than the channels' are rows."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         others = [d for d in range(x.ndim) if d != 1]
-        shift = x[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]  # so that constants have a scatter of zero
+        shift = x[:1].movedim(1, 0).flatten(1)[:, 0]  # so that constants have a scatter of zero
+        shift = shift.reshape(1, -1, *[1] * (x.ndim - 2))
         deviation = x - shift
         mean = deviation.mean(others, keepdim=True)
         deviation -= mean
