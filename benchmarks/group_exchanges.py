@@ -9,8 +9,9 @@ groups, from 1,024 images. Accuracy is in % on all 10,000 test images, before an
     python benchmarks/group_exchanges.py --data DIR --checkpoints DIR
     python benchmarks/group_exchanges.py --data DIR --checkpoints DIR --oracle
 
-With ``--oracle`` the test images themselves, with their labels, choose what is kept: no method may, and what it reaches
-bounds what any search of this kind can. ``--data`` holds ``cifar10/``. About half an hour on one CPU core, each.
+With ``--oracle`` the test images themselves, with their labels, choose what is kept: no method may, and what it gains
+is what better judges could give this search at most in one round (other allocations may be better). ``--data`` holds
+``cifar10/``. About half an hour on one CPU core, each.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Trials:
 
 def main() -> None:
     parser = option_parser(__doc__)
-    parser.add_argument("--oracle", action="store_true", help="let the test images choose: a bound, not a method")
+    parser.add_argument("--oracle", action="store_true", help="let the test images choose, which no method may")
     arguments = parser.parse_args()
     oracle: bool = arguments.oracle
     rows = []
