@@ -1,6 +1,6 @@
 r"""Gauss-Newton steps of all layers together, after ``joint``: what fitting more than two layers at a time is worth.
 
-Two third-party CIFAR-10 ResNet-20s are pruned to half of their MACs by ``anticipating`` and repaired by ``joint`` from
+Two third-party CIFAR-10 ResNet-20s are pruned by ``anticipating``, in one step or two, and repaired by ``joint`` from
 2,048 images. Then all weights together move towards what the outputs of the nine blocks, at the channels that stay, and
 the logits are in the dense network, each squared error over its variance: conjugate gradients on the Gauss-Newton
 system of the same images (matrix-free, by forward and reverse differentiation), with every parameter in units of its
@@ -9,13 +9,14 @@ then it is linearised anew. No labels, no learning rate.
 
     python benchmarks/gauss_newton.py --data DIR --checkpoints DIR
 
-``--data`` holds ``cifar10/``. Accuracy is in % on all 10,000 test images, which nothing is chosen on. About half an
-hour on one CPU core.
+``--data`` holds ``cifar10/``. Accuracy is in % on all 10,000 test images, which nothing is chosen on. Cells that
+``results/gauss_newton.json`` holds already are skipped. About an hour and a half on two CPU cores.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -25,14 +26,16 @@ import torch
 from cifar_resnets import EXAMPLE, IMAGES, dense_networks, draw, option_parser, test_images
 from default_score import Batches
 from few_images import accuracy
-from provenance import save
+from resumable import ResumableCells
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from tp_twoaxis import prune_to_flops
 from tp_twoaxis.reconstruction.patch_fit import STEPS
 
-SHARE, ROUNDS, ITERATIONS, CHUNK, JUDGES = 0.5, 2, 16, 256, 512
+SHARES, PRUNING_STEPS = (0.5, 0.35), (1, 2)
+KEY = ("network", "share", "steps")
+ROUNDS, ITERATIONS, CHUNK, JUDGES = 4, 16, 256, 512
 JUDGED = (2, 4, 8, 12, 16)  # iterations after which the step so far is judged
 RIDGE = 1e-3  # of the curvature along the first gradient
 Weights = dict[str, Tensor]
@@ -154,11 +157,18 @@ def solve(fitted: LeastSquares, judge: Callable[[Weights], float], start: Weight
     return chosen
 
 
-def measure(dense: nn.Module, images: Batches, judges: Tensor, test: Batches) -> list[dict[str, float]]:
+def measure(dense: nn.Module, cell: dict[str, Any], images: Batches, judges: Tensor, test: Batches) -> dict[str, Any]:
     """Prune and repair a copy, and take the rounds."""
     network, begin = copy.deepcopy(dense), time.perf_counter()
     report = prune_to_flops(
-        network, EXAMPLE, "anticipating", flops=SHARE, repair="joint", loader=images, progress=False
+        network,
+        EXAMPLE,
+        "anticipating",
+        flops=cell["share"],
+        steps=cell["steps"],
+        repair="joint",
+        loader=images,
+        progress=False,
     )
     seconds = round(time.perf_counter() - begin)
     blocks = {name: block for name, block in dense.named_modules() if hasattr(block, "conv2")}
@@ -182,19 +192,39 @@ def measure(dense: nn.Module, images: Batches, judges: Tensor, test: Batches) ->
         row = {"round": number, "seconds": seconds, "top1": accuracy(pruned, test)}
         rows.append({**row, "fitted": round(fitted.loss(change), 4), "held_out": round(held_out.loss(change), 4)})
         print(rows[-1], flush=True)
-    return rows
+    return {**cell, "rounds": rows}
+
+
+def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
+    """Draw the table for people."""
+    heads = ["joint", *(f"{number} round" + "s" * (number > 1) for number in range(1, ROUNDS + 1))]
+    lines = ["| network, MACs kept | pruned in | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
+    for cell in cells:
+        whole = dense[cell["network"]]
+        found = [f"{row['top1']} ({100 * row['top1'] / whole:.1f}), {row['seconds']} s" for row in cell["rounds"]]
+        found += [""] * (len(heads) - len(found))
+        steps = f"{cell['steps']} step" + "s" * (cell["steps"] > 1)
+        lines.append(f"| {cell['network']} {cell['share']:g}, dense {whole} | {steps} | {' | '.join(found)} |")
+    title = "Top-1 accuracy in %, in brackets in % of the dense network's, and seconds from the start:"
+    return f"{title}\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    arguments = option_parser(__doc__).parse_args()
-    results = {}
+    parser = option_parser(__doc__)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, choices=SHARES, help="default all")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=PRUNING_STEPS, choices=PRUNING_STEPS, help="default all"
+    )
+    arguments = parser.parse_args()
+    cells = ResumableCells("gauss_newton", KEY, "CIFAR-10, see the script", page)
     for name, network, dense, folder in dense_networks(arguments):
-        test = test_images(folder, network)
-        images = draw(folder, network, 0)
+        test, images = test_images(folder, network), draw(folder, network, 0)
         judges = torch.cat([x for x, _ in draw(folder, network, 0, range(IMAGES, IMAGES + JUDGES))])
-        results[name] = {"dense": accuracy(dense, test), "rounds": measure(dense, images, judges, test)}
-    command = "python benchmarks/gauss_newton.py --data DIR --checkpoints DIR"
-    save("gauss_newton", command, "CIFAR-10, see the script", results=results)
+        cells.dense.setdefault(name, accuracy(dense, test))
+        for share, steps in itertools.product(arguments.shares, arguments.steps):
+            if cell := cells.missing(name, share, steps):
+                cells.add(measure(dense, cell, images, judges, test))
+    print(cells.page())
 
 
 if __name__ == "__main__":
