@@ -197,14 +197,16 @@ def measure(dense: nn.Module, cell: dict[str, Any], images: Batches, judges: Ten
 
 def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
     """Draw the table for people."""
-    heads = ["joint", *(f"{number} round" + "s" * (number > 1) for number in range(1, ROUNDS + 1))]
-    lines = ["| network, MACs kept | pruned in | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
+    heads = ["joint", *(f"round {number}" for number in range(1, ROUNDS + 1))]
+    lines = [
+        "| network, MACs kept | pruning steps | " + " | ".join(heads) + " |",
+        "| --- | --- |" + " --- |" * len(heads),
+    ]
     for cell in cells:
         whole = dense[cell["network"]]
         found = [f"{row['top1']} ({100 * row['top1'] / whole:.1f}), {row['seconds']} s" for row in cell["rounds"]]
         found += [""] * (len(heads) - len(found))
-        steps = f"{cell['steps']} step" + "s" * (cell["steps"] > 1)
-        lines.append(f"| {cell['network']} {cell['share']:g}, dense {whole} | {steps} | {' | '.join(found)} |")
+        lines.append(f"| {cell['network']} {cell['share']:g}, dense {whole} | {cell['steps']} | {' | '.join(found)} |")
     title = "Top-1 accuracy in %, in brackets in % of the dense network's, and seconds from the start:"
     return f"{title}\n\n" + "\n".join(lines) + "\n"
 

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from provenance import RESULTS, save
+from provenance import RESULTS, provenance, save
 from speed import MANY_IMAGES, Bench
 
 from tp_twoaxis import prune_to_flops
@@ -145,11 +145,14 @@ def main() -> None:
         if name == "resnet50":
             found["sequential"] = of_repair(bench)
         rows = [row for row in rows if row["network"] != name]
+        own = {
+            "network": name,
+            "images": bench.images,
+            "forward": round(forward, 3),
+            "commit": provenance("", "")["commit"],
+        }
         for what, parts in found.items():
-            rounded = {part: round(value, 3) for part, value in parts.items()}
-            rows.append(
-                {"network": name, "images": bench.images, "what": what, "forward": round(forward, 3), "parts": rounded}
-            )
+            rows.append({**own, "what": what, "parts": {part: round(value, 3) for part, value in parts.items()}})
         save("where_time_goes", "python benchmarks/where_time_goes.py", "noise", rows=rows)
         write_bytes(RESULTS / "where_time_goes.md", page(rows).encode())
     print(page(rows))
