@@ -3,14 +3,17 @@ r"""Repairs of real networks of 224 pixels, for several criteria and from more a
 ImageNet's MobileNetV1-0.75 and EfficientNet-Lite0 (third-party weights) are pruned in one step to two shares of their
 MACs by several criteria, and repaired from the same images; nothing is fine-tuned. They are judged on the 1,000 images
 of ten classes, decided among all 1,000: top-1 accuracy, and the distance of the logits from the dense network's,
-squared, over their variance. None of these images took part in any choice.
+squared, over their variance. None of these images took part in any choice. The other way round, from images of ten
+classes to an image of each class, is a check: ``--source nette``.
 
     python benchmarks/repair_224.py --data DIR --checkpoints DIR
     python benchmarks/repair_224.py --data DIR --checkpoints DIR --networks mobilenet_v1 --shares 0.65 \
         --criteria hull --repairs sequential --images 32 96 224 568 1000
+    python benchmarks/repair_224.py --data DIR --checkpoints DIR --shares 0.65 --criteria anticipating \
+        --repairs sequential joint --source nette --images 1000
 
 ``--data`` holds ``imagenet/`` with ``sample.parquet`` (an image of each class, to calibrate and repair from) and
-``nette.parquet``. Cells that ``results/repair_224.json`` holds already are skipped.
+``nette.parquet`` (1,000 images of ten classes). Cells that ``results/repair_224.json`` holds already are skipped.
 """
 
 from __future__ import annotations
@@ -30,12 +33,16 @@ from torch import Tensor, nn
 
 from tp_twoaxis import CalibrationStatistics, calibrate, prune_to_flops
 from tp_twoaxis.importance import find_criterion
+from tp_twoaxis.repair.repair_task import TRAINING_STEPS
 from tp_twoaxis.runtime.forward import forward_pass
 
 CRITERIA = ("l2", "taylor", "fpgm", "capture", "hull", "anticipating")
 REPAIRS = ("bn", "sequential", "joint")
 IMAGES, JUDGES = 500, 1000
-KEY = ("network", "share", "criterion", "repair", "images")
+JUDGING = {"sample": "nette", "nette": "sample"}
+KEPT_NOTES = ("held back", "repair ran on", "distill")
+KEY = ("network", "share", "criterion", "repair", "images", "first", "source", "steps", "training_steps")
+USUAL = {"first": 0, "source": "sample", "steps": 1, "training_steps": 0}
 
 
 def logits_of(model: nn.Module, judges: Batches) -> Tensor:
@@ -68,6 +75,8 @@ def measure(
         images[0][0][:1],
         cell["criterion"],
         flops=cell["share"],
+        steps=cell["steps"],
+        training_steps=cell["training_steps"] or TRAINING_STEPS,
         repair=cell["repair"],
         stats=stats,
         loader=images,
@@ -84,13 +93,18 @@ def measure(
         "kept": round(report.achieved, 4),
         "seconds": seconds,
         "repair_seconds": round(report.seconds.get("repair", 0.0), 1),
-        "notes": [note for note in report.notes if "held back" in note or "repair ran on" in note],
+        "notes": [note for note in report.notes if any(part in note for part in KEPT_NOTES)],
     }
+
+
+def is_usual(cell: dict[str, Any]) -> bool:
+    """Whether a cell is of the first images of the usual file, pruned in one step without training."""
+    return all(cell[key] == value for key, value in USUAL.items())
 
 
 def table(cells: list[dict[str, Any]], images: int) -> str:
     """Draw the cells of so many images for people: a row a criterion and repair, two columns a network."""
-    own = [cell for cell in cells if cell["images"] == images]
+    own = [cell for cell in cells if cell["images"] == images and is_usual(cell)]
     heads = list(dict.fromkeys((cell["network"], cell["share"]) for cell in own))
     lines = ["| criterion | repair | " + " | ".join(f"{name} {share:g}" for name, share in heads) + " |"]
     lines.append("| --- | --- |" + " --- |" * len(heads))
@@ -105,8 +119,8 @@ def table(cells: list[dict[str, Any]], images: int) -> str:
 def growth(cells: list[dict[str, Any]]) -> str:
     """Draw the cells that differ in their images alone."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault(tuple(cell[key] for key in KEY[:-1]), []).append(cell)
+    for cell in filter(is_usual, cells):
+        groups.setdefault(tuple(cell[key] for key in KEY[:4]), []).append(cell)
     lines = ["| network | share | criterion | repair | images: top-1 (distance) |", "| --- | --- | --- | --- | --- |"]
     for (network, share, criterion, repair), own in groups.items():
         if len(own) > 1:
@@ -116,8 +130,27 @@ def growth(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
+def others(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
+    """Draw the cells of other images, of several steps, and with training."""
+    heads = ["network", "share", "criterion", "repair", "images", "steps", "training steps"]
+    heads += ["top-1", "% of dense", "distance"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for cell in cells:
+        if not is_usual(cell):
+            own = f"{cell['source']} {cell['first']} to {cell['first'] + cell['images'] - 1}"
+            kept = f"{100 * cell['top1'] / dense[column(cell['network'], cell['source'])]:.1f}"
+            values = [*(cell[key] for key in KEY[:4]), own, *(cell[key] for key in KEY[-2:])]
+            lines.append("| " + " | ".join(map(str, [*values, cell["top1"], kept, cell["distance"]])) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def column(network: str, source: str) -> str:
+    """Name a dense network judged on the images that do not calibrate."""
+    return network if source == USUAL["source"] else f"{network}, the other way round"
+
+
 def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
-    """Write both tables, with what they are of."""
+    """Write the tables, with what they are of."""
     known = ", ".join(f"{name} {accuracy} %" for name, accuracy in dense.items())
     text = (
         f"Top-1 accuracy in % on {JUDGES} images (standard error at most 1.6 points), and in brackets the distance of "
@@ -125,7 +158,9 @@ def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
         f"from {IMAGES} images of other classes' photographs, one step, not fine-tuned:\n\n{table(cells, IMAGES)}"
     )
     more = growth(cells)
-    return text + (f"\nFrom more and more images:\n\n{more}" if more else "")
+    rest = others(cells, dense)
+    text += f"\nFrom more and more images:\n\n{more}" if more else ""
+    return text + (f"\nOther images, several steps, training without labels:\n\n{rest}" if rest else "")
 
 
 def main() -> None:
@@ -138,23 +173,29 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), help="default those")
     parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), help="default those")
     parser.add_argument("--images", nargs="+", type=int, default=[IMAGES], help="to calibrate and repair from")
+    parser.add_argument("--first", type=int, default=0, help="of them in the file, for another draw")
+    parser.add_argument("--source", default="sample", choices=JUDGING, help="file of them; the other judges")
+    parser.add_argument("--steps", type=int, default=1, help="of pruning")
+    parser.add_argument("--training-steps", type=int, default=TRAINING_STEPS, help="of the repair distill")
     parser.add_argument("--max-memory", type=float, default=4.0, help="GiB for activations of sequential and joint")
     arguments = parser.parse_args()
-    data = f"sample.parquet to calibrate and repair from, {JUDGES} images of nette.parquet to judge"
+    source, first, steps = arguments.source, arguments.first, arguments.steps
+    data = "1,000 images of sample.parquet and of nette.parquet: one to calibrate and repair from, the other to judge"
     cells = ResumableCells("repair_224", KEY, data, page)
     for name in arguments.networks:
         network = NETWORKS[name]
         dense = network.load(arguments.checkpoints / f"{network.weights}.safetensors")
         folder = arguments.data / "imagenet"
-        held = batches(folder / "nette.parquet", network.normalisation, 0, JUDGES, 224)
+        held = batches(folder / f"{JUDGING[source]}.parquet", network.normalisation, 0, JUDGES, 224)
         judges = Judges(held, logits_of(dense, held))
-        cells.dense[name] = judges.judge(dense)[0]
+        cells.dense[column(name, source)] = judges.judge(dense)[0]
         for count in arguments.images:
-            images = batches(folder / "sample.parquet", network.normalisation, 0, count, 224)
+            images = batches(folder / f"{source}.parquet", network.normalisation, first, first + count, 224)
             stats = None
             wanted = itertools.product(arguments.repairs, arguments.shares, arguments.criteria)
             for repair, share, criterion in wanted:
-                cell = cells.missing(name, share, criterion, repair, count)
+                training = arguments.training_steps if "distill" in repair else 0
+                cell = cells.missing(name, share, criterion, repair, count, first, source, steps, training)
                 if cell is None:
                     continue
                 found = find_criterion(criterion)
