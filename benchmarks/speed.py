@@ -346,8 +346,8 @@ def picture(rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Draw all rows for people."""
-    lines = ["| part | network | what | images | seconds | ratio | of | peak MiB |", "| --- |" + " --- |" * 7]
-    keys = ("part", "network", "what", "images", "seconds", "ratio", "of", "peak_mib")
+    keys = ("part", "network", "what", "images", "batch", "seconds", "ratio", "of", "peak_mib", "commit")
+    lines = [f"| {' | '.join(keys).replace('_mib', ' MiB')} |", "|" + " --- |" * len(keys)]
     lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
