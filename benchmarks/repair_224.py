@@ -155,7 +155,7 @@ def page(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
     text = (
         f"Top-1 accuracy in % on {JUDGES} images (standard error at most 1.6 points), and in brackets the distance of "
         f"the logits from the dense network's, squared, over their variance. Dense: {known}. Calibrated and repaired "
-        f"from {IMAGES} images of other classes' photographs, one step, not fine-tuned:\n\n{table(cells, IMAGES)}"
+        f"from {IMAGES} other images of as many classes, one step, not fine-tuned:\n\n{table(cells, IMAGES)}"
     )
     more = growth(cells)
     rest = others(cells, dense)
