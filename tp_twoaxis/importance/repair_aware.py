@@ -60,11 +60,9 @@ class AnticipatingImportance(tp.importance.Importance):  # type: ignore[misc]
     weights empty single blocks too (7 of 64 channels stay), presumably because noise is independent over pixels and
     consumers, as the errors of a reconstruction are not. A curve is measured with those very errors.
 
-    The table has order and curves from reconstruction at channel level. With those from whole patches, which it takes,
-    ``sequential`` keeps as much on test images: 86.3 / 86.3 % at half the MACs against 86.0 / 86.4, 80.0 / 80.6 against
-    79.4 / 80.9 at 35 % (``benchmarks/results/cifar10_repair``, two seeds). They were chosen on held-out training
-    images, where they were 0.3 to 0.8 points better, and more than that on one of the networks with ``joint``. All of
-    these curves had eight points, each over up to 512 images.
+    The table has order and curves from reconstruction at channel level, with eight points each over up to 512 images.
+    It takes those from whole patches, which were chosen on held-out training images; what they keep with each repair is
+    in ``benchmarks/results/cifar10_repair``.
 
     Cost, once for all shares: a pass over the images that are fitted, for the patches of all layers; for each group
     and each of ``levels`` points, the part of the network from the group's first consumer on, over 32 images, or 16
