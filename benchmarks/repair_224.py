@@ -41,8 +41,9 @@ REPAIRS = ("bn", "sequential", "joint")
 IMAGES, JUDGES = 500, 1000
 JUDGING = {"sample": "nette", "nette": "sample"}
 KEPT_NOTES = ("held back", "repair ran on", "distill")
-KEY = ("network", "share", "criterion", "repair", "images", "first", "source", "steps", "training_steps")
+METHOD = ("network", "share", "criterion", "repair")
 USUAL = {"first": 0, "source": "sample", "steps": 1, "training_steps": 0}
+KEY = (*METHOD, "images", *USUAL)
 
 
 def logits_of(model: nn.Module, judges: Batches) -> Tensor:
@@ -120,7 +121,7 @@ def growth(cells: list[dict[str, Any]]) -> str:
     """Draw the cells that differ in their images alone."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in filter(is_usual, cells):
-        groups.setdefault(tuple(cell[key] for key in KEY[:4]), []).append(cell)
+        groups.setdefault(tuple(cell[key] for key in METHOD), []).append(cell)
     lines = ["| network | share | criterion | repair | images: top-1 (distance) |", "| --- | --- | --- | --- | --- |"]
     for (network, share, criterion, repair), own in groups.items():
         if len(own) > 1:
@@ -139,7 +140,7 @@ def others(cells: list[dict[str, Any]], dense: dict[str, float]) -> str:
         if not is_usual(cell):
             own = f"{cell['source']} {cell['first']} to {cell['first'] + cell['images'] - 1}"
             kept = f"{100 * cell['top1'] / dense[column(cell['network'], cell['source'])]:.1f}"
-            values = [*(cell[key] for key in KEY[:4]), own, *(cell[key] for key in KEY[-2:])]
+            values = [*(cell[key] for key in METHOD), own, cell["steps"], cell["training_steps"]]
             lines.append("| " + " | ".join(map(str, [*values, cell["top1"], kept, cell["distance"]])) + " |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
@@ -173,9 +174,9 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), help="default those")
     parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), help="default those")
     parser.add_argument("--images", nargs="+", type=int, default=[IMAGES], help="to calibrate and repair from")
-    parser.add_argument("--first", type=int, default=0, help="of them in the file, for another draw")
-    parser.add_argument("--source", default="sample", choices=JUDGING, help="file of them; the other judges")
-    parser.add_argument("--steps", type=int, default=1, help="of pruning")
+    parser.add_argument("--first", type=int, default=USUAL["first"], help="of them in the file, for another draw")
+    parser.add_argument("--source", default=USUAL["source"], choices=JUDGING, help="file of them; the other judges")
+    parser.add_argument("--steps", type=int, default=USUAL["steps"], help="of pruning")
     parser.add_argument("--training-steps", type=int, default=TRAINING_STEPS, help="of the repair distill")
     parser.add_argument("--max-memory", type=float, default=4.0, help="GiB for activations of sequential and joint")
     arguments = parser.parse_args()
